@@ -1,0 +1,91 @@
+"""The thing that flows: next-token distributions, kept sparse from extraction to the loss.
+
+Shapes: N positions, K kept entries, V vocabulary. Position t holds the distribution of the token after t.
+Values are log-probabilities, not logits, so that the tail mass 1 - sum(p) is never lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+UINT8_STEP = 0.05  # nats per level: total variation error <= step / 4 = 0.0125, range 12.75 nats
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Sparse distributions: ids, logprobs [N, K] (absent entries: id 0, logprob -inf), gold_logprob [N]."""
+
+    ids: Tensor
+    logprobs: Tensor
+    gold_logprob: Tensor
+
+    def tail_mass(self) -> Tensor:
+        """Mass outside the kept entries, [N], clipped at 0 against rounding."""
+        return (1.0 - self.logprobs.exp().sum(-1)).clamp_min(0.0)
+
+
+def top_k_from_logits(logits: Tensor, gold: Tensor, k: int) -> TopK:
+    """The k most likely entries of softmax(logits), in fp32. logits [N, V], gold [N]."""
+    logits = logits.float()
+    lse = logits.logsumexp(-1, keepdim=True)
+    values, ids = logits.topk(k, dim=-1)
+    gold_logit = logits.gather(-1, gold.unsqueeze(-1))
+    return TopK(ids, values - lse, (gold_logit - lse).squeeze(-1))
+
+
+def top_p_from_logits(logits: Tensor, gold: Tensor, p: float, k: int) -> TopK:
+    """The fewest most likely entries that hold mass ``p``, at most k of them."""
+    top = top_k_from_logits(logits, gold, k)
+    mass_before = top.logprobs.exp().cumsum(-1) - top.logprobs.exp()
+    return TopK(top.ids, top.logprobs.masked_fill(mass_before >= p, NEG_INF), top.gold_logprob)
+
+
+def sampled_from_logits(logits: Tensor, gold: Tensor, draws: int, generator: torch.Generator) -> TopK:
+    """Random-sampling distillation (arXiv 2503.16870): ``draws`` samples from the distribution itself.
+
+    Each distinct token is kept with its share of the draws, an unbiased estimate of its probability;
+    the entries sum to one, so there is no tail. K is the largest number of distinct tokens.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    drawn = torch.multinomial(logprobs.exp(), draws, replacement=True, generator=generator)
+    weight = torch.full(drawn.shape, 1.0 / draws, device=drawn.device)
+    ids, shares = merge_duplicates(drawn, weight)
+    order = shares.argsort(-1, descending=True, stable=True)
+    ids, shares = ids.gather(-1, order), shares.gather(-1, order)
+    width = int((shares > 0).sum(-1).max()) if len(shares) else 1
+    gold_logprob = logprobs.gather(-1, gold.unsqueeze(-1)).squeeze(-1)
+    return TopK(ids[:, :width], shares[:, :width].log(), gold_logprob)
+
+
+def merge_duplicates(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds the probabilities of equal ids within a row. ids, probs [N, K] -> the same shapes; spare entries hold 0."""
+    ids, order = ids.sort(-1, stable=True)
+    probs = probs.gather(-1, order)
+    segment = torch.zeros_like(ids)
+    segment[:, 1:] = (ids[:, 1:] != ids[:, :-1]).cumsum(-1)
+    merged_ids = torch.zeros_like(ids).scatter_(-1, segment, ids)
+    return merged_ids, torch.zeros_like(probs).scatter_add_(-1, segment, probs)
+
+
+def id_type(vocab_size: int) -> npt.DTypeLike:
+    """The narrowest unsigned integer that holds every id below ``vocab_size``."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def encode_logprobs(logprobs: npt.NDArray[np.float32], kind: str) -> npt.NDArray[np.generic]:
+    """fp32 log-probabilities -> what the store keeps: ``float16``, or ``uint8`` in steps of `UINT8_STEP` nats."""
+    if kind == "float16":
+        return logprobs.astype(np.float16)
+    return np.rint(np.clip(-logprobs / UINT8_STEP, 0, 255)).astype(np.uint8)
+
+
+def decode_logprobs(stored: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    """The inverse of `encode_logprobs`, by the array's own type."""
+    values = stored.astype(np.float32)
+    return values * np.float32(-UINT8_STEP) if stored.dtype == np.uint8 else values

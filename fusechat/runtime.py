@@ -1,0 +1,202 @@
+"""What every entry shares: the command line, errors for people, seed, logging, wandb, provenance. Nothing heavy at import."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fusechat.errors import UserError
+
+CONF = str(Path(__file__).parent.parent / "conf")
+LOG = logging.getLogger("fusechat")
+Run = Callable[[DictConfig], Any]
+FAILED: list[str] = []
+
+OmegaConf.register_new_resolver("basename", lambda path: Path(path).name, replace=True)
+
+
+def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
+    """Makes ``run(cfg)`` a command: ``main()`` composes the config, runs each job, and prints a mistake as one line."""
+
+    def wrap(run: Run) -> Callable[[], None]:
+        @functools.wraps(run)
+        def job(cfg: DictConfig) -> Any:
+            try:
+                return run_stage(run, cfg)
+            except Exception as error:
+                overrides = " ".join(HydraConfig.get().overrides.task)
+                FAILED.append(overrides)
+                if isinstance(error, UserError):
+                    LOG.error("%s%s", error, f"  [{overrides}]" if overrides else "")
+                raise
+
+        command = hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")(job)
+        return lambda: _command(command)
+
+    return wrap
+
+
+def _command(command: Callable[[], None]) -> None:
+    traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then lets exceptions through, to be told here
+    try:
+        command()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if traceback:
+            raise
+        if not (FAILED and isinstance(error, UserError)):
+            print(f"error: {_with_near_names(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is whole", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    if FAILED:
+        print(f"{len(FAILED)} job(s) failed: " + "; ".join(o or "(no overrides)" for o in FAILED), file=sys.stderr)
+    sys.exit(1)
+
+
+def _with_near_names(error: Exception) -> str:
+    """The message of hydra's error, with the names that come near the unknown one."""
+    text = str(error).strip()
+    if key := re.search(r"Key '([\w.]+)' is not in struct\s+full_key: ([\w.]+)", text):
+        words = [p.stem for p in Path(CONF).rglob("*.yaml")] + re.findall(r"^ *(\w+):", _yaml_text(), re.M)
+        near = difflib.get_close_matches(key[1], sorted(set(words)), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"the config has no key {key[2]!r}{hint} (--cfg job shows all keys; +{key[2]}=… adds one)"
+    if group := re.search(r"Could not find '([\w/]+)'", text):
+        folder = Path(CONF) / Path(group[1]).parent
+        near = difflib.get_close_matches(Path(group[1]).name, [p.stem for p in folder.glob("*.yaml")], n=3, cutoff=0.4)
+        return " ".join(text.split()) + (f"; did you mean {' or '.join(near)}?" if near else "")
+    return text
+
+
+def _yaml_text() -> str:
+    return "\n".join(path.read_text() for path in Path(CONF).rglob("*.yaml"))
+
+
+def run_stage(run: Run, cfg: DictConfig) -> Any:
+    """Runs one stage inside its session: seed before, loggers ended after, also when it fails."""
+    with session(cfg):
+        return run(cfg)
+
+
+@contextmanager
+def session(cfg: DictConfig) -> Iterator[None]:
+    """Seeds every generator, keeps other libraries' chatter down, and ends an open wandb run whatever happens."""
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx", "filelock", "fsspec"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        yield
+    finally:
+        if "wandb" in sys.modules:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.finish(quiet=True)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch, DataLoader workers included."""
+    import lightning
+
+    lightning.seed_everything(seed, workers=True, verbose=False)
+
+
+def make_trainer(cfg: DictConfig, callbacks: list[Any], logger: Any = False, **overrides: Any) -> Any:
+    """A Lightning Trainer from the ``trainer`` group; every key there is one of Trainer's own."""
+    import warnings
+
+    import lightning
+
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*`IterableDataset` has `__len__`.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    options: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
+    return lightning.Trainer(**{**options, **overrides}, callbacks=callbacks, logger=logger)
+
+
+def make_logger(cfg: DictConfig, name: str) -> Any:
+    """The Lightning logger that the ``logger`` group names, or False. group = experiment, job_type = stage."""
+    if cfg.logger.kind == "none":
+        return False
+    if cfg.logger.kind == "csv":
+        from lightning.pytorch.loggers import CSVLogger
+
+        return CSVLogger(cfg.paths.logs, name=name, version="")
+    if not cfg.logger.offline and not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
+        raise UserError("logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline")
+    from lightning.pytorch.loggers import WandbLogger
+
+    Path(cfg.paths.logs).mkdir(parents=True, exist_ok=True)
+    tags = [cfg.experiment_name, cfg.stage, *cfg.logger.tags]
+    flat: Any = flatten(OmegaConf.to_container(cfg, resolve=True))
+    return WandbLogger(
+        name=name, project=cfg.logger.project, entity=cfg.logger.entity, save_dir=cfg.paths.logs, offline=cfg.logger.offline,
+        group=cfg.experiment_name, job_type=cfg.stage, tags=tags, config=flat,
+    )  # fmt: skip
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested config -> one level with dotted keys, the columns that wandb compares."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    pairs = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
+    return {key: value for pair in pairs for key, value in pair.items()}
+
+
+def provenance(cfg: DictConfig) -> dict[str, Any]:
+    """How a result was made: resolved config, git state, versions, hardware. No environment variables: they hold secrets."""
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "lightning", "datasets", "safetensors", "hydra-core", "wandb", "fusechat")
+    return {
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "git": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
+    }
+
+
+def plain(node: Any) -> Any:
+    """A config node as plain Python containers, resolved."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def write_text_json(path: Path, content: Any) -> None:
+    """Writes readable JSON under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    temporary.replace(path)
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def _netrc_has_wandb() -> bool:
+    file = Path.home() / ".netrc"
+    return file.exists() and "wandb" in file.read_text()
