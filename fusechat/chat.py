@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Rendered:
     input_ids [T]; char_spans [T, 2], where each token lies in ``text``; assistant_mask [T], the tokens to train on.
     positions [R]: every t whose *next* token is the assistant's. boundaries [R]: how many characters of assistant
     text lie before that next token (turns are one character apart), or -1 inside a character: the coordinate on which
-    two tokenizations of the same chat meet. n_bytes: UTF-8 bytes of the assistant text that the tokens cover.
+    two tokenizations of the same chat meet. n_bytes: UTF-8 bytes of the assistant text that the tokens cover; text_hash: of all of it.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Rendered:
     positions: npt.NDArray[np.int64]
     boundaries: npt.NDArray[np.int64]
     n_bytes: int
+    text_hash: str
     truncated: bool
 
 
@@ -102,9 +104,11 @@ class ChatRenderer:
         starts = np.minimum(offsets[:, 0], np.concatenate([[0], ends[:-1]])) if len(ids) else ends
         mask, before = np.zeros(len(ids), bool), np.full(len(ids), -1, np.int64)
         turn_start = n_bytes = 0
+        contents = hashlib.sha256()
         for index, first, end in self.content_spans(chat, text):
             if chat[index]["role"] != "assistant":
                 continue
+            contents.update(text[first:end].encode())
             inside = np.flatnonzero((ends > first) & (starts < end))
             if len(inside):
                 mask[inside] = True
@@ -119,7 +123,7 @@ class ChatRenderer:
         positions = np.flatnonzero(mask[1:])
         inside_character = np.concatenate([ends[1:] == ends[:-1], [False]])[positions] if len(ids) else positions
         boundaries = np.where(inside_character, -1, before[positions + 1])
-        return Rendered(text, ids, offsets, mask, positions, boundaries, n_bytes, truncated)
+        return Rendered(text, ids, offsets, mask, positions, boundaries, n_bytes, contents.hexdigest()[:8], truncated)
 
     def _closing(self, ids: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], text: str, at: int, end: int) -> int | None:
         """Index of the special token that closes the turn: the first one after the content, white space between allowed."""

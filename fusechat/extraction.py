@@ -109,6 +109,10 @@ class ExtractionModule(lightning.LightningModule):
         self.batches.rank, self.batches.world = self.trainer.global_rank, self.trainer.world_size
         return DataLoader(self.batches, batch_size=None)
 
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Batches stay on the CPU; `predict_step` moves what the model needs."""
+        return batch
+
     @torch.inference_mode()
     def predict_step(self, batch: Batch) -> list[TopK | None]:
         """Distributions of each chat of the batch at its response positions; None where a logit is not finite."""
@@ -218,7 +222,7 @@ def _row(chat: dict[str, Any], rendered: Rendered, top: TopK | None) -> dict[str
     top = top if top is not None and kept else TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
     present = ~top.logprobs.isneginf()
     return {
-        "id": chat["id"], "tag": chat["tag"], "input_ids": rendered.input_ids, "positions": positions,
+        "id": chat["id"], "tag": chat["tag"], "text_hash": rendered.text_hash, "input_ids": rendered.input_ids, "positions": positions,
         "boundaries": rendered.boundaries[keep], "counts": present.sum(-1).numpy(), "ids": top.ids[present].numpy(),
         "logprobs": top.logprobs[present].numpy(), "gold_logprob": top.gold_logprob.numpy(),
         "nats": float(-top.gold_logprob.double().sum()), "bytes": rendered.n_bytes if kept else 0,
@@ -232,7 +236,7 @@ def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_lengt
 
     ids = id_type(vocab_size)
     return pa.table({
-        "id": [row["id"] for row in rows], "tag": [row["tag"] for row in rows],
+        "id": [row["id"] for row in rows], "tag": [row["tag"] for row in rows], "text_hash": [row["text_hash"] for row in rows],
         "nats": pa.array([row["nats"] for row in rows], pa.float64()), "bytes": pa.array([row["bytes"] for row in rows], pa.int32()),
         "input_ids": column("input_ids", ids), "positions": column("positions", np.uint16 if max_length <= 1 << 16 else np.uint32),
         "boundaries": column("boundaries", np.int32), "counts": column("counts", np.uint16), "ids": column("ids", ids),

@@ -101,7 +101,7 @@ def run_stage(run: Run, cfg: DictConfig) -> Any:
 @contextmanager
 def session(cfg: DictConfig) -> Iterator[None]:
     """Seeds every generator, keeps other libraries' chatter down, and ends an open wandb run whatever happens."""
-    for name in ("lightning.pytorch", "lightning.fabric", "httpx", "filelock", "fsspec"):
+    for name in ("httpx", "filelock", "fsspec", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
@@ -127,6 +127,8 @@ def make_trainer(cfg: DictConfig, callbacks: list[Any], logger: Any = False, **o
 
     import lightning
 
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # set here: lightning sets its own level when imported
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*`IterableDataset` has `__len__`.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")

@@ -109,7 +109,10 @@ class StoreWriter:
                 "make room and run the same command again"
             ) from error
         sha = hashlib.sha256(data).hexdigest()
-        entry = {"file": name, "rows": table.num_rows, "bytes": len(data), "sha256": sha, "statistics": statistics}
+        self.record(index, {"file": name, "rows": table.num_rows, "bytes": len(data), "sha256": sha, "statistics": statistics})
+
+    def record(self, index: int, entry: Mapping[str, Any]) -> None:
+        """Notes that a shard is whole: its file, rows, bytes, checksum and statistics."""
         write_json(self._record(index), entry)
 
     def finish(self, **about: Any) -> dict[str, Any]:
