@@ -65,7 +65,7 @@ def sampled_from_logits(logits: Tensor, gold: Tensor, draws: int, generator: tor
 
 def merge_duplicates(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """Adds the probabilities of equal ids within a row. ids, probs [N, K] -> the same shapes; spare entries hold 0."""
-    ids, order = ids.sort(-1, stable=True)
+    ids, order = ids.sort(dim=-1, stable=True)
     probs = probs.gather(-1, order)
     segment = torch.zeros_like(ids)
     segment[:, 1:] = (ids[:, 1:] != ids[:, :-1]).cumsum(-1)

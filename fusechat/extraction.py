@@ -225,7 +225,7 @@ def _row(chat: dict[str, Any], rendered: Rendered, top: TopK | None) -> dict[str
         "id": chat["id"], "tag": chat["tag"], "text_hash": rendered.text_hash, "input_ids": rendered.input_ids, "positions": positions,
         "boundaries": rendered.boundaries[keep], "counts": present.sum(-1).numpy(), "ids": top.ids[present].numpy(),
         "logprobs": top.logprobs[present].numpy(), "gold_logprob": top.gold_logprob.numpy(),
-        "nats": float(-top.gold_logprob.double().sum()), "bytes": rendered.n_bytes if kept else 0,
+        "nats": float(-top.gold_logprob.double().sum()), "bytes": rendered.n_bytes if kept else 0, "tokens": len(positions),
         "truncated": rendered.truncated, "bad": not kept and len(rendered.positions) > 0,
     }  # fmt: skip
 
@@ -238,6 +238,7 @@ def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_lengt
     return pa.table({
         "id": [row["id"] for row in rows], "tag": [row["tag"] for row in rows], "text_hash": [row["text_hash"] for row in rows],
         "nats": pa.array([row["nats"] for row in rows], pa.float64()), "bytes": pa.array([row["bytes"] for row in rows], pa.int32()),
+        "tokens": pa.array([row["tokens"] for row in rows], pa.int32()),
         "input_ids": column("input_ids", ids), "positions": column("positions", np.uint16 if max_length <= 1 << 16 else np.uint32),
         "boundaries": column("boundaries", np.int32), "counts": column("counts", np.uint16), "ids": column("ids", ids),
         "logprobs": list_column([encode_logprobs(row["logprobs"], logprobs) for row in rows], np.dtype(logprobs)),

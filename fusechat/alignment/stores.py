@@ -75,7 +75,7 @@ class Alignment:
             matched = kind != 3
             seen["matched_nats"] += float(-result.gold_logprob[matched].sum())  # type: ignore[assignment]
             seen["positions_with_mass"] += int((result.counts > 0).sum())
-        scalars = self.source._tables[index].select(["id", "nats", "bytes"])
+        scalars = self.source._tables[index].select(["id", "nats", "bytes", "tokens"])
         lists = {
             "counts": list_column(columns["counts"], np.uint16), "ids": list_column(columns["ids"], id_type(self.pivot.manifest["vocab_size"])),
             "logprobs": list_column([encode_logprobs(r, self.logprobs) for r in columns["logprobs"]], np.dtype(self.logprobs)),

@@ -1,0 +1,1 @@
+"""Fusion: train a target from the pivot's weights on what the sources know."""
