@@ -1,0 +1,104 @@
+"""Lightning callbacks of training: throughput, resumable checkpoints, and the Hugging Face directory at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from torch.nn.utils import get_total_norm
+
+from fusechat.checkpoints import whole_directory
+
+LOG = logging.getLogger(__name__)
+
+
+class Throughput(Callback):
+    """Logs tokens per second and the gradient norm before clipping."""
+
+    def __init__(self) -> None:
+        self.tokens, self.start, self.last = 0, time.perf_counter(), time.perf_counter()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Starts the clock."""
+        self.start = self.last = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """tokens/s of this batch, over all ranks."""
+        now, count = time.perf_counter(), int(batch.attention_mask.sum()) * trainer.world_size
+        self.tokens += count
+        pl_module.log("train/tokens_per_second", count / max(1e-9, now - self.last), batch_size=1)
+        self.last = now
+
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Norm of the gradient of the whole step."""
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            pl_module.log("train/gradient_norm", get_total_norm(gradients), batch_size=1)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """The summary line."""
+        seconds = time.perf_counter() - self.start
+        shown = {k: round(float(v), 4) for k, v in trainer.callback_metrics.items() if k.split("/")[-1] in ("sft", "fusion", "bits_per_byte")}
+        LOG.info("%d steps, %d tokens in %.0f s (%.0f tokens/s); %s", trainer.global_step, self.tokens, seconds, self.tokens / seconds, shown)
+
+
+class SavePretrained(Callback):
+    """Writes the model as a Hugging Face directory when training ends; on an interrupt beside it, as ``NAME-interrupted``.
+
+    describe(directory, module, trainer) adds tokenizer, card and fusechat.json before the directory gets its name.
+    """
+
+    def __init__(self, output_dir: Path, describe: Callable[[Path, Any, lightning.Trainer], None]) -> None:
+        self.output_dir, self.describe = output_dir, describe
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Exports, LoRA adapters merged in."""
+        if not trainer.interrupted:
+            self.save(trainer, pl_module, self.output_dir)
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Keeps what an interrupted run has learnt, under a name that no later stage takes for a target."""
+        if isinstance(exception, KeyboardInterrupt) and pl_module.model is not None:
+            self.save(trainer, pl_module, self.output_dir.with_name(self.output_dir.name + "-interrupted"))
+
+    def save(self, trainer: lightning.Trainer, pl_module: Any, path: Path) -> None:
+        """One rank writes; sharded strategies gather the state first."""
+        state = trainer.strategy.lightning_module_state_dict()
+        if not trainer.is_global_zero:
+            return
+        state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+        model = pl_module.model
+        if hasattr(model, "merge_and_unload"):
+            model, state = model.merge_and_unload(), None
+        with whole_directory(path, overwrite=True) as directory:
+            model.save_pretrained(directory, state_dict=state)
+            self.describe(directory, pl_module, trainer)
+        LOG.info("saved %s", path)
+
+
+def make_callbacks(checkpoints: Path, every_n_steps: int | None, early_stopping: int | None, progress_bar: bool, logged: bool) -> list[Callback]:
+    """The callbacks that ``conf/callbacks`` describes."""
+    saver = ModelCheckpoint(
+        dirpath=checkpoints, filename="{step}", every_n_train_steps=every_n_steps, save_top_k=1, monitor="step", mode="max",
+        save_on_train_epoch_end=every_n_steps is None or None, enable_version_counter=False,
+    )  # fmt: skip
+    found: list[Callback] = [Throughput(), saver]
+    if early_stopping:
+        found.append(EarlyStopping("validation/bits_per_byte", patience=early_stopping))
+    if logged:
+        found.append(LearningRateMonitor("step"))
+    if progress_bar:
+        found.append(RichProgressBar(leave=False))
+    return found
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that is whole; one cut short by a kill is passed over."""
+    found = sorted(directory.glob("*.ckpt"), key=lambda file: int("".join(c for c in file.stem if c.isdigit()) or 0), reverse=True)
+    return next((file for file in found if zipfile.is_zipfile(file)), None)

@@ -1,0 +1,1 @@
+"""Merging: several targets of one shape -> one model, in parameter space."""
