@@ -1,0 +1,222 @@
+"""Merging whole checkpoints, streamed: parameter by parameter, in slices where the method allows."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusechat.checkpoints import CheckpointWriter, LazyCheckpoint, bytes_of
+from fusechat.errors import UserError
+from fusechat.merging import methods
+from fusechat.merging.tokens import match_rows
+from fusechat.merging.variation import GRANULARITIES, Change, group_of, group_weights, measure
+
+LOG = logging.getLogger(__name__)
+SLICE = 1 << 22  # elements of one target in fp32 at a time: 16 MiB
+WHOLE = {"ties", "sce", "dare", "della", "breadcrumbs", "slerp", "model_stock", "widen"}  # methods that look at a whole tensor
+NAMES = ("varm", "linear", "task_arithmetic", *sorted(WHOLE))
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+NOT_COPIED = {"README.md", "fusechat.json", ".gitattributes"}
+
+
+@dataclass
+class Merge:
+    """A merge of ``targets`` into the pivot's shape by ``method``; ``settings`` are that method's own.
+
+    weights: one per target (default: equal). patterns: [{match: regex, weights: [...]}] or [{match: regex, keep: pivot}],
+    the first that fits a parameter's name counts. dtype: None stores the pivot's. Raises `UserError` where checkpoints
+    do not belong together.
+    """
+
+    pivot: LazyCheckpoint
+    targets: Sequence[LazyCheckpoint]
+    method: str
+    settings: Mapping[str, Any]
+    weights: Sequence[float] | None = None
+    patterns: Sequence[Mapping[str, Any]] = ()
+    dtype: str | None = None
+    seed: int = 0
+    groups: dict[str, list[float] | None] = field(default_factory=dict)
+    changes: list[dict[str, Change]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_inputs(self.pivot, self.targets)
+        if self.weights is not None and len(self.weights) != len(self.targets):
+            raise UserError(f"merge.weights has {len(self.weights)} values for {len(self.targets)} targets; give one for each")
+        self.replaced = [match_rows(self.pivot, target) for target in self.targets]
+        check_shapes(self.pivot, self.targets, self.replaced)
+        self.floating = [name for name, info in self.pivot.infos.items() if info.dtype.is_floating_point]
+
+    @property
+    def plan(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """name -> shape and stored dtype."""
+        wanted = getattr(torch, self.dtype) if self.dtype else None
+        return {n: (i.shape, wanted if wanted and i.dtype.is_floating_point else i.dtype) for n, i in self.pivot.infos.items()}
+
+    def measure(self) -> None:
+        """First pass, for VaRM: every target's change against the pivot, and the groups' weights."""
+        self.changes = [measure(self.pivot, t, self.floating, r) for t, r in zip(self.targets, self.replaced, strict=True)]
+        if self.settings["granularity"] != "parameter":
+            options = {key: self.settings[key] for key in ("granularity", "variation", "weighting", "temperature")}
+            self.groups = group_weights(self.changes, **options)
+        changed = any(change.square > 0 for target in self.changes for change in target.values())
+        if not changed and not self.settings["allow_unchanged"]:
+            raise UserError(
+                f"no target differs from the pivot {self.pivot.path}: every VaRM weight is 0/0; "
+                "check targets, or pass merge.allow_unchanged=true to write the pivot again"
+            )
+
+    def write(self, directory: Path, max_shard_size: str | int) -> list[Path]:
+        """Second pass: merges every parameter into ``directory``; returns the weight files."""
+        writer = CheckpointWriter(directory, self.plan, bytes_of(max_shard_size))
+        names = list(self.plan)
+        for position, name in enumerate(names):
+            for checkpoint in (self.pivot, *self.targets):
+                for later in names[position + 1 : position + 3]:
+                    checkpoint.read_ahead(later)
+            self._write_tensor(writer, name)
+        return writer.close()
+
+    def _write_tensor(self, writer: CheckpointWriter, name: str) -> None:
+        pivot = self.pivot.tensor(name)
+        if name not in self.floating or self._kept(name):
+            writer.write(name, pivot)
+            return
+        targets = [r.get(name, None) for r in self.replaced]
+        tensors = [t.tensor(name) if r is None else r for t, r in zip(self.targets, targets, strict=True)]
+        if self.method in WHOLE:
+            writer.write(name, self._checked(name, self._whole(name, pivot.float(), [t.float() for t in tensors])))
+            return
+        flat = [tensor.reshape(-1) for tensor in (pivot, *tensors)]
+        combine = self._elementwise(name)
+        for start in range(0, flat[0].numel(), SLICE):
+            parts = [tensor[start : start + SLICE].float() for tensor in flat]
+            writer.write(name, self._checked(name, combine(parts[0], parts[1:])))
+
+    def _elementwise(self, name: str) -> Callable[[Tensor, list[Tensor]], Tensor]:
+        weights, s = self._weights(name), self.settings
+        if self.method == "linear":
+            return lambda pivot, targets: methods.linear(targets, weights, s["normalize"])
+        if self.method == "task_arithmetic":
+            return lambda pivot, targets: methods.task_arithmetic(pivot, targets, weights, s["scale"], s["normalize"])
+        if s["granularity"] == "parameter":
+            return lambda pivot, targets: methods.element_weighted(pivot, targets, 2 if s["variation"] == "square" else 1)
+        varied = self.groups[group_of(name, s["granularity"])]
+        if pattern := self._pattern(name):
+            varied = list(pattern["weights"])
+        return lambda pivot, targets: pivot if varied is None else methods.linear(targets, varied)
+
+    def _whole(self, name: str, pivot: Tensor, targets: list[Tensor]) -> Tensor:
+        weights, s = self._weights(name), self.settings
+        many = {key: self._each(s[key]) for key in ("density", "gamma") if key in s and self.method != "sce"}
+        shared = {key: s[key] for key in ("scale", "normalize") if key in s}
+        if self.method == "ties":
+            return methods.ties(pivot, targets, weights, many["density"], **shared)
+        if self.method == "sce":
+            return methods.sce(pivot, targets, s["density"], s["select"])
+        if self.method in ("dare", "della"):
+            generator = torch.Generator().manual_seed(self.seed + sum(name.encode()))
+            extra = {"epsilon": s["epsilon"]} if self.method == "della" else {}
+            function = getattr(methods, self.method)
+            return function(pivot, targets, weights, many["density"], generator, consensual=s["consensual"], **shared, **extra)  # type: ignore[no-any-return]
+        if self.method == "breadcrumbs":
+            return methods.breadcrumbs(pivot, targets, weights, many["density"], many["gamma"], **shared)
+        if self.method == "slerp":
+            return methods.slerp_chain(targets, s["t"])
+        if self.method == "model_stock":
+            return methods.model_stock(pivot, targets, s["filter_wise"])
+        embedding = pivot.dim() == 2 and not re.search(r"\.\d+\.", name) and "head" not in name and "embed_out" not in name
+        return methods.widen(pivot, targets, s["ratio"], s["calibration"], transposed=embedding)
+
+    def _checked(self, name: str, merged: Tensor) -> Tensor:
+        if not bool(torch.isfinite(merged.sum())) and not bool(torch.isfinite(merged).all()):
+            for checkpoint in (self.pivot, *self.targets):
+                if not bool(torch.isfinite(checkpoint.tensor(name).float()).all()):
+                    raise UserError(f"{checkpoint.path}: {name} holds NaN or inf; the model is broken, train or download it again")
+            raise UserError(f"merging {name} by {self.method} gives NaN or inf; check merge.weights and merge.scale")
+        return merged
+
+    def _weights(self, name: str) -> list[float]:
+        pattern = self._pattern(name)
+        found = pattern["weights"] if pattern else self.weights
+        if found is not None and len(found) != len(self.targets):
+            raise UserError(f"merge.patterns: {len(found)} weights for {len(self.targets)} targets at {name}")
+        return list(found) if found is not None else [1.0] * len(self.targets)
+
+    def _pattern(self, name: str) -> Mapping[str, Any] | None:
+        return next((p for p in self.patterns if re.search(p["match"], name) and "weights" in p), None)
+
+    def _kept(self, name: str) -> bool:
+        first = next((p for p in self.patterns if re.search(p["match"], name)), None)
+        return first is not None and first.get("keep") == "pivot"
+
+    def _each(self, value: Any) -> list[float]:
+        return [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * len(self.targets)
+
+
+def check_inputs(pivot: LazyCheckpoint, targets: Sequence[LazyCheckpoint]) -> None:
+    """Raises `UserError` for too few targets, the same one twice, or different architectures."""
+    import json
+
+    paths = [target.path.resolve() for target in targets]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise UserError(f"the target {twice[0]} is given twice; remove one, or give it a weight with merge.weights")
+    if len(targets) < 2:
+        raise UserError(f"merging needs at least two targets, {len(targets)} given; see targets='[DIR,DIR]'")
+    configs = [json.loads((c.path / "config.json").read_text()) if (c.path / "config.json").exists() else {} for c in (pivot, *targets)]
+    for target, config in zip(targets, configs[1:], strict=True):
+        if config.get("model_type") != configs[0].get("model_type"):
+            raise UserError(
+                f"{target.path} is a {config.get('model_type')} model, the pivot {pivot.path} a {configs[0].get('model_type')}; "
+                "only models of one architecture can be merged: fuse the other one first (train.py)"
+            )
+
+
+def check_shapes(pivot: LazyCheckpoint, targets: Sequence[LazyCheckpoint], replaced: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raises `UserError` naming the first parameter that is missing, extra or of another shape."""
+    for target, own in zip(targets, replaced, strict=True):
+        if missing := [name for name in pivot if name not in target]:
+            raise UserError(f"{target.path} lacks {missing[0]} ({len(missing)} parameters missing); it is not a target of {pivot.path}")
+        if extra := [name for name in target if name not in pivot]:
+            raise UserError(f"{target.path} has {extra[0]}, which the pivot {pivot.path} lacks ({len(extra)} parameters extra)")
+        for name, info in pivot.infos.items():
+            shape = tuple(own[name].shape) if name in own else target.infos[name].shape
+            if shape != info.shape:
+                raise UserError(f"{name}: shape {shape} in {target.path}, {info.shape} in the pivot {pivot.path}")
+
+
+def copy_companions(pivot: Path, directory: Path, dtype: str | None) -> None:
+    """Copies config, tokenizer, chat template and generation config of the pivot."""
+    import json
+
+    for file in sorted(pivot.iterdir()):
+        if file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in NOT_COPIED and not file.name.startswith("."):
+            shutil.copyfile(file, directory / file.name)
+    config = directory / "config.json"
+    if dtype and config.exists():
+        content = json.loads(config.read_text())
+        content["dtype" if "dtype" in content else "torch_dtype"] = dtype
+        config.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def describe(merge: Merge, max_shard_size: str | int) -> str:
+    """The plan, for ``merge.dry_run``: groups with weights, and what would be written."""
+    plan = merge.plan
+    size = sum(int(torch.Size(shape).numel()) * dtype.itemsize for shape, dtype in plan.values())
+    lines = [f"{merge.method}: {len(plan)} parameters, {size / 1e6:,.1f} MB in shards of {max_shard_size}"]
+    for name, (shape, dtype) in plan.items():
+        weights = merge.groups.get(group_of(name, merge.settings["granularity"])) if merge.method == "varm" else merge._weights(name)
+        shown = "pivot" if merge._kept(name) or weights is None and merge.method == "varm" else ", ".join(f"{w:.4f}" for w in weights or [])
+        lines.append(f"  {name}  {tuple(shape)}  {str(dtype).removeprefix('torch.')}  {shown}")
+    return "\n".join(lines)
+
+
+__all__ = ["GRANULARITIES", "NAMES", "Merge", "check_inputs", "check_shapes", "copy_companions", "describe"]

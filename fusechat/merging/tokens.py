@@ -1,0 +1,54 @@
+"""Embedding rows matched by token: targets with added tokens or padded vocabularies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusechat.checkpoints import LazyCheckpoint
+from fusechat.errors import UserError
+
+
+def vocabulary(path: Path) -> dict[str, int] | None:
+    """token -> id from tokenizer.json, added tokens included; None without one."""
+    file = path / "tokenizer.json"
+    if not file.exists():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    found = {entry[0]: i for i, entry in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+    return found | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+
+
+def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Tensor]:
+    """Vocabulary-sized tensors of the target with their rows in the pivot's order; rows it lacks are the pivot's.
+
+    Empty where both have the same tokens at the same ids and the same shapes. Raises `UserError` where shapes differ and
+    no tokenizer tells which row is which.
+    """
+    own, theirs = vocabulary(pivot.path), vocabulary(target.path)
+    names = [n for n in pivot if n in target and len(pivot.infos[n].shape) == 2 and _is_vocabulary(pivot, target, n, own)]
+    same = own == theirs or own is None or theirs is None
+    moved: dict[str, Tensor] = {}
+    for name in names:
+        shape, other = pivot.infos[name].shape, target.infos[name].shape
+        if shape == other and same:
+            continue
+        if own is None or theirs is None or shape[1] != other[1]:
+            raise UserError(f"{name}: shape {other} in {target.path}, {shape} in the pivot {pivot.path}, and no tokenizers to match rows by")
+        rows = pivot.tensor(name).clone()
+        pairs = [(i, theirs[token]) for token, i in own.items() if token in theirs and i < shape[0] and theirs[token] < other[0]]
+        index = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+        rows[index[:, 0]] = target.tensor(name)[index[:, 1]].to(rows.dtype)
+        moved[name] = rows
+    return moved
+
+
+def _is_vocabulary(pivot: LazyCheckpoint, target: LazyCheckpoint, name: str, own: dict[str, int] | None) -> bool:
+    """Whether a matrix has one row per token: outside the blocks, at least as many rows as the tokenizer has tokens."""
+    outside = not any(part.isdigit() for part in name.split("."))
+    rows = min(pivot.infos[name].shape[0], target.infos[name].shape[0])
+    return outside and (own is None or rows >= 0.5 * len(own)) and ("embed" in name or "head" in name or "wte" in name)

@@ -1,0 +1,30 @@
+"""Merge: several targets of the pivot's shape -> one model, by VaRM and the methods it is compared with.
+
+    python merge.py experiment=tiny
+    python merge.py merge=varm merge.granularity=matrix pivot.path=DIR 'targets=[DIR,DIR]' output_dir=DIR
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from fusechat.runtime import entry
+
+
+def run(cfg: DictConfig) -> None:
+    """config -> objects -> run."""
+    from fusechat import merge_run
+
+    plan = merge_run.plan(cfg)
+    if plan.finished:
+        return
+    merge = plan.merge()
+    if cfg.merge.dry_run:
+        plan.show(merge)
+    else:
+        plan.write(merge)
+
+
+main = entry("merge")(run)
+if __name__ == "__main__":
+    main()
