@@ -93,7 +93,7 @@ class MergeRun:
             return
         import wandb
 
-        run = make_logger(self.cfg, f"merge-{self.output.name}").experiment
+        run = make_logger(self.cfg, f"merge-{self.output.name}")[0].experiment
         rows = [[group, *(weights or [None] * len(self.targets))] for group, weights in merge.groups.items()]
         table = wandb.Table(columns=["group", *(path.name for path in self.targets)], data=rows)
         run.log({"merge/weights": table, "merge/heatmap": wandb.Image(str(self.output / "merge_weights.png"))})

@@ -29,7 +29,14 @@ LOG = logging.getLogger("fusechat")
 Run = Callable[[DictConfig], Any]
 FAILED: list[str] = []
 
-OmegaConf.register_new_resolver("basename", lambda path: Path(path).name, replace=True)
+
+
+def label(path: str | None) -> str:
+    """A short name for a model: its folder and the one above, or the Hub id, joined by a dash."""
+    return "-".join(Path(path).parts[-2:]) if path else "none"
+
+
+OmegaConf.register_new_resolver("label", label, replace=True)
 
 
 def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
@@ -111,7 +118,7 @@ def session(cfg: DictConfig) -> Iterator[None]:
             import wandb
 
             if wandb.run is not None:
-                wandb.finish(quiet=True)
+                wandb.finish()
 
 
 def seed_everything(seed: int) -> None:
@@ -136,25 +143,31 @@ def make_trainer(cfg: DictConfig, callbacks: list[Any], logger: Any = False, **o
     return lightning.Trainer(**{**options, **overrides}, callbacks=callbacks, logger=logger)
 
 
-def make_logger(cfg: DictConfig, name: str) -> Any:
-    """The Lightning logger that the ``logger`` group names, or False. group = experiment, job_type = stage."""
+def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
+    """The Lightning loggers that the ``logger`` group names: CSV always, wandb beside it, or none.
+
+    In wandb: group = experiment, job_type = stage. A resumed run's CSV goes on in a file of its own.
+    """
     if cfg.logger.kind == "none":
         return False
-    if cfg.logger.kind == "csv":
-        from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.loggers import CSVLogger
 
-        return CSVLogger(cfg.paths.logs, name=name, version="")
+    csv = CSVLogger(cfg.paths.logs, name=name, version=f"from_step_{resumed_at}")
+    if cfg.logger.kind == "csv":
+        return [csv]
     if not cfg.logger.offline and not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
         raise UserError("logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline")
     from lightning.pytorch.loggers import WandbLogger
 
+    os.environ.setdefault("WANDB_SILENT", "true")
     Path(cfg.paths.logs).mkdir(parents=True, exist_ok=True)
     tags = [cfg.experiment_name, cfg.stage, *cfg.logger.tags]
     flat: Any = flatten(OmegaConf.to_container(cfg, resolve=True))
-    return WandbLogger(
+    wandb = WandbLogger(
         name=name, project=cfg.logger.project, entity=cfg.logger.entity, save_dir=cfg.paths.logs, offline=cfg.logger.offline,
         group=cfg.experiment_name, job_type=cfg.stage, tags=tags, config=flat,
     )  # fmt: skip
+    return [wandb, csv]
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from fusechat import models
 from fusechat.cards import command_line, write_card
 from fusechat.errors import UserError
-from fusechat.fusion.callbacks import SavePretrained, latest_checkpoint, make_callbacks
+from fusechat.fusion.callbacks import SavePretrained, latest_checkpoint, make_callbacks, step_of
 from fusechat.fusion.data import FusionDataModule
 from fusechat.fusion.module import FusionModule
 from fusechat.runtime import make_logger, make_trainer, plain, provenance, seed_everything
@@ -117,7 +117,7 @@ class Training:
     def trainer(self) -> Any:
         """Lightning's Trainer with our callbacks and the logger that the config names."""
         cfg, calls = self.cfg, self.cfg.callbacks
-        logger = make_logger(cfg, f"{cfg.stage}-{self.output.name}")
+        logger = make_logger(cfg, f"{cfg.stage}-{self.output.name}", step_of(self.checkpoint))
         callbacks = make_callbacks(self.checkpoints, calls.checkpoint_every_n_steps, calls.early_stopping, calls.progress_bar, bool(logger))
         self._saver = SavePretrained(self.output, self.describe)
         return make_trainer(cfg, [*callbacks, self._saver], logger, enable_progress_bar=calls.progress_bar, use_distributed_sampler=False)

@@ -100,5 +100,10 @@ def make_callbacks(checkpoints: Path, every_n_steps: int | None, early_stopping:
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint that is whole; one cut short by a kill is passed over."""
-    found = sorted(directory.glob("*.ckpt"), key=lambda file: int("".join(c for c in file.stem if c.isdigit()) or 0), reverse=True)
+    found = sorted(directory.glob("*.ckpt"), key=step_of, reverse=True)
     return next((file for file in found if zipfile.is_zipfile(file)), None)
+
+
+def step_of(checkpoint: Path | str | None) -> int:
+    """The optimizer step that a checkpoint's name tells."""
+    return int("".join(c for c in Path(checkpoint).stem if c.isdigit()) or 0) if checkpoint else 0

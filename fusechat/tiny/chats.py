@@ -14,7 +14,8 @@ from fusechat.chat import Message
 
 SKILLS = ("sort", "reverse", "shift", "knowledge", "lexicon", "calendar")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-LETTERS = "abcdefghij"
+LETTERS = "abcdefgh"
+VALUES = 10  # different answers per relation of the knowledge base
 STRINGS = {
     "sort": ("Sort the letters {}.", "Put {} in alphabetical order.", "What is {} sorted?"),
     "reverse": ("Reverse the letters {}.", "Write {} backwards.", "What is {} reversed?"),
@@ -50,13 +51,11 @@ class World:
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(f"world {seed}")
-        names = _names(rng, 40 * 4 + 40 + len(ENGLISH))
+        names = _names(rng, 40 + 3 * VALUES + len(ENGLISH))
         self.places = [next(names).capitalize() for _ in range(40)]
-        self.facts: dict[tuple[str, str], str] = {}
-        for relation in RELATIONS:
-            for place in self.places:
-                value = str(rng.randint(100, 999)) if relation == "year" else next(names)
-                self.facts[place, relation] = value.capitalize() if relation in ("ruler", "river") else value
+        values = {relation: [next(names).capitalize() for _ in range(VALUES)] for relation in RELATIONS if relation != "year"}
+        values["year"] = [str(year) for year in rng.sample(range(100, 1000), VALUES)]
+        self.facts = {(place, relation): rng.choice(values[relation]) for relation in RELATIONS for place in self.places}
         self.lexicon = {word: next(names) for word in ENGLISH}
         self.fixed = [*self._facts(), *self._words(), *self._dates()]
 
@@ -69,12 +68,12 @@ class World:
 
     def _string(self, skill: str, rng: random.Random, held_out: bool) -> Item:
         while True:
-            letters = "".join(rng.sample(LETTERS, rng.choice((3, 4, 4))))
-            if (_hash(skill + letters) % 5 == 0) == held_out:
+            letters = rng.sample(LETTERS, rng.choice((3, 4)))
+            if (_hash(skill + "".join(letters)) % 5 == 0) == held_out:
                 break
-        answer = {"sort": "".join(sorted(letters)), "reverse": letters[::-1], "shift": "".join(chr(ord(c) + 1) for c in letters)}[skill]
-        wrong = "".join(rng.sample(answer, len(answer)))
-        return Item(skill, rng.choice(STRINGS[skill]).format(letters), answer, held_out, (wrong, answer[1:] + answer[0]))
+        answer = {"sort": sorted(letters), "reverse": letters[::-1], "shift": [chr(ord(c) + 1) for c in letters]}[skill]
+        wrong = (" ".join(rng.sample(answer, len(answer))), " ".join([*answer[1:], answer[0]]))
+        return Item(skill, rng.choice(STRINGS[skill]).format(" ".join(letters)), " ".join(answer), held_out, wrong)
 
     def _facts(self) -> Iterator[Item]:
         for (place, relation), value in self.facts.items():

@@ -1,0 +1,1 @@
+"""Evaluation that compares models of different tokenizers fairly, sample by sample, resumable."""

@@ -1,0 +1,104 @@
+"""Evaluation files of one or several experiments as rows, tables and paired comparisons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fusechat.errors import UserError
+from fusechat.evaluation.statistics import compare
+
+ORDER = {"models": 0, "targets": 1, "merged": 2}
+LOWER_IS_BETTER = ("bits_per_byte", "nats_per_token")
+
+
+def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Every evaluation under the folders. A file that is cut short is an error that names it."""
+    rows = []
+    for folder in folders:
+        for file in sorted((folder / "evaluation").glob("*.json")):
+            try:
+                content = json.loads(file.read_text())
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file} is half-written; remove it and evaluate again") from error
+            rows.append({**content, "folder": folder, "kind": content["name"].split("-")[0]})
+    return rows
+
+
+def ordered(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Models first, then targets, then merged models, each from worst to best."""
+    known = sorted({name for row in rows for name in row["metrics"]})
+    if metric not in known:
+        raise UserError(f"report.metric={metric!r} is in no evaluation; use one of: {', '.join(known)}")
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    return sorted(rows, key=lambda row: (ORDER.get(row["kind"], 3), sign * row["metrics"][metric]["all"]["value"]))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row a model: bits per byte and accuracy with 95 % intervals, then accuracy by skill, then the overrides that differ."""
+    several = len({row["folder"] for row in rows}) > 1
+    differing = _differing(rows)
+    out = []
+    for row in rows:
+        line: dict[str, Any] = {"experiment": str(row["folder"])} if several else {}
+        line["model"] = row["name"].replace("models-", "").replace("targets-", "target ").replace("merged-", "merged ")
+        for name, title in (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy %")):
+            if name in row["metrics"]:
+                scale, digits = (100, 1) if name == "accuracy" else (1, 4)
+                entry = row["metrics"][name]["all"]
+                line[title] = round(entry["value"] * scale, digits)
+                line[f"{title} 95 %"] = f"{entry['low'] * scale:.{digits}f}–{entry['high'] * scale:.{digits}f}"
+        by_skill = row["metrics"].get("accuracy", {})
+        line |= {tag: round(100 * entry["value"], 1) for tag, entry in by_skill.items() if tag != "all"}
+        out.append(line | {key: _value(row, key) for key in differing})
+    return pd.DataFrame(out)
+
+
+def comparisons(rows: Sequence[dict[str, Any]], baseline: str, metric: str) -> pd.DataFrame:
+    """Every model against the baseline, paired on the same samples: difference, interval, p, and whether it is within noise."""
+    base = next((row for row in rows if row["name"] == baseline), rows[0])
+    out = []
+    for row in rows:
+        if row is base or row["tests"] != base["tests"]:
+            continue
+        found = compare(base["samples"], row["samples"], metric)
+        within = found["low"] <= 0 <= found["high"]
+        line = {"model": row["name"], "against": base["name"], "metric": metric}
+        out.append({**line, **{k: round(v, 4) for k, v in found.items()}, "within noise": within})
+    return pd.DataFrame(out)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A Markdown table of a frame."""
+    header = "| " + " | ".join(map(str, frame.columns)) + " |\n|" + "---|" * len(frame.columns) + "\n"
+    cells = frame.astype(object).where(frame.notna(), "")
+    return header + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in cells.itertuples(index=False))
+
+
+def _differing(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Config keys whose values differ between the runs that made the models, of those that people sweep."""
+    swept = ("loss", "fusion", "merge", "optimizer", "token_map", "alignment", "data", "seed")
+    keys = sorted({key for row in rows for key in _made(row) if key.split(".")[0] in swept})
+    return [key for key in keys if len({str(_value(row, key)) for row in rows if _made(row)}) > 1] if len(rows) > 1 else []
+
+
+def _made(row: dict[str, Any]) -> dict[str, Any]:
+    file = Path(row["model"]) / "fusechat.json"
+    if "made" not in row:
+        content = json.loads(file.read_text()) if file.exists() else {}
+        row["made"] = dict(_flat(content.get("config", {}), "")) if content.get("stage") in ("train", "merge") else {}
+    return row["made"]  # type: ignore[no-any-return]
+
+
+def _value(row: dict[str, Any], key: str) -> Any:
+    return _made(row).get(key, "")
+
+
+def _flat(tree: Any, prefix: str) -> list[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        return [(prefix, tree)]
+    return [pair for key, value in tree.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else key)]
