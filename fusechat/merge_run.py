@@ -19,7 +19,7 @@ from fusechat.runtime import make_logger, plain, provenance
 from fusechat.store import fingerprint
 
 LOG = logging.getLogger(__name__)
-COMMON = {"method", "weights", "patterns", "dtype", "max_shard_size", "dry_run"}
+COMMON = {"name", "method", "weights", "patterns", "dtype", "max_shard_size", "dry_run"}
 
 
 class MergeRun:
@@ -36,7 +36,7 @@ class MergeRun:
                 raise UserError(f"output_dir={self.output} lies inside the input {path}; choose another")
         if not self.pivot.is_dir():
             raise UserError(f"pivot.path={self.pivot} is no directory; merging reads local checkpoints: download it with `hf download`")
-        settings = {k: v for k, v in self.options.items() if k != "dry_run"}
+        settings = {k: v for k, v in self.options.items() if k not in ("dry_run", "name")}
         self.hashes = {str(path): models.model_identity(str(path)) for path in (self.pivot, *self.targets)}
         self.mark = fingerprint(merge=settings, inputs=list(self.hashes.values()), seed=cfg.seed)
 

@@ -47,7 +47,7 @@ def _log(cfg: DictConfig, table: Any, pictures: list[tuple[str, Path]]) -> None:
     import wandb
 
     experiment = make_logger(cfg, "report")[0].experiment
-    experiment.log({"report/results": wandb.Table(dataframe=table)} | {f"report/{path.stem}": wandb.Image(str(path)) for _, path in pictures})
+    experiment.log({"report/results": wandb.Table(dataframe=table.astype(str))} | {f"report/{path.stem}": wandb.Image(str(path)) for _, path in pictures})
 
 
 main = entry("report")(run)

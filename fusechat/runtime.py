@@ -83,11 +83,12 @@ def _command(command: Callable[[], None]) -> None:
 def _with_near_names(error: Exception) -> str:
     """The message of hydra's error, with the names that come near the unknown one."""
     text = str(error).strip()
-    if key := re.search(r"Key '([\w.]+)' is not in struct\s+full_key: ([\w.]+)", text):
-        words = [p.stem for p in Path(CONF).rglob("*.yaml")] + re.findall(r"^ *(\w+):", _yaml_text(), re.M)
-        near = difflib.get_close_matches(key[1], sorted(set(words)), n=3)
+    if key := re.search(r"Could not override '([\w./@]+)'|Key '[\w.]+' is not in struct\s+full_key: ([\w.]+)", text):
+        name = str(key[1] or key[2])
+        words = {p.stem for p in Path(CONF).rglob("*.yaml")} | set(re.findall(r"^ *(\w+):", _yaml_text(), re.M))
+        near = difflib.get_close_matches(name.split(".")[-1], sorted(words), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        return f"the config has no key {key[2]!r}{hint} (--cfg job shows all keys; +{key[2]}=… adds one)"
+        return f"the config has no key {name!r}{hint} (--cfg job shows the keys there are; +{name}=VALUE adds one)"
     if group := re.search(r"Could not find '([\w/]+)'", text):
         folder = Path(CONF) / Path(group[1]).parent
         near = difflib.get_close_matches(Path(group[1]).name, [p.stem for p in folder.glob("*.yaml")], n=3, cutoff=0.4)

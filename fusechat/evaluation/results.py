@@ -13,6 +13,7 @@ from fusechat.errors import UserError
 from fusechat.evaluation.statistics import compare
 
 ORDER = {"models": 0, "targets": 1, "merged": 2}
+SWEPT = {"train": ("loss", "fusion", "optimizer", "token_map", "alignment", "data", "lora", "seed"), "merge": ("merge",)}
 LOWER_IS_BETTER = ("bits_per_byte", "nats_per_token")
 
 
@@ -80,17 +81,18 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def _differing(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Config keys whose values differ between the runs that made the models, of those that people sweep."""
-    swept = ("loss", "fusion", "merge", "optimizer", "token_map", "alignment", "data", "seed")
-    keys = sorted({key for row in rows for key in _made(row) if key.split(".")[0] in swept})
-    return [key for key in keys if len({str(_value(row, key)) for row in rows if _made(row)}) > 1] if len(rows) > 1 else []
+    """Config keys whose values differ between the runs that made the models, of those that people sweep at that stage."""
+    keys = sorted({key for row in rows for key in _made(row)})
+    return [key for key in keys if len({str(made[key]) for row in rows if key in (made := _made(row))}) > 1]
 
 
 def _made(row: dict[str, Any]) -> dict[str, Any]:
-    file = Path(row["model"]) / "fusechat.json"
+    """The flat config of the stage that made a model, as far as people sweep it."""
     if "made" not in row:
+        file = Path(row["model"]) / "fusechat.json"
         content = json.loads(file.read_text()) if file.exists() else {}
-        row["made"] = dict(_flat(content.get("config", {}), "")) if content.get("stage") in ("train", "merge") else {}
+        flat = dict(_flat(content.get("config", {}), ""))
+        row["made"] = {k: v for k, v in flat.items() if k.split(".")[0] in SWEPT.get(content.get("stage", ""), ()) and k != "merge.name"}
     return row["made"]  # type: ignore[no-any-return]
 
 

@@ -100,7 +100,7 @@ def _change(pivot: LazyCheckpoint, target: LazyCheckpoint, name: str, replaced: 
     square = absolute = 0.0
     own, theirs = pivot.tensor(name).reshape(-1), (target.tensor(name) if replaced is None else replaced).reshape(-1)
     for start in range(0, own.numel(), SLICE):
-        delta = theirs[start : start + SLICE].float().sub_(own[start : start + SLICE].float())
+        delta = theirs[start : start + SLICE].float() - own[start : start + SLICE].float()  # not in place: inputs are memory-mapped
         absolute += float(delta.norm(1))
         square += float(delta.dot(delta))
     if not math.isfinite(square):

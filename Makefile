@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= offline
+export TOKENIZERS_PARALLELISM ?= true
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.ready  ## the whole of FuseChat on an embedded default: no GPU, no hub, no account
+	$(BIN)/python -m fusechat.pipeline experiment=tiny
+
+test: $(VENV)/.ready  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready  ## ruff and mypy --strict
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(VENV)/.ready  ## format the code
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: $(VENV)/.ready  ## benchmarks: ratios measured side by side
+	$(BIN)/python -m tests.benchmarks
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: help demo test lint format bench

@@ -1,0 +1,85 @@
+"""Fixtures: a miniature tiny world, and a way to run an entry in this process as its command would."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update({"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TOKENIZERS_PARALLELISM": "false"})
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from fusechat import pipeline
+from fusechat.runtime import CONF, run_stage
+
+torch.set_num_threads(1)
+MINI = [
+    "tiny.fusion_chats=96", "tiny.test_chats=24", "tiny.train_chats=256", "tiny.width=32", "tiny.layers=2", "tiny.heads=2",
+    "tiny.models.pivot.steps=6", "tiny.models.a.steps=6", "tiny.models.b.steps=6", "tiny.models.c.steps=6",
+    "extract.rows_per_shard=32", "extract.tokens_per_batch=1024", "trainer.max_steps=6", "data.batch_size=8", "logger=csv",
+]  # fmt: skip
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def composed(config: str, overrides: list[str]) -> Any:
+    """The config an entry would get."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose(config, overrides)
+
+
+def run_entry(name: str, overrides: list[str]) -> Any:
+    """Runs an entry's stage in this process."""
+    import importlib
+
+    module = importlib.import_module(pipeline.ENTRIES[name])
+    return run_stage(module.run, composed(name, overrides))
+
+
+class Mini:
+    """A miniature world in a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.base = [*MINI, f"paths.root={root}"]
+        self.experiment = root / "tiny" / "seed0"
+
+    def run(self, name: str, *overrides: str) -> Any:
+        return run_entry(name, [*self.base, *overrides])
+
+    def cfg(self, name: str, *overrides: str) -> Any:
+        return composed(name, [*self.base, *overrides])
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Mini:
+    """World, distributions and aligned stores, made once."""
+    world = Mini(tmp_path_factory.mktemp("runs"))
+    world.run("tiny")
+    for source in ("pivot", "a", "b", "c"):
+        world.run("extract", f"source={source}")
+    for source in ("pivot", "a", "b", "c"):
+        world.run("align", f"source={source}")
+    return world
+
+
+@pytest.fixture()
+def fresh(tmp_path: Path, mini: Mini) -> Mini:
+    """A copy of the miniature world that a test may spoil; its paths are its own."""
+    import shutil
+
+    shutil.copytree(mini.root, tmp_path / "runs")
+    return Mini(tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def tokenizers(mini: Mini) -> Callable[[str], Any]:
+    """Tokenizers of the miniature world by model name."""
+    from transformers import AutoTokenizer
+
+    return lambda name: AutoTokenizer.from_pretrained(mini.experiment / "world/models" / name)

@@ -1,0 +1,53 @@
+"""Every shipped config composes for every entry, and every file says how to use it."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from tests.conftest import composed
+
+from fusechat.pipeline import ENTRIES, expand
+from fusechat.runtime import CONF
+
+FILES = sorted(Path(CONF).rglob("*.yaml"))
+EXPERIMENTS = sorted(file.stem for file in (Path(CONF) / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("entry", sorted(ENTRIES))
+def test_every_experiment_composes(experiment: str, entry: str) -> None:
+    cfg = composed(entry, [f"experiment={experiment}", "evaluation.chats=x", "model=a/b"])
+    OmegaConf.resolve(cfg)
+    assert cfg.experiment_name in experiment
+    assert 0 <= cfg.loss.lm_weight <= 1
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_pipeline_step_composes(experiment: str) -> None:
+    steps = composed("pipeline", [f"experiment={experiment}"]).pipeline.steps
+    for step in OmegaConf.to_container(steps, resolve=True):
+        for name, overrides in expand(step):
+            OmegaConf.resolve(composed(name, [f"experiment={experiment}", "evaluation.chats=x", *overrides])) if name != "evaluate" else None
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(CONF)))
+def test_every_file_opens_with_a_comment(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# "), f"{file} does not say what it is for"
+
+
+def test_published_hyperparameters() -> None:
+    cfg = composed("train", ["experiment=fusechat_7b_varm"])
+    assert (cfg.optimizer.lr, cfg.loss.lm_weight, cfg.trainer.max_epochs, cfg.chat.max_length) == (5e-6, 0.9, 3, 2048)
+    assert cfg.data.batch_size * 8 * cfg.trainer.accumulate_grad_batches == 128
+    cfg = composed("train", ["experiment=fusellm_7b"])
+    assert (cfg.optimizer.lr, list(cfg.optimizer.betas), cfg.optimizer.weight_decay, cfg.optimizer.warmup_ratio) == (1e-5, [0.9, 0.95], 0.1, 0.008)
+    assert composed("merge", ["experiment=fusechat_7b_v2"]).merge.density == 0.1
+
+
+def test_expand_is_a_grid() -> None:
+    assert expand("train source=a,b seed=1,2") == [
+        ("train", ["source=a", "seed=1"]), ("train", ["source=a", "seed=2"]),
+        ("train", ["source=b", "seed=1"]), ("train", ["source=b", "seed=2"]),
+    ]  # fmt: skip
+    assert expand("train 'sources=[a,b]'") == [("train", ["sources=[a,b]"])]
