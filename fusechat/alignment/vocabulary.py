@@ -57,8 +57,8 @@ def special_roles(tokenizer: Any, end_of_turn: int | None = None) -> dict[str, i
 
 def marker(tokenizer: Any) -> str:
     """How this vocabulary writes a space before a word: ▁, Ġ or nothing."""
-    joined = "".join(tokenizer.tokenize("x y"))
-    return joined.rpartition("x")[2].removesuffix("y")
+    joined = "".join(tokenizer.tokenize("a a"))
+    return joined.removesuffix("a").rpartition("a")[2]
 
 
 def em(source: Any, pivot: Any, roles: Sequence[tuple[int, int]]) -> Ints:
@@ -146,7 +146,7 @@ def _packed(texts: Sequence[str], alphabet: dict[str, int]) -> tuple[npt.NDArray
     return np.fromiter((alphabet[c] for text in texts for c in text), np.int32, int(starts[-1])), starts
 
 
-@numba.njit(cache=True, parallel=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True)  # type: ignore[untyped-decorator]
 def _nearest(names, name_starts, text, starts, ids, alphabet):  # type: ignore[no-untyped-def]
     """Myers' bit-parallel edit distance (1999, Hyyrö's form), candidates visited by difference in length and cut off there."""
     count, total = len(name_starts) - 1, len(ids)

@@ -68,21 +68,22 @@ class FusionLoss:
         """[N] from teacher p [N, K] and the student's log-probabilities at the same ids; differentiable in log_q."""
         present = p > 0
         log_p = torch.where(present, p, 1.0).log()
+        if self.kind == "uld":  # by rank: entries the teacher lacks count as zero
+            distance = (p - log_q.exp()).abs().sum(-1)
+            return distance + ((1 - p.sum(-1)) - (1 - log_q.exp().sum(-1))).abs() if self.missing_mass == "tail" else distance
         log_q = log_q.masked_fill(~present, 0.0)
         q = log_q.exp() * present
         p_tail, q_tail = (1 - p.sum(-1)).clamp_min(0.0), (1 - q.sum(-1)).clamp_min(TINY)
         if self.missing_mass == "renormalize":
             p_tail = torch.zeros_like(p_tail)
         tail = self.missing_mass == "tail"
-        if self.kind == "uld":
-            return (p - q).abs().sum(-1) + ((p_tail - q_tail).abs() if tail else 0.0)
         if self.kind in ("ce", "forward_kl"):
             entropy = self.kind == "forward_kl"
             loss = -(p * log_q).sum(-1) + ((p * log_p).sum(-1) if entropy else 0.0)
             return loss + (_term(p_tail, q_tail, entropy) if tail else 0.0)
         if self.kind == "reverse_kl":
             if self.missing_mass == "renormalize":
-                log_q = log_q - (1 - q_tail).clamp_min(TINY).log().unsqueeze(-1)
+                log_q = log_q - q.sum(-1, keepdim=True).clamp_min(TINY).log()
                 q = log_q.exp() * present
             loss = (q * (log_q - log_p)).sum(-1)
             return loss + (q_tail * (q_tail.log() - p_tail.clamp_min(TINY).log()) if tail else 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -64,6 +65,10 @@ def make_tokenizer(kind: str, vocab_size: int, texts: Sequence[str]) -> PreTrain
         else:
             trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=names, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    if kind == "llama":  # byte-fallback tokens are ordinary tokens, only their ids were to be reserved
+        content = json.loads(tokenizer.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in alphabet]
+        tokenizer = Tokenizer.from_str(json.dumps(content))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token=special["eos_token"],
         bos_token=special.get("bos_token"), additional_special_tokens=special["extra"], clean_up_tokenization_spaces=False,

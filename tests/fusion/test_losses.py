@@ -1,0 +1,205 @@
+"""The sparse loss: the published trainers' 44 cases, a naive dense reference for every option, and every head we know."""
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tests.conftest import GOLDEN
+from torch import Tensor
+
+from fusechat.errors import UserError
+from fusechat.fusion.losses import KINDS, MISSING, FusionLoss, Targets, fused_loss, loss_from_logits, schedule_weight
+from fusechat.fusion.rules import FusionRule
+from fusechat.heads import OutputHead
+
+MANIFEST = json.loads((GOLDEN / "loss" / "manifest.json").read_text())
+INPUTS, OUTPUTS = np.load(GOLDEN / "loss" / "inputs.npz"), np.load(GOLDEN / "loss" / "outputs.npz")
+
+
+def padded(name: str, rows: list[int]) -> tuple[Tensor, Tensor]:
+    logits, ids, offsets = (INPUTS[f"{name}_{part}"] for part in ("logits", "ids", "offsets"))
+    width = max(offsets[r + 1] - offsets[r] for r in range(len(offsets) - 1))
+    out, out_ids = torch.full((len(rows), width), -torch.inf), torch.zeros(len(rows), width, dtype=torch.long)
+    for n, r in enumerate(rows):
+        part = slice(offsets[r], offsets[r + 1])
+        out[n, : part.stop - part.start] = torch.tensor(logits[part])
+        out_ids[n, : part.stop - part.start] = torch.tensor(ids[part].astype(np.int64))
+    return out_ids, out
+
+
+@pytest.mark.parametrize("case", MANIFEST["cases"], ids=lambda c: c["name"])
+def test_parity_with_the_published_trainers(case: dict[str, Any]) -> None:
+    student, plain_text = torch.tensor(INPUTS["student_logits"]), case["version"].startswith("FuseLLM")
+    starts = np.concatenate([[0], np.cumsum(INPUTS["seq_lens"])])
+    places = []  # (sequence, batch row, t, is a label, is fused)
+    for sequence, b in enumerate(case["batch"]):
+        for t in range(student.shape[1]):
+            label = INPUTS["labels"][b, t + 1] if t + 1 < student.shape[1] else -100
+            fused = bool(INPUTS["attention_mask"][b, t]) if plain_text else label != -100
+            if fused or label != -100:
+                places.append((sequence, b, t, label, fused))
+    sequence, rows_b, rows_t, labels, fused = (list(column) for column in zip(*places, strict=True))
+    sources = ["src0", "src1"][: case.get("n_sources", 1)]
+    names = (["pivot"] if case["with_ref"] else []) + sources
+    ce = torch.tensor(np.stack([INPUTS[f"metric_ce_{'base' if n == 'pivot' else n}"][case["batch"]] for n in names], 1))
+    if "metric_base" in case:
+        ce = torch.tensor([case["metric_base"], case["metric_fused"]]).T
+    loss = FusionLoss({"ce": "ce", "kl": "forward_kl"}[case["loss_type"]], temperature=case.get("temperature", 1.0))
+    rule = FusionRule({"greater": "min_ce", "weighted": "avg_ce"}[case.get("mode", "greater")], metric="nats_per_token", empty="pivot")
+    rows = [int(starts[b] + t) for b, t in zip(rows_b, rows_t, strict=True)]
+    data = {name: padded(name, rows) for name in {*names, "pivot"}}
+    width = max(ids.shape[1] for ids, _ in data.values())
+    widen = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))
+    pivot = (widen(data["pivot"][0]), widen(loss.teacher(data["pivot"][1])))
+    each = []
+    for name in names:  # as released, a model that is silent at a position speaks with the pivot's row
+        ids, p = widen(data[name][0]), widen(loss.teacher(data[name][1]))
+        silent = ~(p > 0).any(-1, keepdim=True)
+        each.append((torch.where(silent, pivot[0], ids), torch.where(silent, pivot[1], p)))
+    at = torch.tensor(sequence)
+    result = rule(torch.stack([i for i, _ in each]), torch.stack([p for _, p in each]), torch.zeros(len(names), len(rows)), ce.float(), at, pivot)
+    progress = case.get("global_step", 0) / case.get("max_steps", 1)
+    weight = schedule_weight(case.get("type", "hard"), case["lm_loss_weight"], progress, result.reward)[at]
+    is_label, is_fused = torch.tensor([float(label != -100) for label in labels]), torch.tensor([float(f) for f in fused])
+    gold = torch.tensor([max(0, int(label)) for label in labels])
+    targets = Targets(result.ids, result.p, gold, weight * is_label / is_label.sum(), (1 - weight) * is_fused / is_fused.sum())
+    leaf = student.clone().requires_grad_()
+    value, _ = loss_from_logits(leaf[rows_b, rows_t].clone(), targets, loss)
+    value.backward()
+    wanted = torch.tensor(OUTPUTS[f"{case['name']}.grad"])
+    gradient = leaf.grad if wanted.shape == leaf.shape else leaf.grad[case["batch"]]
+    assert abs(value.item() - case["loss"]) < 1e-6
+    assert (gradient - wanted).abs().max() < 1e-7
+
+
+def dense(logits: Tensor, logprobs: Tensor, targets: Targets, loss: FusionLoss) -> Tensor:
+    """The textbook, over the whole vocabulary: to be checked by eye."""
+    n, v = logits.shape
+    log_q = (logits / loss.student_temperature).log_softmax(-1)
+    q, p = log_q.exp(), torch.zeros(n, v).scatter(1, targets.ids, loss.teacher(logprobs))
+    kept = torch.zeros(n, v, dtype=torch.bool).scatter(1, targets.ids, logprobs > -torch.inf)
+    if loss.kind == "uld":
+        top = q.sort(-1, descending=True).values[:, : targets.ids.shape[1]]
+        each = (targets.p - top).abs().sum(-1)
+        return each + ((1 - targets.p.sum(-1)) - (1 - top.sum(-1))).abs() if loss.missing_mass == "tail" else each
+    rest = loss.missing_mass == "tail" or (loss.kind == "jsd" and loss.missing_mass == "renormalize")
+    p_all, q_all = torch.where(kept, p, 0.0), torch.where(kept, q, 0.0)
+    if loss.kind == "reverse_kl" and loss.missing_mass == "renormalize":
+        q_all = q_all / q_all.sum(-1, keepdim=True)
+    if rest:
+        p_tail = (1 - p.sum(-1, keepdim=True)).clamp_min(0) if loss.missing_mass == "tail" else torch.zeros(n, 1)
+        p_all, q_all = torch.cat([p_all, p_tail], 1), torch.cat([q_all, 1 - q_all.sum(-1, keepdim=True)], 1)
+    xlogy = torch.special.xlogy
+    if loss.kind == "ce":
+        return -xlogy(p_all, torch.where(p_all > 0, q_all, 1.0)).sum(-1)
+    if loss.kind == "forward_kl":
+        return (xlogy(p_all, p_all) - xlogy(p_all, torch.where(p_all > 0, q_all, 1.0))).sum(-1)
+    if loss.kind == "reverse_kl":
+        return xlogy(q_all, torch.where(q_all > 0, q_all / torch.where(q_all > 0, p_all, 1.0), 1.0)).sum(-1)
+    mean = (p_all + q_all) / 2
+    safe = torch.where(mean > 0, mean, 1.0)
+    return (xlogy(p_all, p_all) - xlogy(p_all, safe) + xlogy(q_all, q_all) - xlogy(q_all, safe)).sum(-1) / 2
+
+
+def example(n: int, v: int, k: int) -> tuple[Tensor, Tensor, Targets]:
+    """Random logits, stored log-probabilities (ragged: one row lacks an entry) and targets without p."""
+    torch.manual_seed(0)
+    teacher = torch.randn(n, v).mul(2).log_softmax(-1)
+    values, ids = teacher.topk(k)
+    values[0, -1] = -torch.inf
+    weights = torch.rand(2, n) / n
+    return torch.randn(n, v), values, Targets(ids, values, torch.randint(0, v, (n,)), weights[0], weights[1])
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.0, 1.5)])
+@pytest.mark.parametrize(("kind", "missing"), itertools.product(KINDS, MISSING))
+def test_loss_and_gradient_equal_the_dense_reference(kind: str, missing: str, temperatures: tuple[float, float]) -> None:
+    loss = FusionLoss(kind, missing, *temperatures)
+    logits, logprobs, raw = example(40, 60, 6)
+    targets = Targets(raw.ids, loss.teacher(logprobs), raw.gold, raw.sft_weight, raw.fusion_weight)
+    leaf = logits.clone().requires_grad_()
+    sft = torch.nn.functional.cross_entropy(leaf, targets.gold, reduction="none")
+    wanted = (sft * targets.sft_weight + dense(leaf, logprobs, targets, loss) * targets.fusion_weight).sum()
+    wanted.backward()
+    ours = logits.clone().requires_grad_()
+    value, each = loss_from_logits(ours * 1.0, targets, loss)
+    value.backward()
+    assert torch.allclose(value, wanted, atol=1e-6)
+    assert torch.allclose(each[0], sft, atol=1e-5)
+    assert (ours.grad - leaf.grad).abs().max() < 1e-8
+
+
+def test_rows_without_entries_have_no_fusion_gradient() -> None:
+    loss = FusionLoss()
+    logits = torch.randn(3, 10, requires_grad=True)
+    p = loss.teacher(torch.full((3, 4), -torch.inf))
+    value, _ = loss_from_logits(logits * 1.0, Targets(torch.zeros(3, 4, dtype=torch.long), p, torch.zeros(3, dtype=torch.long), torch.zeros(3), torch.ones(3)), loss)
+    value.backward()
+    assert value.item() == 0
+    assert logits.grad.abs().max() == 0
+
+
+FAMILIES = {
+    "llama": transformers.LlamaConfig, "qwen2-tied": transformers.Qwen2Config, "gpt_neox": transformers.GPTNeoXConfig,
+    "mixtral": transformers.MixtralConfig, "gpt2": transformers.GPT2Config, "cohere": transformers.CohereConfig,
+    "granite": transformers.GraniteConfig, "gemma2": transformers.Gemma2Config, "phi": transformers.PhiConfig,
+}  # fmt: skip
+
+
+def family(name: str) -> Any:
+    options: dict[str, Any] = {
+        "vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": name == "qwen2-tied",
+    }  # fmt: skip
+    if name in ("llama", "qwen2-tied", "mixtral", "cohere", "granite", "gemma2"):
+        options["num_key_value_heads"] = 2
+    options |= {"cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 4.0}}.get(name, {})
+    options |= {"gemma2": {"final_logit_softcapping": 5.0, "head_dim": 16}, "mixtral": {"num_local_experts": 2}}.get(name, {})
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[name](**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_chunked_loss_equals_the_models_own_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusechat.fusion.losses.CHUNK_ELEMENTS", 90 * 4)  # several chunks
+    model, loss = family(name), FusionLoss("forward_kl", "tail")
+    ids = torch.randint(3, 90, (2, 9))
+    _, logprobs, raw = example(18, 90, 5)
+    targets = Targets(raw.ids, loss.teacher(logprobs), raw.gold, raw.sft_weight, raw.fusion_weight)
+    head = OutputHead(model)
+    head.verify(ids)
+    value, _ = fused_loss(head.hidden(ids).flatten(0, 1), head, targets, loss)
+    value.backward()
+    ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+    sft = torch.nn.functional.cross_entropy(logits, targets.gold, reduction="none")
+    wanted = (sft * targets.sft_weight + dense(logits, logprobs, targets, loss) * targets.fusion_weight).sum()
+    wanted.backward()
+    assert torch.allclose(value, wanted, atol=1e-5)
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            assert torch.allclose(ours[n], p.grad, atol=2e-6), n
+
+
+def test_a_head_that_hides_something_is_refused() -> None:
+    model = family("llama")
+    forward = model.forward
+    model.forward = lambda *a, **k: (out := forward(*a, **k)).__setitem__("logits", out.logits + 1) or out
+    with pytest.raises(UserError, match=r"loss\.chunked=false"):
+        OutputHead(model).verify(torch.arange(5).unsqueeze(0))
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UserError, match=r"loss\.kind='mse' is unknown; use one of: ce, forward_kl"):
+        FusionLoss("mse")
+    with pytest.raises(UserError, match=r"loss\.missing_mass='drop' is unknown"):
+        FusionLoss("ce", "drop")
