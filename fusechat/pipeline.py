@@ -58,7 +58,7 @@ def expand(step: str) -> list[tuple[str, list[str]]]:
     for override, text in zip(parser.parse_overrides(overrides), overrides, strict=True):
         if override.is_sweep_override():
             key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            choices.append([f"{key}={value}".replace("\\{", "{").replace("\\}", "}") for value in override.sweep_string_iterator()])
         else:
             choices.append([text])
     return [(name, list(combination)) for combination in product(*choices)]

@@ -69,13 +69,21 @@ def page(title: str, table: pd.DataFrame, comparisons: pd.DataFrame, pictures: S
 
 def print_table(frame: pd.DataFrame) -> None:
     """The result table on the terminal: the model and its headline numbers."""
-    table = Table(title="held-out results")
-    shown = [c for c in frame.columns if "." not in c and c != "seed"]
+    table = Table(title="held-out results, 95 % bootstrap intervals (± half their width)")
+    shown = [c for c in frame.columns if "." not in c and not c.endswith("95 %") and c != "seed"]
     for column in shown:
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
-    for line in frame[shown].itertuples(index=False):
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) and shown[i] == "bits per byte" else str(value) for i, value in enumerate(line)))
-    Console(width=max(120, Console().width)).print(table)
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for _, line in frame.iterrows():
+        table.add_row(*(_cell(line, column) for column in shown))
+    Console(width=max(130, Console().width)).print(table)
+
+
+def _cell(line: Any, column: str) -> str:
+    if f"{column} 95 %" not in line:
+        return str(line[column])
+    low, high = (float(v) for v in str(line[f"{column} 95 %"]).split("–"))
+    digits = 1 if "%" in column else 3
+    return f"{line[column]:.{digits}f} ±{(high - low) / 2:.{digits}f}"
 
 
 def _short(name: str) -> str:
