@@ -56,7 +56,7 @@ def sampled_from_logits(logits: Tensor, gold: Tensor, draws: int, generator: tor
     drawn = torch.multinomial(logprobs.exp(), draws, replacement=True, generator=generator)
     weight = torch.full(drawn.shape, 1.0 / draws, device=drawn.device)
     ids, shares = merge_duplicates(drawn, weight)
-    order = shares.argsort(-1, descending=True, stable=True)
+    order = shares.argsort(dim=-1, descending=True, stable=True)
     ids, shares = ids.gather(-1, order), shares.gather(-1, order)
     width = int((shares > 0).sum(-1).max()) if len(shares) else 1
     gold_logprob = logprobs.gather(-1, gold.unsqueeze(-1)).squeeze(-1)

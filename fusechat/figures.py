@@ -32,10 +32,11 @@ def weight_heatmap(groups: Mapping[str, Sequence[float] | None], names: Sequence
         cells[row, column.removesuffix(".weight")] = weights if weights is not None else [np.nan] * len(names)
     rows = sorted({r for r, _ in cells}, key=lambda r: (r == "outside", int(r.split()[-1]) if r != "outside" else 0))
     columns = list(dict.fromkeys(c for _, c in cells))
+    top = max((w for weights in cells.values() for w in weights if w == w), default=1.0)
     figure, axes = plt.subplots(1, len(names), figsize=(1.5 + len(names) * (1.2 + 0.32 * len(columns)), 2.6 + 0.28 * len(rows)), squeeze=False)
     for j, (axis, name) in enumerate(zip(axes[0], names, strict=True)):
         grid = np.array([[cells.get((r, c), [np.nan] * len(names))[j] for c in columns] for r in rows], float)
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        image = axis.imshow(grid, vmin=0, vmax=top, cmap="viridis", aspect="auto")
         axis.set_title(name)
         axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
         axis.set_yticks(range(len(rows)), rows if j == 0 else [""] * len(rows), fontsize=7)
@@ -71,7 +72,8 @@ def skill_bars(names: Sequence[str], metrics: Sequence[Mapping[str, Mapping[str,
         axis.set_xlim(0, 100)
     for axis in axes.flat[len(skills) :]:
         axis.set_visible(False)
-    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
+    for row in axes:
+        row[0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0][0].invert_yaxis()
     figure.supxlabel("exact match, %")
     figure.tight_layout()

@@ -45,7 +45,8 @@ class FusionModule(lightning.LightningModule):
             raise UserError("no source takes part in the fusion; name one with source=NAME, or set fusion=sft")
         self.save_hyperparameters()
         self.rule, self.loss = FusionRule(rule, level, metric, empty), FusionLoss(kind, missing_mass, temperature, student_temperature)
-        self.names = ["pivot", *source_names] if include_pivot else [*source_names]
+        sources = [f"{name} (source)" if name == "pivot" else name for name in source_names]
+        self.names = ["pivot", *sources] if include_pivot else sources
         self.model: Any = None
         self.head: OutputHead | None = None
         self.wins: Counter[tuple[str, str]] = Counter()

@@ -93,7 +93,7 @@ def della(
     for target, d in zip(targets, density, strict=True):
         delta = target - pivot
         rows = delta.reshape(-1, delta.shape[-1]) if delta.dim() > 1 else delta.reshape(1, -1)
-        rank = rows.abs().argsort(-1, stable=True).argsort(-1, stable=True).float()
+        rank = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float()
         keep = (d - epsilon + 2 * epsilon * rank / max(1, rows.shape[1] - 1)).clamp(1e-6, 1.0)
         mask = torch.rand(rows.shape, generator=generator) < keep
         kept.append((rows * mask / keep).view_as(delta))
