@@ -29,6 +29,7 @@ def run(cfg: DictConfig) -> None:
     command = f"python -m fusechat.extract experiment={cfg.experiment_name} source="
     pivot = store.DistributionStore(Path(cfg.paths.experiment) / "distributions/pivot", command + "pivot")
     source = store.DistributionStore(Path(cfg.paths.experiment) / "distributions" / cfg.source.name, command + cfg.source.name)
+    stores.check_chats(pivot, source)
     output = Path(cfg.output_dir)
     mark = store.fingerprint(
         pivot=pivot.fingerprint, source=source.fingerprint, token_map=cfg.token_map.name, logprobs=cfg.store.logprobs,

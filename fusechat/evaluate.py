@@ -27,7 +27,7 @@ def run(cfg: DictConfig) -> float | None:
     if not cfg.model or not Path(cfg.model).is_dir() and cfg.model.count("/") != 1:
         raise UserError(f"model={cfg.model} is not a model directory or Hub id; e.g. python -m fusechat.evaluate model={cfg.paths.experiment}/targets/NAME")
     chats, _ = load_chats(cfg.evaluation.chats, split=cfg.evaluation.split, limit=cfg.evaluation.limit)
-    tests = store.fingerprint(ids=chats["id"])
+    tests = store.fingerprint(ids=list(chats["id"]))
     mark = store.fingerprint(model=models.model_identity(cfg.model), tests=tests, evaluation=plain(cfg.evaluation), template=cfg.evaluation.template)
     output = Path(cfg.output_file)
     held = json.loads(output.read_text()) if output.exists() else {}

@@ -32,7 +32,7 @@ def run(cfg: DictConfig) -> None:
     pivot_tokenizer = models.load_tokenizer(cfg.pivot.path, revision=cfg.pivot.revision)
     chats, found = load_chats(cfg.chat.path, split=cfg.chat.split, name=cfg.chat.name, limit=cfg.chat.limit, streaming=cfg.chat.streaming)
     renderer = renderer_for(tokenizer, pivot_tokenizer, cfg.chat.template, cfg.chat.max_length, cfg.chat.end_of_turn)
-    chats_mark = store.fingerprint(ids=chats["id"])
+    chats_mark = store.fingerprint(ids=list(chats["id"]))
     mark = store.fingerprint(
         model=models.model_identity(source.path, source.revision), tokenizer=models.tokenizer_identity(tokenizer), chats=chats_mark,
         template=renderer.template, max_length=cfg.chat.max_length, end_of_turn=cfg.chat.end_of_turn,

@@ -116,17 +116,21 @@ class ExtractionModule(lightning.LightningModule):
     @torch.inference_mode()
     def predict_step(self, batch: Batch) -> list[TopK | None]:
         """Distributions of each chat of the batch at its response positions; None where a logit is not finite."""
+        return self._halving(batch.rendered)
+
+    def _halving(self, rendered: Sequence[Rendered]) -> list[TopK | None]:
+        """Runs the chats together, or in halves as often as memory runs out."""
         try:
-            return self._distributions(batch.rendered)
+            return self._distributions(rendered)
         except torch.OutOfMemoryError:
-            if len(batch.rows) == 1:
-                raise UserError(f"one chat of {len(batch.rendered[0].input_ids)} tokens does not fit in memory; lower chat.max_length") from None
-            half = len(batch.rows) // 2
-            if self.batches is not None:
-                self.batches.budget //= 2
-                LOG.warning("out of memory: going on with extract.tokens_per_batch=%d", self.batches.budget)
-            torch.cuda.empty_cache()
-            return self._distributions(batch.rendered[:half]) + self._distributions(batch.rendered[half:])
+            if len(rendered) == 1:
+                raise UserError(f"one chat of {len(rendered[0].input_ids)} tokens does not fit in memory; lower chat.max_length") from None
+        if self.batches is not None:
+            self.batches.budget = max(1, self.batches.budget // 2)
+            LOG.warning("out of memory: going on with extract.tokens_per_batch=%d", self.batches.budget)
+        torch.cuda.empty_cache()
+        half = len(rendered) // 2
+        return self._halving(rendered[:half]) + self._halving(rendered[half:])
 
     def _distributions(self, rendered: Sequence[Rendered]) -> list[TopK | None]:
         device = self.head.head.weight.device

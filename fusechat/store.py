@@ -27,7 +27,7 @@ Array = npt.NDArray[Any]
 
 def fingerprint(**parts: Any) -> str:
     """A short hash of everything that decides a stage's output; equal inputs give equal fingerprints."""
-    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, default=str)
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)  # no default: an object's repr may hide what differs
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

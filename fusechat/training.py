@@ -17,7 +17,7 @@ from fusechat.errors import UserError
 from fusechat.fusion.callbacks import SavePretrained, latest_checkpoint, make_callbacks, step_of
 from fusechat.fusion.data import FusionDataModule
 from fusechat.fusion.module import FusionModule
-from fusechat.runtime import make_logger, make_trainer, plain, provenance, seed_everything
+from fusechat.runtime import make_logger, make_trainer, plain, provenance, seed_everything, write_text_json
 from fusechat.store import DistributionStore, fingerprint
 
 LOG = logging.getLogger(__name__)
@@ -142,12 +142,18 @@ class Training:
         """Removes the checkpoints of a finished run unless they are to stay; returns the metric."""
         if trainer.interrupted:
             raise KeyboardInterrupt
-        if not (self.output / "fusechat.json").exists():  # killed between the last checkpoint and the export
+        name, file = "validation/bits_per_byte", self.output / "fusechat.json"
+        if len(self._data.validation_rows) and name not in trainer.callback_metrics:  # a run shorter than an epoch
             trainer.validate(trainer.lightning_module, self._data, verbose=False)
+        if not file.exists():  # killed between the last checkpoint and the export
             self._saver.save(trainer, trainer.lightning_module, self.output)
-        if trainer.is_global_zero and not self.cfg.callbacks.keep_checkpoints:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-        value = trainer.callback_metrics.get("validation/bits_per_byte")
+        if trainer.is_global_zero:
+            content = json.loads(file.read_text())
+            content["metrics"] |= {key: float(value) for key, value in trainer.callback_metrics.items()}
+            write_text_json(file, content)
+            if not self.cfg.callbacks.keep_checkpoints:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+        value = trainer.callback_metrics.get(name)
         return None if value is None else float(value)
 
     def _vocab_size(self) -> int:

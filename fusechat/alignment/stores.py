@@ -37,11 +37,6 @@ class Alignment:
     rows_by_shard: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.pivot.manifest["chats"] != self.source.manifest["chats"] or len(self.pivot) != len(self.source):
-            raise UserError(
-                f"{self.source.path} ({len(self.source)} chats) and {self.pivot.path} ({len(self.pivot)}) hold different chats; "
-                "extract both with the same chat.path and chat.limit"
-            )
         starts = np.cumsum([0, *(entry["rows"] for entry in self.source.manifest["shards"])])
         self.rows_by_shard = [*zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
 
@@ -150,6 +145,15 @@ def link_shards(source: DistributionStore, writer: StoreWriter) -> None:
             positions = entry["statistics"]["positions"]
             statistics = {"same": positions, "n:1": 0, "1:n": 0, "none": 0, "matched_nats": entry["statistics"]["nats"]}
             writer.record(index, {**entry, "statistics": {**statistics, "positions_with_mass": positions, "mass": float("nan")}})
+
+
+def check_chats(pivot: DistributionStore, source: DistributionStore) -> None:
+    """Raises `UserError` where two stores are not of the same chats in the same order."""
+    if pivot.manifest["chats"] != source.manifest["chats"] or len(pivot) != len(source):
+        raise UserError(
+            f"{source.path} ({len(source)} chats) and {pivot.path} ({len(pivot)}) hold different chats; "
+            "extract both with the same chat.path and chat.limit"
+        )
 
 
 def check_texts(pivot: DistributionStore, source: DistributionStore, tokenizers: tuple[Any, Any]) -> None:

@@ -105,11 +105,15 @@ def fused_loss(hidden: Tensor, head: Any, targets: Targets, loss: FusionLoss) ->
 
     Returns the weighted sum, and the unweighted sft and divergence of each position [2, N] (detached).
     """
-    return _HiddenLoss.apply(hidden, head.head.weight, head.head.bias, head, targets, loss)  # type: ignore[no-any-return, no-untyped-call]
+    weight, bias = head.head.weight, head.head.bias
+    if not torch.is_grad_enabled():  # inside a Function nobody can tell: say so by handing over detached tensors
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    return _HiddenLoss.apply(hidden, weight, bias, head, targets, loss)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def loss_from_logits(logits: Tensor, targets: Targets, loss: FusionLoss) -> tuple[Tensor, Tensor]:
     """The same from logits [N, V], which are overwritten with their gradient: hand over a tensor nobody else reads."""
+    logits = logits if torch.is_grad_enabled() else logits.detach()
     return _LogitLoss.apply(logits, targets, loss)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -193,11 +197,13 @@ def _gradient(z: Tensor, targets: Targets, loss: FusionLoss, wanted: bool) -> tu
     mass = z.sub_(peak).exp_().sum(-1, keepdim=True)
     lse = peak + mass.log()
     sft = (lse - z_gold).squeeze(1)
-    with torch.enable_grad():
-        log_q = (z_ids / temperature - (lse if lse_t is None else lse_t)).requires_grad_()
-        divergence = loss.divergence(targets.p, log_q)
-        (a,) = torch.autograd.grad((divergence * targets.fusion_weight).sum(), log_q)
-    divergence = divergence.detach()
+    log_q = z_ids / temperature - (lse if lse_t is None else lse_t)
+    a = torch.zeros_like(log_q)
+    if wanted:
+        with torch.enable_grad():
+            leaf = log_q.requires_grad_()
+            (a,) = torch.autograd.grad((loss.divergence(targets.p, leaf) * targets.fusion_weight).sum(), leaf)
+    divergence = loss.divergence(targets.p, log_q.detach())
     total = (sft * targets.sft_weight + divergence * targets.fusion_weight).sum()
     if wanted:
         dense = -a.sum(-1, keepdim=True)

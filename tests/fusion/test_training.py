@@ -1,0 +1,238 @@
+"""Training: the order of chats, steps that do not depend on how they are shared, resumption bit for bit, and bad input."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tests.conftest import Mini
+
+from fusechat import training
+from fusechat.errors import UserError
+from fusechat.fusion.data import Plan
+from fusechat.fusion.module import FusionModule
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def weights(world: Mini, name: str) -> dict[str, torch.Tensor]:
+    return load_file(world.experiment / "targets" / name / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0.0) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=atol, rtol=0) for n in a)
+
+
+def plan(rows: int, **options: Any) -> Plan:
+    lengths = np.random.default_rng(0).integers(3, 40, rows)
+    settings = {"batch_size": 2, "accumulate": 2, "rank": 0, "world": 1, "seed": 0, "bucket": 4} | options
+    return Plan(np.arange(rows), lengths, lengths // 2, **settings)
+
+
+@given(st.integers(2, 60), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))
+def test_every_chat_once_and_every_rank_the_same_number(rows: int, batch: int, accumulate: int, world: int) -> None:
+    plans = [plan(rows, batch_size=batch, accumulate=accumulate, rank=r, world=world) for r in range(world)]
+    draws = [list(p) for p in plans]
+    assert {len(d) for d in draws} == {len(plans[0])}
+    seen = sorted(row for d in draws for draw in d for row in draw.rows)
+    assert len(seen) == len(set(seen)) == plans[0].used > rows - world
+    assert all(draw.rows for d in draws for draw in d)
+
+
+def test_steps_do_not_depend_on_how_they_are_shared() -> None:
+    steps = {}
+    for batch, accumulate, world in ((8, 1, 1), (2, 4, 1), (2, 2, 2), (4, 1, 2)):
+        draws = [list(plan(44, batch_size=batch, accumulate=accumulate, rank=r, world=world)) for r in range(world)]
+        together = [sum((draw.rows for draw in micro), []) for micro in zip(*draws, strict=True)]
+        steps[batch, accumulate, world] = [sorted(sum(together[i : i + accumulate], [])) for i in range(0, len(together), accumulate)]
+        tokens = {draw.step_tokens for draw in draws[0][:accumulate]}
+        assert len(tokens) == 1
+    assert all(value == steps[8, 1, 1] for value in steps.values())
+
+
+def test_a_resumed_plan_goes_on() -> None:
+    whole, rest = plan(33), plan(33)
+    rest.start = 5
+    assert list(whole)[5:] == list(rest)
+    assert list(rest) == list(plan(33)), "only the resumed epoch is cut"
+
+
+def test_epochs_differ() -> None:
+    first, second = plan(33), plan(33)
+    second.set_epoch(1)
+    assert list(first) != list(second)
+
+
+def test_accumulation_equals_one_large_batch(fresh: Mini) -> None:
+    common = ["trainer.gradient_clip_val=null", "trainer.max_steps=3", "data.bucket=1"]
+    fresh.run("train", "source=a", "run_name=whole", "data.batch_size=8", *common)
+    fresh.run("train", "source=a", "run_name=parts", "data.batch_size=2", "trainer.accumulate_grad_batches=4", *common)
+    assert equal(weights(fresh, "whole"), weights(fresh, "parts"), atol=2e-6)
+
+
+def test_two_ranks_equal_one(fresh: Mini) -> None:
+    common = ["trainer.gradient_clip_val=null", "trainer.max_steps=3", "source=a", "data.validation_fraction=0"]
+    fresh.run("train", "run_name=one", "data.batch_size=8", *common)
+    two = ["trainer.devices=2", "trainer.strategy=ddp_find_unused_parameters_true", "data.batch_size=4", "run_name=two"]
+    subprocess.run([sys.executable, "train.py", *fresh.base, *common, *two], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert equal(weights(fresh, "one"), weights(fresh, "two"), atol=2e-6)
+
+
+def test_chunked_and_own_logits_train_alike(fresh: Mini) -> None:
+    for chunked in ("true", "false"):
+        fresh.run("train", "source=b", f"run_name=chunked_{chunked}", f"loss.chunked={chunked}", "trainer.max_steps=3")
+    assert equal(weights(fresh, "chunked_true"), weights(fresh, "chunked_false"), atol=2e-6)
+
+
+def test_kill_and_resume_is_bit_for_bit(fresh: Mini) -> None:
+    common = ["source=a", "trainer.max_steps=40", "callbacks.checkpoint_every_n_steps=5", "data.batch_size=4", "data.shuffle_seed=7"]
+    fresh.run("train", "run_name=whole", *common)
+    folder = fresh.experiment / "checkpoints"
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *fresh.base, "run_name=killed", *common], cwd=ROOT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 180
+    while time.time() < deadline and process.poll() is None and not list(folder.glob("killed-*/*.ckpt")):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(folder.glob("killed-*/*.ckpt")), "the run was killed before it had a checkpoint, or after it had ended"
+    assert not (fresh.experiment / "targets/killed").exists()
+    fresh.run("train", "run_name=killed", *common)
+    assert equal(weights(fresh, "whole"), weights(fresh, "killed"))
+    assert not list(folder.glob("killed-*")), "checkpoints of a finished run are removed"
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
+    from fusechat.fusion.callbacks import latest_checkpoint
+
+    torch.save({"a": 1}, tmp_path / "step=5.ckpt")
+    (tmp_path / "step=10.ckpt").write_bytes((tmp_path / "step=5.ckpt").read_bytes()[:-50])
+    assert latest_checkpoint(tmp_path) == tmp_path / "step=5.ckpt"
+
+
+def test_target_is_a_model_with_its_record(fresh: Mini) -> None:
+    import json
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    fresh.run("train", "sources=[a,b,c]", "run_name=many")
+    path = fresh.experiment / "targets/many"
+    generate = pipeline("text-generation", model=AutoModelForCausalLM.from_pretrained(path), tokenizer=AutoTokenizer.from_pretrained(path))
+    assert generate([{"role": "user", "content": "Sort b a."}], max_new_tokens=2)[0]["generated_text"][-1]["role"] == "assistant"
+    record = json.loads((path / "fusechat.json").read_text())
+    assert record["sources"] == ["a", "b", "c"]
+    assert sum(record["wins"]["all"].values()) == pytest.approx(1)
+    assert set(record["coverage"]) == {"a", "b", "c"}
+    assert (path / "README.md").exists()
+    assert not list((fresh.experiment / "targets").glob(".*.tmp"))
+
+
+def test_sft_needs_no_aligned_store(fresh: Mini) -> None:
+    shutil.rmtree(fresh.experiment / "aligned")
+    assert fresh.run("train", "fusion=sft", "run_name=sft") > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["fusion=avg_ce", "loss.kind=forward_kl", "loss.missing_mass=tail"], ["fusion.level=token", "loss.kind=jsd"],
+        ["loss.kind=reverse_kl", "loss.schedule=hard_and_decay"], ["fusion.metric=nats_per_token", "loss.schedule=soft", "fusion.empty=pivot"],
+        ["fusion.include_pivot=false", "loss.temperature=2.0"], ["gradient_checkpointing=true", "callbacks.early_stopping=1", "trainer.max_steps=24"],
+    ],
+    ids=lambda o: " ".join(o),
+)  # fmt: skip
+def test_every_option_trains(options: list[str], fresh: Mini) -> None:
+    assert fresh.run("train", "source=c", *options) > 0
+
+
+def test_uld_trains_on_unmapped_distributions(fresh: Mini) -> None:
+    fresh.run("align", "source=b", "token_map=uld", "overwrite=true")
+    assert fresh.run("train", "source=b", "loss.kind=uld", "fusion.include_pivot=false") > 0
+
+
+def test_lora_is_merged_on_export(fresh: Mini) -> None:
+    fresh.run("train", "source=a", "lora.enabled=true", "lora.r=2")
+    pivot = load_file(fresh.experiment / "world/models/pivot/model.safetensors")
+    target = weights(fresh, "a")
+    assert target.keys() == pivot.keys()
+    assert any(not torch.equal(target[n], pivot[n]) for n in pivot)
+
+
+def test_an_interrupt_saves_beside_the_target(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = FusionModule.training_step, []
+
+    def step(self: Any, batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(FusionModule, "training_step", step)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fresh.run("train", "source=a")
+    assert (fresh.experiment / "targets/a-interrupted/model.safetensors").exists()
+    assert not (fresh.experiment / "targets/a").exists()
+
+
+def test_finished_targets_are_skipped_and_others_refused(fresh: Mini) -> None:
+    first = fresh.run("train", "source=a")
+    before = (fresh.experiment / "targets/a/model.safetensors").stat().st_mtime_ns
+    assert fresh.run("train", "source=a") == pytest.approx(first)
+    assert (fresh.experiment / "targets/a/model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"made with other settings .*add overwrite=true, or choose another run_name=NAME"):
+        fresh.run("train", "source=a", "loss.lm_weight=0.3")
+
+
+def test_empty_batches_contribute_nothing(mini: Mini) -> None:
+    run = training.plan(mini.cfg("train", "source=a", f"output_dir={mini.root}/none", "logger=none"))
+    data, module = run.data(), run.module()
+    module.configure_model()
+    module._trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
+    data.trainer = module._trainer
+    from fusechat.fusion.data import Draw
+
+    batch = data.data[Draw([0], 5)]
+    for name in ("at", "gold", "sequence"):
+        setattr(batch, name, getattr(batch, name)[:0])
+    batch.ids, batch.logprobs, batch.gold_logprob = batch.ids[:, :0], batch.logprobs[:, :0], batch.gold_logprob[:, :0]
+    total, *_ = module._losses(batch)
+    total.backward()
+    assert total.item() == 0
+    assert all(p.grad is None or not p.grad.isnan().any() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.lm_weight=1.5"], r"loss\.lm_weight=1\.5 is outside \[0, 1\]"),
+        (["loss.schedule=up"], r"loss\.schedule='up' is unknown; use one of: hard, hard_and_decay, soft"),
+        (["loss.kind=mse"], r"loss\.kind='mse' is unknown"),
+        (["fusion.rule=best"], r"fusion\.rule='best' is unknown"),
+        (["sources=[zz]"], r"aligned/zz does not exist; make it with: python -m fusechat\.align experiment=tiny source=zz"),
+        (["data.max_tokens=8"], r"a chat of \d+ tokens exceeds 8"),
+        (["data.validation_fraction=1.0"], "leaves no chat with a response to train on"),
+        (["pivot.path=/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_settings(overrides: list[str], message: str, mini: Mini) -> None:
+    with pytest.raises(UserError, match=message):
+        mini.run("train", "source=a", f"output_dir={mini.root}/bad/bad", *overrides)
+
+
+def test_stores_of_another_pivot_are_refused(fresh: Mini) -> None:
+    fresh.run("extract", "source=pivot", "extract.top_k=5", "overwrite=true")
+    with pytest.raises(UserError, match=r"was aligned with other pivot distributions .*run: python -m fusechat\.align .* overwrite=true"):
+        fresh.run("train", "source=a")

@@ -1,0 +1,103 @@
+"""The alignment stage: pass-through, kinds, the independence of processes, resumption, and bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.conftest import Mini
+
+from fusechat.distributions import decode_logprobs
+from fusechat.errors import UserError
+from fusechat.store import DistributionStore
+
+
+def aligned(world: Mini, name: str = "a") -> DistributionStore:
+    return DistributionStore(world.experiment / "aligned" / name)
+
+
+def test_a_shared_vocabulary_passes_through_without_a_copy(mini: Mini) -> None:
+    store = aligned(mini, "pivot")
+    assert store.manifest["token_map"] == "same"
+    for entry in store.manifest["shards"]:
+        assert (store.path / entry["file"]).stat().st_ino == (mini.experiment / "distributions/pivot" / entry["file"]).stat().st_ino
+
+
+@pytest.mark.parametrize("source", ["a", "b", "c"])
+def test_rows_belong_to_the_pivots_positions(source: str, mini: Mini) -> None:
+    pivot, store = DistributionStore(mini.experiment / "distributions/pivot"), aligned(mini, source)
+    kinds = np.zeros(4)
+    for row in range(len(store)):
+        (positions,), (counts, ids, kind, logprobs) = pivot.row(row, "positions"), store.row(row, "counts", "ids", "kind", "logprobs")
+        assert len(counts) == len(kind) == len(positions)
+        assert counts.sum() == len(ids)
+        assert ((counts > 0) <= (kind != 3)).all(), "no distribution without a partner"
+        assert not len(ids) or ids.max() < pivot.manifest["vocab_size"]
+        mass = np.add.reduceat(np.exp(decode_logprobs(logprobs)), np.cumsum([0, *counts[:-1]])[counts > 0]) if len(ids) else np.zeros(1)
+        assert (mass <= 1.01).all()
+        kinds += np.bincount(kind, minlength=4)
+    assert kinds[0] > kinds[3], "most positions of a shared text have a partner"
+
+
+@pytest.mark.parametrize("token_map", ["em", "mined", "ms", "uld"])
+@pytest.mark.parametrize("sequence", ["dtw", "offsets"])
+def test_every_map_with_either_alignment(token_map: str, sequence: str, fresh: Mini) -> None:
+    fresh.run("align", "source=b", f"token_map={token_map}", f"alignment.sequence={sequence}", "alignment.unmatched=gold", "overwrite=true")
+    store = aligned(fresh, "b")
+    assert (store.manifest["token_map"], store.manifest["sequence"]) == (token_map, sequence)
+    if token_map != "uld":
+        assert all((store.row(row, "counts")[0][store.row(row, "kind")[0] == 3] == 1).all() for row in range(len(store)))
+
+
+def test_gold_is_placed_better_by_prefix_than_by_the_published_maps(fresh: Mini) -> None:
+    nats = {}
+    for token_map in ("prefix", "mined", "em"):
+        fresh.run("align", "source=c", f"token_map={token_map}", "overwrite=true")
+        nats[token_map] = sum(e["statistics"]["matched_nats"] for e in aligned(fresh, "c").manifest["shards"])
+    assert nats["prefix"] <= min(nats.values())
+
+
+def test_the_result_does_not_depend_on_processes_or_interruptions(fresh: Mini) -> None:
+    hashes = lambda: [entry["sha256"] for entry in aligned(fresh, "a").manifest["shards"]]
+    wanted = hashes()
+    fresh.run("align", "source=a", "alignment.num_proc=2", "overwrite=true")
+    assert hashes() == wanted
+    store = aligned(fresh, "a")
+    for index, entry in enumerate(store.manifest["shards"]):
+        (store.path / f"shard-{index:05d}.json").write_text(json.dumps(entry))
+    (store.path / "manifest.json").unlink()
+    (store.path / store.manifest["shards"][1]["file"]).write_bytes(b"cut short")
+    fresh.run("align", "source=a")
+    assert hashes() == wanted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["token_map.name=best"], r"token_map='best' is unknown; use one of: em, mined, ms, prefix, uld"),
+        (["alignment.sequence=best"], r"alignment\.sequence='best' is unknown"),
+        (["source.name=zz"], r"distributions/zz does not exist; make it with: python -m fusechat\.extract experiment=tiny source=zz"),
+        (["token_map=em"], r"holds a store of fingerprint .*overwrite=true"),
+    ],
+)
+def test_bad_settings(overrides: list[str], message: str, mini: Mini) -> None:
+    with pytest.raises(UserError, match=message):
+        mini.run("align", "source=a", *overrides)
+
+
+def test_stores_over_different_chats_are_refused(fresh: Mini) -> None:
+    fresh.run("extract", "source=a", "chat.limit=50", "overwrite=true")
+    with pytest.raises(UserError, match=r"\(50 chats\) and .* \(96\) hold different chats; extract both with the same chat\.path"):
+        fresh.run("align", "source=a", "overwrite=true")
+
+
+def test_texts_that_differ_after_rendering_are_told_with_excerpts(fresh: Mini) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] | replace('a b', 'a  b') }}<|endoftext|>{% endfor %}"
+    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " padded a c"}]} for _ in range(4)]
+    chats = Path(fresh.root) / "padded.jsonl"
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stripped = template.replace("replace('a b', 'a  b')", "trim")
+    fresh.run("extract", "source=pivot", f"chat.path={chats}", "overwrite=true")
+    fresh.run("extract", "source=a", f"chat.path={chats}", f"chat.template='{stripped.replace(chr(39), chr(92) + chr(39))}'", "overwrite=true")
+    with pytest.raises(UserError, match=r"4 chats read differently after rendering; the first is row 0, character \d+: .* / .* \(pivot / source\)"):
+        fresh.run("align", "source=a", "overwrite=true")
