@@ -30,29 +30,32 @@ class TopK:
         return (1.0 - self.logprobs.exp().sum(-1)).clamp_min(0.0)
 
 
-def top_k_from_logits(logits: Tensor, gold: Tensor, k: int) -> TopK:
-    """The k most likely entries of softmax(logits), in fp32. logits [N, V], gold [N]."""
+def top_k_from_logits(logits: Tensor, gold: Tensor, k: int, vocab_size: int | None = None) -> TopK:
+    """The k most likely entries of softmax(logits), in fp32. logits [N, V], gold [N].
+
+    vocab_size: ids from there on are padding of the embedding; they are never kept, their mass is tail mass.
+    """
     logits = logits.float()
     lse = logits.logsumexp(-1, keepdim=True)
-    values, ids = logits.topk(k, dim=-1)
+    values, ids = logits[:, :vocab_size].topk(k, dim=-1)
     gold_logit = logits.gather(-1, gold.unsqueeze(-1))
     return TopK(ids, values - lse, (gold_logit - lse).squeeze(-1))
 
 
-def top_p_from_logits(logits: Tensor, gold: Tensor, p: float, k: int) -> TopK:
+def top_p_from_logits(logits: Tensor, gold: Tensor, p: float, k: int, vocab_size: int | None = None) -> TopK:
     """The fewest most likely entries that hold mass ``p``, at most k of them."""
-    top = top_k_from_logits(logits, gold, k)
+    top = top_k_from_logits(logits, gold, k, vocab_size)
     mass_before = top.logprobs.exp().cumsum(-1) - top.logprobs.exp()
     return TopK(top.ids, top.logprobs.masked_fill(mass_before >= p, NEG_INF), top.gold_logprob)
 
 
-def sampled_from_logits(logits: Tensor, gold: Tensor, draws: int, generator: torch.Generator) -> TopK:
+def sampled_from_logits(logits: Tensor, gold: Tensor, draws: int, generator: torch.Generator, vocab_size: int | None = None) -> TopK:
     """Random-sampling distillation (arXiv 2503.16870): ``draws`` samples from the distribution itself.
 
     Each distinct token is kept with its share of the draws, an unbiased estimate of its probability;
     the entries sum to one, so there is no tail. K is the largest number of distinct tokens.
     """
-    logprobs = logits.float().log_softmax(-1)
+    logprobs = logits[:, :vocab_size].float().log_softmax(-1)
     drawn = torch.multinomial(logprobs.exp(), draws, replacement=True, generator=generator)
     weight = torch.full(drawn.shape, 1.0 / draws, device=drawn.device)
     ids, shares = merge_duplicates(drawn, weight)

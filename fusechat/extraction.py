@@ -92,9 +92,9 @@ class ExtractionModule(lightning.LightningModule):
         """Loads the model and raises `UserError` where k, vocabulary or context do not fit."""
         model = models.load_model(self.path, **self.options).eval()
         models.check_vocabulary(model, tokenizer, self.path)
-        vocab = model.get_input_embeddings().weight.shape[0]
-        if not 1 <= self.top_k <= vocab:
-            raise UserError(f"extract.top_k={self.top_k}: expected 1 to {vocab}, the model's vocabulary")
+        self.vocab_size = len(tokenizer)
+        if not 1 <= self.top_k <= self.vocab_size:
+            raise UserError(f"extract.top_k={self.top_k}: expected 1 to {self.vocab_size}, the model's vocabulary")
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context and max_length > context:
             raise UserError(f"chat.max_length={max_length} exceeds the context of {self.path} ({context}); set chat.max_length={context}")
@@ -155,11 +155,11 @@ class ExtractionModule(lightning.LightningModule):
         for h, g in zip(hidden.split(rows), gold.split(rows), strict=True):
             logits = self.head.logits(h)
             if self.kind == "sampled":
-                parts.append(sampled_from_logits(logits, g, self.draws, generator))
+                parts.append(sampled_from_logits(logits, g, self.draws, generator, self.vocab_size))
             elif self.kind == "top_p":
-                parts.append(top_p_from_logits(logits, g, self.top_p, self.top_k))
+                parts.append(top_p_from_logits(logits, g, self.top_p, self.top_k, self.vocab_size))
             else:
-                parts.append(top_k_from_logits(logits, g, self.top_k))
+                parts.append(top_k_from_logits(logits, g, self.top_k, self.vocab_size))
             if not bool(torch.isfinite(parts[-1].gold_logprob).all()) or bool(parts[-1].logprobs.isnan().any()):
                 return None
         width = max((p.ids.shape[1] for p in parts), default=0)
