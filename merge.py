@@ -1,7 +1,7 @@
 """Merge: several targets of the pivot's shape -> one model, by VaRM and the methods it is compared with.
 
-    python merge.py experiment=tiny
-    python merge.py merge=varm merge.granularity=matrix pivot.path=DIR 'targets=[DIR,DIR]' output_dir=DIR
+python merge.py experiment=tiny
+python merge.py merge=varm merge.granularity=matrix pivot.path=DIR 'targets=[DIR,DIR]' output_dir=DIR
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fuse: train a target from the pivot's weights on one or several aligned sources.
 
-    python train.py experiment=tiny source=a
-    python train.py -m experiment=tiny source=a,b,c loss.lm_weight=0.5,0.9
+python train.py experiment=tiny source=a
+python train.py -m experiment=tiny source=a,b,c loss.lm_weight=0.5,0.9
 """
 
 from __future__ import annotations

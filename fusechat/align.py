@@ -1,6 +1,6 @@
 """Bring a source's distributions onto the pivot's tokens.
 
-    python -m fusechat.align experiment=tiny source=a
+python -m fusechat.align experiment=tiny source=a
 """
 
 from __future__ import annotations
@@ -71,7 +71,13 @@ def make_alignment(cfg: DictConfig, pivot: Any, source: Any, tokenizers: tuple[A
     if cfg.alignment.sequence == "dtw":  # bytes as characters: no replacement character can derail the distances
         texts = tuple([(b or b"").decode("latin-1") for b in vocabulary.token_bytes(t)] for t in tokenizers)
     alignment = stores.Alignment(
-        pivot, source, cfg.alignment.sequence, cfg.alignment.unmatched, name == "prefix", cfg.store.logprobs, texts=texts  # type: ignore[arg-type]
+        pivot,
+        source,
+        cfg.alignment.sequence,
+        cfg.alignment.unmatched,
+        name == "prefix",
+        cfg.store.logprobs,
+        texts=texts,  # type: ignore[arg-type]
     )
     if name == "uld":
         return alignment
@@ -94,7 +100,9 @@ def summary(manifest: dict[str, Any], path: Path) -> str:
     total = max(1, sum(sums[k] for k in KINDS_SHOWN))
     shares = ", ".join(f"{kind} {sums[kind] / total:.1%}" for kind in KINDS_SHOWN)
     matched = max(1, total - sums["none"])
-    return f"{manifest['model']} aligned: {total:,} positions ({shares}); gold {sums['matched_nats'] / matched:.3f} nats where matched; {path}"
+    return (
+        f"{manifest['model']} aligned: {total:,} positions ({shares}); gold {sums['matched_nats'] / matched:.3f} nats where matched; {path}"
+    )
 
 
 KINDS_SHOWN = ("same", "n:1", "1:n", "none")

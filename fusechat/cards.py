@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 
-def write_card(directory: Path, title: str, made: str, inputs: Mapping[str, str], command: str, metrics: Mapping[str, float] | None = None) -> None:
+def write_card(
+    directory: Path, title: str, made: str, inputs: Mapping[str, str], command: str, metrics: Mapping[str, float] | None = None
+) -> None:
     """Writes README.md. inputs: role -> model; metrics go into the Hub's model-index."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     results = [
-        EvalResult(task_type="text-generation", dataset_type="held-out", dataset_name="held-out chats", metric_type=name, metric_value=value)
+        EvalResult(
+            task_type="text-generation", dataset_type="held-out", dataset_name="held-out chats", metric_type=name, metric_value=value
+        )
         for name, value in (metrics or {}).items()
     ]
     data = ModelCardData(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,9 @@ class ChatRenderer:
         Raises `UserError` where a template rewrites a content beyond recognition.
         """
         pieces = self._literals(chat)
-        spans, at = [], 0
-        for (literal, index), (following, _) in zip(pieces, pieces[1:], strict=False):
+        spans: list[tuple[int, int, int]] = []
+        at = 0
+        for (literal, index), (following, _) in pairwise(pieces):
             start = at + len(literal)
             content = chat[index]["content"]
             end = _content_end(text, start, content, following, last=len(spans) + 2 == len(pieces))
@@ -159,7 +161,7 @@ class ChatRenderer:
 
 
 def _content_end(text: str, start: int, content: str, following: str, last: bool) -> int | None:
-    fits: Callable[[int], bool] = lambda end: text.startswith(following, end) and (not last or end + len(following) == len(text))  # noqa: E731
+    fits: Callable[[int], bool] = lambda end: text.startswith(following, end) and (not last or end + len(following) == len(text))
     for kept in (content, content.strip(), content.rstrip(), content.lstrip()):
         if text.startswith(kept, start) and fits(start + len(kept)):
             return start + len(kept)

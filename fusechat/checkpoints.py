@@ -114,7 +114,7 @@ class CheckpointWriter:
         data = tensor.to(self.plan[name][1]).contiguous()
         self._left -= data.numel() * data.element_size()
         assert self._left >= 0, f"{name}: more rows than planned"
-        self._file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+        self._file.write(data.view(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> list[Path]:
         """Ends the last shard and writes the index; returns the files."""
@@ -221,7 +221,4 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{file} is truncated or not safetensors ({error}); copy it again") from error
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return {
-        name: TensorInfo(tuple(e["shape"]), DTYPES[e["dtype"]], file, 8 + length + e["data_offsets"][0])
-        for name, e in entries.items()
-    }
+    return {name: TensorInfo(tuple(e["shape"]), DTYPES[e["dtype"]], file, 8 + length + e["data_offsets"][0]) for name, e in entries.items()}

@@ -85,7 +85,8 @@ def encode_logprobs(logprobs: npt.NDArray[np.float32], kind: str) -> npt.NDArray
     """fp32 log-probabilities -> what the store keeps: ``float16``, or ``uint8`` in steps of `UINT8_STEP` nats."""
     if kind == "float16":
         return logprobs.astype(np.float16)
-    return np.rint(np.clip(-logprobs / UINT8_STEP, 0, 255)).astype(np.uint8)
+    levels: npt.NDArray[np.generic] = np.rint(np.clip(-logprobs / UINT8_STEP, 0, 255)).astype(np.uint8)
+    return levels
 
 
 def decode_logprobs(stored: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:

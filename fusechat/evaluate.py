@@ -1,6 +1,6 @@
 """Evaluate any Hugging Face model on held-out chats.
 
-    python -m fusechat.evaluate experiment=tiny model=DIR
+python -m fusechat.evaluate experiment=tiny model=DIR
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ def run(cfg: DictConfig) -> float | None:
     from fusechat import models, store
     from fusechat.chat_data import load_chats
 
-    if not cfg.model or not Path(cfg.model).is_dir() and cfg.model.count("/") != 1:
-        raise UserError(f"model={cfg.model} is not a model directory or Hub id; e.g. python -m fusechat.evaluate model={cfg.paths.experiment}/targets/NAME")
+    if not cfg.model or (not Path(cfg.model).is_dir() and cfg.model.count("/") != 1):
+        raise UserError(
+            f"model={cfg.model} is not a model directory or Hub id; "
+            f"e.g. python -m fusechat.evaluate model={cfg.paths.experiment}/targets/NAME"
+        )
     chats, _ = load_chats(cfg.evaluation.chats, split=cfg.evaluation.split, limit=cfg.evaluation.limit)
     tests = store.fingerprint(ids=list(chats["id"]))
-    mark = store.fingerprint(model=models.model_identity(cfg.model), tests=tests, evaluation=plain(cfg.evaluation), template=cfg.evaluation.template)
+    mark = store.fingerprint(
+        model=models.model_identity(cfg.model), tests=tests, evaluation=plain(cfg.evaluation), template=cfg.evaluation.template
+    )
     output = Path(cfg.output_file)
     held = json.loads(output.read_text()) if output.exists() else {}
     if held.get("fingerprint") == mark and not cfg.overwrite:

@@ -1,6 +1,6 @@
 """Run one source over the chats and store its next-token distributions.
 
-    python -m fusechat.extract experiment=tiny source=a
+python -m fusechat.extract experiment=tiny source=a
 """
 
 from __future__ import annotations

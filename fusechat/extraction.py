@@ -152,7 +152,7 @@ class ExtractionModule(lightning.LightningModule):
         rows = max(1, CHUNK_ELEMENTS // self.head.head.weight.shape[0])
         generator = torch.Generator(hidden.device).manual_seed(hash((self.seed, len(rendered.text))) & 0xFFFFFFFF)
         parts = []
-        for h, g in zip(hidden.split(rows), gold.split(rows), strict=True):
+        for h, g in zip(torch.split(hidden, rows), torch.split(gold, rows), strict=True):
             logits = self.head.logits(h)
             if self.kind == "sampled":
                 parts.append(sampled_from_logits(logits, g, self.draws, generator, self.vocab_size))
@@ -173,9 +173,7 @@ class ExtractionModule(lightning.LightningModule):
 class ShardWriter(BasePredictionWriter):
     """Collects a shard's chats and writes it when it is whole; counts what was dropped and why."""
 
-    def __init__(
-        self, writer: StoreWriter, vocab_size: int, logprobs: str, max_length: int, max_bad_fraction: float, total: int
-    ) -> None:
+    def __init__(self, writer: StoreWriter, vocab_size: int, logprobs: str, max_length: int, max_bad_fraction: float, total: int) -> None:
         super().__init__("batch")
         self.writer, self.vocab_size, self.logprobs = writer, vocab_size, logprobs
         self.max_length, self.max_bad, self.total = max_length, max_bad_fraction, total
@@ -273,5 +271,6 @@ def summary(manifest: dict[str, Any], path: Path) -> str:
     dropped = f"{len(sums['no_response'])} without an assistant token, {len(sums['bad'])} with NaN/inf"
     return (
         f"{manifest['model']}: {rows} chats, {sums['tokens']:,} tokens ({sums['positions']:,} predicted), dropped: {dropped}; "
-        f"truncated: {sums['truncated']}; {bits:.4f} bits per byte; {size / 1e6:.1f} MB ({size / max(1, sums['tokens']):.1f} B/token) in {path}"
+        f"truncated: {sums['truncated']}; {bits:.4f} bits per byte; {size / 1e6:.1f} MB "
+        f"({size / max(1, sums['tokens']):.1f} B/token) in {path}"
     )

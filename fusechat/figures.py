@@ -33,7 +33,9 @@ def weight_heatmap(groups: Mapping[str, Sequence[float] | None], names: Sequence
     rows = sorted({r for r, _ in cells}, key=lambda r: (r == "outside", int(r.split()[-1]) if r != "outside" else 0))
     columns = list(dict.fromkeys(c for _, c in cells))
     top = max((w for weights in cells.values() for w in weights if w == w), default=1.0)
-    figure, axes = plt.subplots(1, len(names), figsize=(1.5 + len(names) * (1.2 + 0.32 * len(columns)), 2.6 + 0.28 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(1.5 + len(names) * (1.2 + 0.32 * len(columns)), 2.6 + 0.28 * len(rows)), squeeze=False
+    )
     for j, (axis, name) in enumerate(zip(axes[0], names, strict=True)):
         grid = np.array([[cells.get((r, c), [np.nan] * len(names))[j] for c in columns] for r in rows], float)
         image = axis.imshow(grid, vmin=0, vmax=top, cmap="viridis", aspect="auto")
@@ -66,7 +68,14 @@ def skill_bars(names: Sequence[str], metrics: Sequence[Mapping[str, Mapping[str,
     for axis, skill in zip(axes.flat, skills, strict=False):
         entries = [m.get(skill, {"value": np.nan, "low": np.nan, "high": np.nan}) for m in metrics]
         values = np.array([100 * e["value"] for e in entries])
-        error = np.abs(np.array([[v - 100 * e["low"] for v, e in zip(values, entries, strict=True)], [100 * e["high"] - v for v, e in zip(values, entries, strict=True)]]))
+        error = np.abs(
+            np.array(
+                [
+                    [v - 100 * e["low"] for v, e in zip(values, entries, strict=True)],
+                    [100 * e["high"] - v for v, e in zip(values, entries, strict=True)],
+                ]
+            )
+        )
         axis.barh(range(len(names)), values, xerr=error, color=COLOURS[0], error_kw={"elinewidth": 1})
         axis.set_title(skill)
         axis.set_xlim(0, 100)
@@ -82,7 +91,11 @@ def skill_bars(names: Sequence[str], metrics: Sequence[Mapping[str, Mapping[str,
 
 def curves(runs: Mapping[str, Any], path: Path) -> Path:
     """SFT loss, fusion loss and validation bits per byte over the optimizer steps of every run."""
-    panels = [("train/sft", "SFT loss, nats per token"), ("train/fusion", "fusion loss, nats per token"), ("validation/bits_per_byte", "validation bits per byte")]
+    panels = [
+        ("train/sft", "SFT loss, nats per token"),
+        ("train/fusion", "fusion loss, nats per token"),
+        ("validation/bits_per_byte", "validation bits per byte"),
+    ]
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8))
     for axis, (column, title) in zip(axes, panels, strict=True):
         for number, (name, frame) in enumerate(runs.items()):

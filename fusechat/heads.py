@@ -18,7 +18,8 @@ class OutputHead:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        whole: Any = model
+        self.model: Any = whole.get_base_model() if hasattr(model, "get_base_model") else whole
         config = self.model.config.get_text_config()
         self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)

@@ -31,7 +31,9 @@ class MergeRun:
         self.pivot, self.targets = Path(cfg.pivot.path), [Path(path) for path in cfg.targets]
         for path in self.targets:
             if not path.is_dir():
-                raise UserError(f"the target {path} does not exist; make it with: python train.py experiment={cfg.experiment_name} source={path.name}")
+                raise UserError(
+                    f"the target {path} does not exist; make it with: python train.py experiment={cfg.experiment_name} source={path.name}"
+                )
             if self.output.resolve() == path.resolve() or path.resolve() in self.output.resolve().parents:
                 raise UserError(f"output_dir={self.output} lies inside the input {path}; choose another")
         if not self.pivot.is_dir():
@@ -48,7 +50,9 @@ class MergeRun:
             return False
         held = json.loads(file.read_text()).get("fingerprint")
         if held != self.mark:
-            raise UserError(f"{self.output} holds another model (fingerprint {held}, now {self.mark}); add overwrite=true, or choose another output_dir")
+            raise UserError(
+                f"{self.output} holds another model (fingerprint {held}, now {self.mark}); add overwrite=true, or choose another output_dir"
+            )
         LOG.info("skip: %s is merged already (fingerprint %s)", self.output, self.mark)
         return True
 
@@ -94,7 +98,7 @@ class MergeRun:
         import wandb
 
         run = make_logger(self.cfg, f"merge-{self.output.name}")[0].experiment
-        rows = [[group, *(weights or [None] * len(self.targets))] for group, weights in merge.groups.items()]
+        rows = [[group, *(weights or [float("nan")] * len(self.targets))] for group, weights in merge.groups.items()]
         table = wandb.Table(columns=["group", *(path.name for path in self.targets)], data=rows)
         run.log({"merge/weights": table, "merge/heatmap": wandb.Image(str(self.output / "merge_weights.png"))})
 
@@ -105,7 +109,9 @@ class MergeRun:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.output.parent).free
         if need > free:
-            raise UserError(f"{self.output.parent} has {free / 1e9:.2f} GB free, the merged model needs {need / 1e9:.2f} GB; choose another output_dir")
+            raise UserError(
+                f"{self.output.parent} has {free / 1e9:.2f} GB free, the merged model needs {need / 1e9:.2f} GB; choose another output_dir"
+            )
 
 
 def plan(cfg: DictConfig) -> MergeRun:

@@ -75,7 +75,11 @@ def model_identity(path: str, revision: str | None = None) -> str:
         return f"{path}@{revision or 'main'}"
     digest = hashlib.sha256()
     for file in sorted(directory.iterdir()):
-        if file.suffix in {".safetensors", ".bin", ".model", ".json", ".jinja"} and file.name != "fusechat.json" and not file.name.startswith("."):
+        if (
+            file.suffix in {".safetensors", ".bin", ".model", ".json", ".jinja"}
+            and file.name != "fusechat.json"
+            and not file.name.startswith(".")
+        ):
             digest.update(f"{file.name}:{file.stat().st_size}:".encode())
             for chunk in _samples(file):
                 digest.update(chunk)

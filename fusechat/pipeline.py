@@ -1,6 +1,6 @@
 """Run all stages of an experiment in order, skipping what is there and fits.
 
-    python -m fusechat.pipeline experiment=tiny
+python -m fusechat.pipeline experiment=tiny
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Collect an experiment's results into tables, figures and one self-contained page.
 
-    python -m fusechat.report experiment=tiny
+python -m fusechat.report experiment=tiny
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def run(cfg: DictConfig) -> None:
     folders = [Path(folder) for folder in (cfg.runs or [cfg.paths.experiment])]
     rows = results.collect(folders)
     if not rows:
-        raise UserError(f"{folders[0]} holds no evaluations; make one with: python -m fusechat.evaluate experiment={cfg.experiment_name} model=DIR")
+        raise UserError(
+            f"{folders[0]} holds no evaluations; make one with: python -m fusechat.evaluate experiment={cfg.experiment_name} model=DIR"
+        )
     rows = results.ordered(rows, cfg.report.metric)
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,10 @@ def _log(cfg: DictConfig, table: Any, pictures: list[tuple[str, Path]]) -> None:
     import wandb
 
     experiment = make_logger(cfg, "report")[0].experiment
-    experiment.log({"report/results": wandb.Table(dataframe=table.astype(str))} | {f"report/{path.stem}": wandb.Image(str(path)) for _, path in pictures})
+    experiment.log(
+        {"report/results": wandb.Table(dataframe=table.astype(str))}
+        | {f"report/{path.stem}": wandb.Image(str(path)) for _, path in pictures}
+    )
 
 
 main = entry("report")(run)

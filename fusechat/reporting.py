@@ -24,17 +24,33 @@ th:first-child,td:first-child{text-align:left}tr:nth-child(even){background:#f7f
 def figures_of(folders: Sequence[Path], rows: Sequence[dict[str, Any]], output: Path) -> list[tuple[str, Path]]:
     """Draws what the folders allow; title and file of each figure."""
     names = [_short(row["name"]) for row in rows]
-    found = [("Results: held-out bits per byte", figures.result_bars(names, [row["metrics"]["bits_per_byte"]["all"] for row in rows], output / "results.png"))]
+    found = [
+        (
+            "Results: held-out bits per byte",
+            figures.result_bars(names, [row["metrics"]["bits_per_byte"]["all"] for row in rows], output / "results.png"),
+        )
+    ]
     if all("accuracy" in row["metrics"] for row in rows):
-        found.append(("Accuracy per skill, 95 % intervals", figures.skill_bars(names, [row["metrics"]["accuracy"] for row in rows], output / "skills.png")))
-    targets = {file.parent.name: json.loads(file.read_text()) for folder in folders for file in sorted(folder.glob("targets/*/fusechat.json"))}
+        found.append(
+            (
+                "Accuracy per skill, 95 % intervals",
+                figures.skill_bars(names, [row["metrics"]["accuracy"] for row in rows], output / "skills.png"),
+            )
+        )
+    targets = {
+        file.parent.name: json.loads(file.read_text()) for folder in folders for file in sorted(folder.glob("targets/*/fusechat.json"))
+    }
     curves = {name: curve for folder in folders for name, curve in training_curves(folder).items()}
     if curves:
         found.append(("Training curves", figures.curves(curves, output / "training.png")))
     fused = {name: made for name, made in targets.items() if made["sources"]}
     if fused:
-        found.append(("Who spoke for how many response tokens", figures.wins({n: m["wins"] for n, m in fused.items()}, output / "wins.png")))
-    stores = {file.parent.name: json.loads(file.read_text()) for folder in folders for file in sorted(folder.glob("aligned/*/manifest.json"))}
+        found.append(
+            ("Who spoke for how many response tokens", figures.wins({n: m["wins"] for n, m in fused.items()}, output / "wins.png"))
+        )
+    stores = {
+        file.parent.name: json.loads(file.read_text()) for folder in folders for file in sorted(folder.glob("aligned/*/manifest.json"))
+    }
     if stores:
         found.append(("Alignment: how pivot positions found a partner", figures.alignment(stores, output / "alignment.png")))
     for folder in folders:
@@ -51,7 +67,9 @@ def training_curves(folder: Path) -> dict[str, pd.DataFrame]:
     for directory in sorted((folder / "logs").glob("train-*")):
         parts = [pd.read_csv(file) for file in sorted(directory.glob("from_step_*/metrics.csv")) if file.stat().st_size]
         if parts:
-            found[directory.name.removeprefix("train-")] = pd.concat(parts).drop_duplicates(subset=["step"], keep="last").sort_values("step")
+            found[directory.name.removeprefix("train-")] = (
+                pd.concat(parts).drop_duplicates(subset=["step"], keep="last").sort_values("step")
+            )
     return found
 
 
@@ -64,7 +82,8 @@ def page(title: str, table: pd.DataFrame, comparisons: pd.DataFrame, pictures: S
     for caption, path in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
         parts.append(f"<h2>{html.escape(caption)}</h2><img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>")
-    return f"<!doctype html><html lang=en><meta charset=utf-8><title>FuseChat: {html.escape(title)}</title><style>{STYLE}</style>{''.join(parts)}</html>"
+    head = f"<meta charset=utf-8><title>FuseChat: {html.escape(title)}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang=en>{head}{''.join(parts)}</html>"
 
 
 def print_table(frame: pd.DataFrame) -> None:

@@ -30,7 +30,6 @@ Run = Callable[[DictConfig], Any]
 FAILED: list[str] = []
 
 
-
 def label(path: str | None) -> str:
     """A short name for a model: its folder and the one above, or the Hub id, joined by a dash."""
     return "-".join(Path(path).parts[-2:]) if path else "none"

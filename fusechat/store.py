@@ -105,8 +105,7 @@ class StoreWriter:
             write_durably(self.path / name, data)
         except OSError as error:
             raise UserError(
-                f"{self.path / name}: {error.strerror}; the shards written so far are whole: "
-                "make room and run the same command again"
+                f"{self.path / name}: {error.strerror}; the shards written so far are whole: make room and run the same command again"
             ) from error
         sha = hashlib.sha256(data).hexdigest()
         self.record(index, {"file": name, "rows": table.num_rows, "bytes": len(data), "sha256": sha, "statistics": statistics})
@@ -126,8 +125,7 @@ class StoreWriter:
         state = {"_data_files": [{"filename": e["file"]} for e in entries], "_fingerprint": self.mark}
         write_json(
             self.path / "state.json",
-            {**state, "_format_columns": None, "_format_kwargs": {}, "_format_type": None}
-            | {"_output_all_columns": False, "_split": None},
+            {**state, "_format_columns": None, "_format_kwargs": {}, "_format_type": None} | {"_output_all_columns": False, "_split": None},
         )
         manifest = {"format": FORMAT, "fingerprint": self.mark, **about, "shards": entries}
         write_json(self.path / MANIFEST, manifest)
@@ -178,9 +176,7 @@ class DistributionStore:
 
     @cached_property
     def _tables(self) -> list[pa.Table]:
-        return [
-            pa.ipc.open_stream(pa.memory_map(str(self.path / entry["file"]))).read_all() for entry in self.manifest["shards"]
-        ]
+        return [pa.ipc.open_stream(pa.memory_map(str(self.path / entry["file"]))).read_all() for entry in self.manifest["shards"]]
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:

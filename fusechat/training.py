@@ -134,7 +134,11 @@ class Training:
         }  # fmt: skip
         (directory / "fusechat.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
         inputs = {"pivot": str(self.cfg.pivot.path)} | {f"source {n + 1}": name for n, name in enumerate(self.sources)}
-        made = "Supervised fine-tuning alone." if self.sft else f"A fusion target (rule {self.cfg.fusion.rule}, lambda {self.cfg.loss.lm_weight})."
+        made = (
+            "Supervised fine-tuning alone."
+            if self.sft
+            else f"A fusion target (rule {self.cfg.fusion.rule}, lambda {self.cfg.loss.lm_weight})."
+        )
         shown = {k: v for k, v in metrics.items() if k.startswith("validation/")}
         write_card(directory, self.output.name, made, inputs, command_line(), shown)
 

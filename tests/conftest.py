@@ -68,7 +68,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Mini:
     return world
 
 
-@pytest.fixture()
+@pytest.fixture
 def fresh(tmp_path: Path, mini: Mini) -> Mini:
     """A copy of the miniature world that a test may spoil; its paths are its own."""
     import shutil

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.conftest import Mini
 
 from fusechat.distributions import decode_logprobs
 from fusechat.errors import UserError
 from fusechat.store import DistributionStore
+from tests.conftest import Mini
 
 
 def aligned(world: Mini, name: str = "a") -> DistributionStore:
@@ -98,6 +98,10 @@ def test_texts_that_differ_after_rendering_are_told_with_excerpts(fresh: Mini) -
     chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stripped = template.replace("replace('a b', 'a  b')", "trim")
     fresh.run("extract", "source=pivot", f"chat.path={chats}", "overwrite=true")
-    fresh.run("extract", "source=a", f"chat.path={chats}", f"chat.template='{stripped.replace(chr(39), chr(92) + chr(39))}'", "overwrite=true")
-    with pytest.raises(UserError, match=r"4 chats read differently after rendering; the first is row 0, character \d+: .* / .* \(pivot / source\)"):
+    fresh.run(
+        "extract", "source=a", f"chat.path={chats}", f"chat.template='{stripped.replace(chr(39), chr(92) + chr(39))}'", "overwrite=true"
+    )
+    with pytest.raises(
+        UserError, match=r"4 chats read differently after rendering; the first is row 0, character \d+: .* / .* \(pivot / source\)"
+    ):
         fresh.run("align", "source=a", "overwrite=true")

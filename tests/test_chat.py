@@ -34,12 +34,16 @@ def conversations(draw: Any) -> list[dict[str, str]]:
 
 
 def masked_text(rendered: Any, tokenizer: Any) -> str:
-    return tokenizer.decode([i for i, keep in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if keep], skip_special_tokens=True)
+    return tokenizer.decode(
+        [i for i, keep in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if keep], skip_special_tokens=True
+    )
 
 
 @settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(conversations(), st.sampled_from(NAMES), st.sampled_from([None, *EXTRA]))
-def test_masked_characters_are_the_assistants(tokenizers: Callable[[str], Any], chat: list[dict[str, str]], name: str, template: str | None) -> None:
+def test_masked_characters_are_the_assistants(
+    tokenizers: Callable[[str], Any], chat: list[dict[str, str]], name: str, template: str | None
+) -> None:
     tokenizer = tokenizers(name)
     renderer = ChatRenderer(tokenizer, template=EXTRA[template] if template else "native", end_of_turn=False)
     rendered = renderer([chat])[0]
@@ -156,5 +160,3 @@ def test_validation_split_is_by_content() -> None:
     assert 300 < len(held) < 500
     assert held == [i for i in range(4000) if in_validation(f"{i:x}", 0.1, 0)]
     assert held != [i for i in range(4000) if in_validation(f"{i:x}", 0.1, 1)]
-
-

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from tests.conftest import composed
 
 from fusechat.pipeline import ENTRIES, expand
 from fusechat.runtime import CONF
+from tests.conftest import composed
 
 FILES = sorted(Path(CONF).rglob("*.yaml"))
 EXPERIMENTS = sorted(file.stem for file in (Path(CONF) / "experiment").glob("*.yaml"))
@@ -27,7 +27,9 @@ def test_every_pipeline_step_composes(experiment: str) -> None:
     steps = composed("pipeline", [f"experiment={experiment}"]).pipeline.steps
     for step in OmegaConf.to_container(steps, resolve=True):
         for name, overrides in expand(step):
-            OmegaConf.resolve(composed(name, [f"experiment={experiment}", "evaluation.chats=x", *overrides])) if name != "evaluate" else None
+            OmegaConf.resolve(
+                composed(name, [f"experiment={experiment}", "evaluation.chats=x", *overrides])
+            ) if name != "evaluate" else None
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(CONF)))
@@ -41,7 +43,12 @@ def test_published_hyperparameters() -> None:
     assert (cfg.optimizer.lr, cfg.loss.lm_weight, cfg.trainer.max_epochs, cfg.chat.max_length) == (5e-6, 0.9, 3, 2048)
     assert cfg.data.batch_size * 8 * cfg.trainer.accumulate_grad_batches == 128
     cfg = composed("train", ["experiment=fusellm_7b"])
-    assert (cfg.optimizer.lr, list(cfg.optimizer.betas), cfg.optimizer.weight_decay, cfg.optimizer.warmup_ratio) == (1e-5, [0.9, 0.95], 0.1, 0.008)
+    assert (cfg.optimizer.lr, list(cfg.optimizer.betas), cfg.optimizer.weight_decay, cfg.optimizer.warmup_ratio) == (
+        1e-5,
+        [0.9, 0.95],
+        0.1,
+        0.008,
+    )
     assert composed("merge", ["experiment=fusechat_7b_v2"]).merge.density == 0.1
 
 

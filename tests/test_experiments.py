@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import transformers
 from omegaconf import OmegaConf
-from tests.conftest import composed, run_entry
 
 from fusechat.pipeline import expand
 from fusechat.tiny.chats import World, generate
 from fusechat.tiny.models import make_tokenizer
+from tests.conftest import composed, run_entry
 
 TEXTS = [m["content"] for row in generate(World(0), 400, "texts") for m in row["messages"]]
 SHAPES: dict[str, Any] = {
@@ -56,7 +56,11 @@ def test_end_to_end(experiment: str, tmp_path: Path) -> None:
     for step in OmegaConf.to_container(composed("pipeline", [*base]).pipeline.steps, resolve=True):
         for name, overrides in expand(str(step)):
             source = next((o.removeprefix("source=") for o in overrides if o.startswith("source=")), None)
-            path = [f"source.path={shrunk(tmp_path / 'models', source)}", "source.device_map=null"] if source in MODELS and source != "pivot" and name == "extract" else []
+            path = (
+                [f"source.path={shrunk(tmp_path / 'models', source)}", "source.device_map=null"]
+                if source in MODELS and source != "pivot" and name == "extract"
+                else []
+            )
             if name == "align":
                 path = [f"source.path={tmp_path / 'models' / source}"]
             run_entry(name, [*base, *overrides, *path])

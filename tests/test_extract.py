@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.conftest import Mini
 
 from fusechat import distributions
 from fusechat.chat import ChatRenderer
@@ -24,6 +23,7 @@ from fusechat.chat_data import load_chats
 from fusechat.errors import UserError
 from fusechat.extraction import by_token_budget, summary, totals
 from fusechat.store import DistributionStore, StoreWriter
+from tests.conftest import Mini
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,7 +103,9 @@ def test_kill_and_resume_is_byte_for_byte(fresh: Mini) -> None:
     fresh.run("extract", "source=b", small)
     whole = shards(path)
     shutil.rmtree(path)
-    process = subprocess.Popen(command(fresh, "source=b", small), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(fresh, "source=b", small), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
     while not list(path.glob("shard-*.json")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.01)

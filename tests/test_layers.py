@@ -39,7 +39,9 @@ def test_layers(file: Path) -> None:
         assert not crossing, f"{file.name} reaches into {crossing}"
 
 
-@pytest.mark.parametrize("module", ["train", "merge", "fusechat.extract", "fusechat.align", "fusechat.evaluate", "fusechat.report", "fusechat.pipeline"])
+@pytest.mark.parametrize(
+    "module", ["train", "merge", "fusechat.extract", "fusechat.align", "fusechat.evaluate", "fusechat.report", "fusechat.pipeline"]
+)
 def test_entries_start_light(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('torch', 'transformers', 'lightning', 'datasets', 'wandb', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

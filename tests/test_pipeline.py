@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.conftest import MINI
 
 from fusechat.pipeline import ENTRIES
+from tests.conftest import MINI
 
 ROOT = Path(__file__).parent.parent
 SHORT = [*MINI, "logger=none", "callbacks.checkpoint_every_n_steps=2"]
@@ -43,7 +43,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_everything_is_there(undisturbed: Path) -> None:
     experiment = undisturbed / "tiny/seed0"
     report = {f.name for f in (experiment / "report").iterdir()}
-    assert {"index.html", "results.csv", "results.md", "comparisons.csv", "results.png", "skills.png", "wins.png", "alignment.png"} <= report
+    assert {
+        "index.html",
+        "results.csv",
+        "results.md",
+        "comparisons.csv",
+        "results.png",
+        "skills.png",
+        "wins.png",
+        "alignment.png",
+    } <= report
     page = (experiment / "report/index.html").read_text()
     assert "src='data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", ""), "self-contained"
@@ -115,7 +124,17 @@ def test_unknown_keys_and_groups_name_the_near_ones(overrides: list[str], messag
 
 def test_failed_jobs_of_a_sweep_are_named_and_the_others_finish(undisturbed: Path) -> None:
     root, targets = undisturbed, undisturbed / "tiny/seed0/targets"
-    done = run("train.py", "-m", *SHORT, f"paths.root={root}", f"hydra.sweep.dir={root}/sweep", "source=a", "run_name=x,y", "loss.kind=ce,mse", "overwrite=true")
+    done = run(
+        "train.py",
+        "-m",
+        *SHORT,
+        f"paths.root={root}",
+        f"hydra.sweep.dir={root}/sweep",
+        "source=a",
+        "run_name=x,y",
+        "loss.kind=ce,mse",
+        "overwrite=true",
+    )
     assert done.returncode == 1
     assert "2 job(s) failed" in done.stderr
     assert "run_name=x loss.kind=mse" in done.stderr

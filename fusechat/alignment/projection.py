@@ -24,9 +24,7 @@ class Ragged:
     gold_logprob: Floats
 
 
-def project(
-    source: Ragged, match: Ints, table: Ints, gold: Ints, chain: Ints, pivot_size: int, unmatched_gold: bool
-) -> Ragged:
+def project(source: Ragged, match: Ints, table: Ints, gold: Ints, chain: Ints, pivot_size: int, unmatched_gold: bool) -> Ragged:
     """The source's distributions at the matched positions, on the pivot's ids.
 
     match [N]: source position for each pivot position, -1 none. table: source id -> pivot id or -1. gold [N]: the

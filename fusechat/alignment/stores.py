@@ -72,7 +72,8 @@ class Alignment:
             seen["positions_with_mass"] += int((result.counts > 0).sum())
         scalars = self.source._tables[index].select(["id", "nats", "bytes", "tokens"])
         lists = {
-            "counts": list_column(columns["counts"], np.uint16), "ids": list_column(columns["ids"], id_type(self.pivot.manifest["vocab_size"])),
+            "counts": list_column(columns["counts"], np.uint16),
+            "ids": list_column(columns["ids"], id_type(self.pivot.manifest["vocab_size"])),
             "logprobs": list_column([encode_logprobs(r, self.logprobs) for r in columns["logprobs"]], np.dtype(self.logprobs)),
             "gold_logprob": list_column(columns["gold_logprob"], np.float16), "kind": list_column(columns["kind"], np.uint8),
         }  # fmt: skip
@@ -125,7 +126,10 @@ def each_shard(alignment: Alignment, work: Any, shards: list[int], num_proc: int
 def same_tokens(pivot: DistributionStore, source: DistributionStore) -> bool:
     """Whether both stores hold the same ids for every chat: the vocabularies are shared and nothing is to be aligned."""
     return len(pivot) == len(source) and all(
-        all(np.array_equal(a, b) for a, b in zip(pivot.row(i, "input_ids", "positions"), source.row(i, "input_ids", "positions"), strict=True))
+        all(
+            np.array_equal(a, b)
+            for a, b in zip(pivot.row(i, "input_ids", "positions"), source.row(i, "input_ids", "positions"), strict=True)
+        )
         for i in range(len(pivot))
     )
 

@@ -127,7 +127,7 @@ def nearest(names: Sequence[str], candidates: Sequence[str]) -> tuple[Ints, Ints
         exact.setdefault(candidate, index)
     found = np.array([exact.get(name, -1) for name in names], np.int64)
     distance = np.where(found >= 0, 0, -1)
-    short = [i for i in np.flatnonzero(found < 0) if 0 < len(names[i]) <= 64]
+    short = [i for i in np.flatnonzero(found < 0).tolist() if 0 < len(names[i]) <= 64]
     if short:
         alphabet = {c: n for n, c in enumerate(sorted({c for text in (*candidates, *(names[i] for i in short)) for c in text}))}
         ids = sorted(range(len(candidates)), key=lambda i: (len(candidates[i]), i))
@@ -135,8 +135,9 @@ def nearest(names: Sequence[str], candidates: Sequence[str]) -> tuple[Ints, Ints
         name_text, name_starts = _packed([names[i] for i in short], alphabet)
         best, score = _nearest(name_text, name_starts, text, starts, np.array(ids), len(alphabet))
         found[short], distance[short] = best, score
-    for i in np.flatnonzero(found < 0):  # longer than a machine word: few, and rapidfuzz handles them
-        row = cdist([names[i]], list(candidates), scorer=Levenshtein.distance, dtype=np.int32)[0]
+    scorer: Any = Levenshtein.distance
+    for i in np.flatnonzero(found < 0).tolist():  # longer than a machine word: few, and rapidfuzz handles them
+        row = cdist([names[i]], list(candidates), scorer=scorer, dtype=np.int32)[0]
         found[i], distance[i] = int(row.argmin()), int(row.min())
     return found, distance
 

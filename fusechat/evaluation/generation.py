@@ -12,7 +12,8 @@ from fusechat.chat import ChatRenderer, Message
 
 @torch.inference_mode()
 def generate(
-    model: Any, renderer: ChatRenderer, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int, batch_size: int, temperature: float = 0.0
+    model: Any, renderer: ChatRenderer, prompts: Sequence[Sequence[Message]], *,
+    max_new_tokens: int, batch_size: int, temperature: float = 0.0,
 ) -> list[str]:  # fmt: skip
     """An answer to every prompt (messages up to the user's last), greedy at temperature 0, in the order given."""
     model.eval()

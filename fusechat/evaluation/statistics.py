@@ -42,7 +42,12 @@ def compare(first: Sequence[Sample], second: Sequence[Sample], name: str, seed: 
     values = b[picks].sum(1) / nb[picks].sum(1) - a[picks].sum(1) / na[picks].sum(1)
     low, high = np.percentile(values, [2.5, 97.5])
     p = 2 * min(float((values <= 0).mean()), float((values >= 0).mean()))
-    return {"difference": float(b.sum() / nb.sum() - a.sum() / na.sum()), "low": float(low), "high": float(high), "p": min(1.0, max(p, 1 / DRAWS))}
+    return {
+        "difference": float(b.sum() / nb.sum() - a.sum() / na.sum()),
+        "low": float(low),
+        "high": float(high),
+        "p": min(1.0, max(p, 1 / DRAWS)),
+    }
 
 
 def _picks(count: int, seed: int) -> npt.NDArray[np.int64]:

@@ -44,8 +44,12 @@ class Throughput(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """The summary line."""
         seconds = time.perf_counter() - self.start
-        shown = {k: round(float(v), 4) for k, v in trainer.callback_metrics.items() if k.split("/")[-1] in ("sft", "fusion", "bits_per_byte")}
-        LOG.info("%d steps, %d tokens in %.0f s (%.0f tokens/s); %s", trainer.global_step, self.tokens, seconds, self.tokens / seconds, shown)
+        shown = {
+            k: round(float(v), 4) for k, v in trainer.callback_metrics.items() if k.split("/")[-1] in ("sft", "fusion", "bits_per_byte")
+        }
+        LOG.info(
+            "%d steps, %d tokens in %.0f s (%.0f tokens/s); %s", trainer.global_step, self.tokens, seconds, self.tokens / seconds, shown
+        )
 
 
 class SavePretrained(Callback):
@@ -69,7 +73,8 @@ class SavePretrained(Callback):
 
     def save(self, trainer: lightning.Trainer, pl_module: Any, path: Path) -> None:
         """One rank writes; sharded strategies gather the state first."""
-        state = trainer.strategy.lightning_module_state_dict()
+        state: dict[str, Any] | None = trainer.strategy.lightning_module_state_dict()
+        assert state is not None
         if not trainer.is_global_zero:
             return
         state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
@@ -82,7 +87,9 @@ class SavePretrained(Callback):
         LOG.info("saved %s", path)
 
 
-def make_callbacks(checkpoints: Path, every_n_steps: int | None, early_stopping: int | None, progress_bar: bool, logged: bool) -> list[Callback]:
+def make_callbacks(
+    checkpoints: Path, every_n_steps: int | None, early_stopping: int | None, progress_bar: bool, logged: bool
+) -> list[Callback]:
     """The callbacks that ``conf/callbacks`` describes."""
     saver = ModelCheckpoint(
         dirpath=checkpoints, filename="{step}", every_n_train_steps=every_n_steps, save_top_k=1, monitor="step", mode="max",

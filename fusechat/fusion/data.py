@@ -80,15 +80,15 @@ class FusionRows(Dataset[FusionBatch]):
         at = np.concatenate([p.astype(np.int64) for _, p in chats]) + sequence * width
         parts = [self._distributions(store, rows, len(at)) for store in self.stores]
         kept = max(ids.shape[1] for ids, _, _ in parts)
-        ids = torch.zeros(len(parts), len(at), kept, dtype=torch.long)
+        all_ids = torch.zeros(len(parts), len(at), kept, dtype=torch.long)
         logprobs = torch.full((len(parts), len(at), kept), NEG_INF)
         for s, (own_ids, own, _) in enumerate(parts):
-            ids[s, :, : own.shape[1]], logprobs[s, :, : own.shape[1]] = torch.from_numpy(own_ids), torch.from_numpy(own)
+            all_ids[s, :, : own.shape[1]], logprobs[s, :, : own.shape[1]] = torch.from_numpy(own_ids), torch.from_numpy(own)
         gold_logprob = torch.from_numpy(np.stack([gold for _, _, gold in parts]))
         gold = torch.from_numpy(input_ids.reshape(-1)[at + 1])
         nats, n_bytes, n_tokens = (self.scalars[name][rows] for name in ("nats", "bytes", "tokens"))
         return FusionBatch(
-            torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(at), gold, torch.from_numpy(sequence), ids, logprobs,
+            torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(at), gold, torch.from_numpy(sequence), all_ids, logprobs,
             gold_logprob, nats.float(), n_bytes.float(), n_tokens.float(), torch.tensor(float(draw.step_tokens)),
             [str(self.tags[row]) for row in rows],
         )  # fmt: skip
@@ -114,7 +114,8 @@ class Plan(Sampler[Draw]):
     """The draws of one rank, epoch by epoch. ``start`` skips what a resumed epoch has done already."""
 
     def __init__(
-        self, rows: Ints, lengths: Ints, responses: Ints, *, batch_size: int, accumulate: int, rank: int, world: int, seed: int | None, bucket: int
+        self, rows: Ints, lengths: Ints, responses: Ints, *,
+        batch_size: int, accumulate: int, rank: int, world: int, seed: int | None, bucket: int,
     ) -> None:  # fmt: skip
         self.rows, self.lengths, self.responses = rows, lengths, responses
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
@@ -186,7 +187,8 @@ class FusionDataModule(lightning.LightningDataModule):
     """
 
     def __init__(
-        self, pivot_store: str, aligned_stores: Sequence[str], *, batch_size: int, validation_fraction: float, split_seed: int, shuffle_seed: int,
+        self, pivot_store: str, aligned_stores: Sequence[str], *, batch_size: int, validation_fraction: float,
+        split_seed: int, shuffle_seed: int,
         bucket: int, max_tokens: int, pad_token_id: int, vocab_size: int, num_workers: int = 0, remedies: Sequence[str] = (),
     ) -> None:  # fmt: skip
         super().__init__()
@@ -197,20 +199,26 @@ class FusionDataModule(lightning.LightningDataModule):
             if store.manifest["pivot"] != pivot.fingerprint:
                 raise UserError(f"{store.path} was aligned with other pivot distributions than {pivot.path}; run: {command} overwrite=true")
         if pivot.manifest["vocab_size"] > vocab_size:
-            raise UserError(f"{pivot.path} has ids up to {pivot.manifest['vocab_size']}, the model's embedding {vocab_size} rows; set pivot.path")
+            raise UserError(
+                f"{pivot.path} has ids up to {pivot.manifest['vocab_size']}, the model's embedding {vocab_size} rows; set pivot.path"
+            )
         self.batch_size, self.bucket, self.shuffle_seed, self.num_workers = batch_size, bucket, shuffle_seed, num_workers
         self.data = FusionRows(self.stores, pad_token_id)
         responses = self.data.scalars["tokens"][:, 0].numpy().astype(np.int64)
         self.responses = responses
         self.lengths = np.array([len(pivot.row(i, "input_ids")[0]) for i in range(len(pivot))])
         if (longest := int(self.lengths.max())) > max_tokens:
-            raise UserError(f"a chat of {longest} tokens exceeds {max_tokens}, the model's context or data.max_tokens; extract with chat.max_length")
+            raise UserError(
+                f"a chat of {longest} tokens exceeds {max_tokens}, the model's context or data.max_tokens; extract with chat.max_length"
+            )
         validation = np.array([in_validation(i, validation_fraction, split_seed) for i in pivot.column("id")])
         usable = responses > 0
         self.train_rows, self.validation_rows = (np.flatnonzero(usable & part) for part in (~validation, validation))
         if not len(self.train_rows):
             raise UserError(f"{pivot.path} leaves no chat with a response to train on; see chat.path and data.validation_fraction")
-        LOG.info("%d chats to train on, %d to validate, %d without a response", len(self.train_rows), len(self.validation_rows), (~usable).sum())
+        LOG.info(
+            "%d chats to train on, %d to validate, %d without a response", len(self.train_rows), len(self.validation_rows), (~usable).sum()
+        )
 
     @property
     def fingerprints(self) -> list[str]:
@@ -235,6 +243,7 @@ class FusionDataModule(lightning.LightningDataModule):
     def _plan(self, rows: Ints, seed: int | None) -> Plan:
         assert self.trainer is not None
         return Plan(
-            rows, self.lengths, self.responses, batch_size=self.batch_size, accumulate=self.trainer.accumulate_grad_batches if seed is not None else 1,
+            rows, self.lengths, self.responses, batch_size=self.batch_size,
+            accumulate=self.trainer.accumulate_grad_batches if seed is not None else 1,
             rank=self.trainer.global_rank, world=self.trainer.world_size, seed=seed, bucket=self.bucket,
         )  # fmt: skip

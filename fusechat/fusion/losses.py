@@ -230,5 +230,3 @@ def schedule_weight(schedule: str, lm_weight: float, progress: float, reward: Te
         return 1.0 - reward
     value = lm_weight + (1 - lm_weight) * progress if schedule == "hard_and_decay" else lm_weight
     return torch.full_like(reward, value)
-
-

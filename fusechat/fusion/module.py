@@ -29,7 +29,8 @@ class FusionModule(lightning.LightningModule):
     """
 
     def __init__(
-        self, path: str, source_names: Sequence[str], *, dtype: str = "float32", revision: str | None = None, trust_remote_code: bool = False,
+        self, path: str, source_names: Sequence[str], *, dtype: str = "float32", revision: str | None = None,
+        trust_remote_code: bool = False,
         attn_implementation: str | None = None, gradient_checkpointing: bool = False, lora: dict[str, Any] | None = None,
         rule: str = "min_ce", level: str = "sequence", metric: str = "bits_per_byte", empty: str = "skip", include_pivot: bool = True,
         lm_weight: float = 0.9, schedule: str = "hard", kind: str = "ce", temperature: float = 1.0, student_temperature: float = 1.0,
@@ -55,9 +56,13 @@ class FusionModule(lightning.LightningModule):
         """Loads the pivot once, in training mode (from_pretrained leaves dropout and gradient checkpointing off)."""
         if self.model is not None:
             return
-        hp = self.hparams
+        hp: Any = self.hparams
         model: Any = models.load_model(
-            hp.path, dtype=hp.dtype, revision=hp.revision, trust_remote_code=hp.trust_remote_code, attn_implementation=hp.attn_implementation
+            hp.path,
+            dtype=hp.dtype,
+            revision=hp.revision,
+            trust_remote_code=hp.trust_remote_code,
+            attn_implementation=hp.attn_implementation,
         )
         if hp.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -95,12 +100,13 @@ class FusionModule(lightning.LightningModule):
 
     def targets(self, batch: FusionBatch) -> tuple[Targets, Tensor]:
         """What the rule makes of the batch's distributions; and each model's part in every position, [N, S]."""
-        first = 0 if self.hparams.include_pivot else 1
+        hp: Any = self.hparams
+        first = 0 if hp.include_pivot else 1
         p = self.loss.teacher(batch.logprobs)
         ce = cross_entropy(batch.nats, batch.n_bytes, batch.n_tokens, self.rule.metric)[:, first:]
         fused = self.rule(batch.ids[first:], p[first:], batch.gold_logprob[first:], ce, batch.sequence, (batch.ids[0], p[0]))
         progress = self.global_step / max(1, self._total_steps())
-        weight = schedule_weight(self.hparams.schedule, self.hparams.lm_weight, progress, fused.reward)[batch.sequence]
+        weight = schedule_weight(hp.schedule, hp.lm_weight, progress, fused.reward)[batch.sequence]
         has_target = (fused.p > 0).any(-1) if self.loss.kind != "uld" else (fused.p.sum(-1) > 0)
         per_token = 1.0 / batch.step_tokens.clamp_min(1)
         return Targets(fused.ids, fused.p, batch.gold, weight * per_token, (1 - weight) * has_target * per_token), fused.weight
@@ -120,7 +126,8 @@ class FusionModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW and a schedule of transformers with warm-up."""
-        hp, steps = self.hparams, self._total_steps()
+        hp: Any = self.hparams
+        steps = self._total_steps()
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=hp.lr, betas=tuple(hp.betas), weight_decay=hp.weight_decay)
         warmup = int(hp.warmup_ratio * steps)

@@ -66,7 +66,9 @@ def sce(pivot: Tensor, targets: Sequence[Tensor], density: float = 0.1, select: 
     return pivot + torch.where(total > 0, (deltas * kept).sum(0) / total.clamp_min(1e-30), 0.0)
 
 
-def ties(pivot: Tensor, targets: Sequence[Tensor], weights: Weights, density: Weights, scale: float = 1.0, normalize: bool = True) -> Tensor:
+def ties(
+    pivot: Tensor, targets: Sequence[Tensor], weights: Weights, density: Weights, scale: float = 1.0, normalize: bool = True
+) -> Tensor:
     """TIES (arXiv 2306.01708): trim each delta to its largest elements, elect the sign of the weighted sum, average those who agree."""
     trimmed = [_top((target - pivot).abs(), d) * (target - pivot) for target, d in zip(targets, density, strict=True)]
     return pivot + scale * consensus(trimmed, weights, normalize)
@@ -101,7 +103,8 @@ def della(
 
 
 def breadcrumbs(
-    pivot: Tensor, targets: Sequence[Tensor], weights: Weights, density: Weights, gamma: Weights, scale: float = 1.0, normalize: bool = False
+    pivot: Tensor, targets: Sequence[Tensor], weights: Weights, density: Weights, gamma: Weights,
+    scale: float = 1.0, normalize: bool = False,
 ) -> Tensor:  # fmt: skip
     """Model breadcrumbs (arXiv 2312.06795): drop the share ``gamma`` of largest deltas and the smallest, keep ``density``."""
     kept = []
@@ -142,14 +145,18 @@ def model_stock(pivot: Tensor, targets: Sequence[Tensor], filter_wise: bool = Fa
     if len(targets) < 2:
         raise UserError("merge=model_stock needs at least two targets")
     shape = pivot.shape
-    rows = (lambda x: x.reshape(x.shape[0], -1)) if filter_wise and pivot.dim() > 1 else (lambda x: x.reshape(1, -1))
+    count = shape[0] if filter_wise and pivot.dim() > 1 else 1
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.reshape(count, -1)
+
     deltas = [rows(target - pivot) for target in targets]
     cosines = [
         torch.nn.functional.cosine_similarity(a, b, dim=-1, eps=1e-8) for i, a in enumerate(deltas) for b in deltas[i + 1 :]
     ]  # fmt: skip
-    cosine, count = sum(cosines[1:], cosines[0]) / len(cosines), len(targets)
-    share = (count * cosine / (1 + (count - 1) * cosine)).unsqueeze(-1)
-    mean = rows(linear(targets, [1.0] * count))
+    cosine, j = torch.stack(cosines).mean(0), len(targets)
+    share = (j * cosine / (1 + (j - 1) * cosine)).unsqueeze(-1)
+    mean = rows(linear(targets, [1.0] * j))
     return (share * mean + (1 - share) * rows(pivot)).reshape(shape)
 
 
@@ -164,7 +171,7 @@ def widen(pivot: Tensor, targets: Sequence[Tensor], ratio: float = 1.0, calibrat
     deltas = [target - pivot for target in targets]
     if pivot.dim() < 2:
         scores = _widen_scores(torch.stack([delta.abs().reshape(-1) for delta in deltas]), ratio, calibration)
-        return pivot + sum(delta * score.view_as(delta) for delta, score in zip(deltas, scores, strict=True))
+        return pivot + torch.stack([delta * score.view_as(delta) for delta, score in zip(deltas, scores, strict=True)]).sum(0)
     norm, direction = _columns(pivot)
     magnitudes, angles = [], []
     for target in targets:
@@ -173,7 +180,7 @@ def widen(pivot: Tensor, targets: Sequence[Tensor], ratio: float = 1.0, calibrat
         angles.append(1 - torch.nn.functional.cosine_similarity(own, direction, dim=0))
     parts = [_widen_scores(_ranks(torch.stack(part)), ratio, calibration) for part in (magnitudes, angles)]
     weights = (parts[0] + parts[1]) / 2
-    return pivot + sum(delta * weight for delta, weight in zip(deltas, weights, strict=True))
+    return pivot + torch.stack([delta * weight for delta, weight in zip(deltas, weights, strict=True)]).sum(0)
 
 
 def consensus(deltas: Sequence[Tensor], weights: Weights, normalize: bool) -> Tensor:

@@ -214,9 +214,13 @@ def describe(merge: Merge, max_shard_size: str | int) -> str:
     lines = [f"{merge.method}: {len(plan)} parameters, {size / 1e6:,.1f} MB in shards of {max_shard_size}"]
     for name, (shape, dtype) in plan.items():
         weights = merge.groups.get(group_of(name, merge.settings["granularity"])) if merge.method == "varm" else merge._weights(name)
-        shown = "pivot" if merge._kept(name) or weights is None and merge.method == "varm" else ", ".join(f"{w:.4f}" for w in weights or [])
+        shown = "pivot" if merge._kept(name) or (weights is None and merge.method == "varm") else _listed(weights)
         lines.append(f"  {name}  {tuple(shape)}  {str(dtype).removeprefix('torch.')}  {shown}")
     return "\n".join(lines)
+
+
+def _listed(weights: Sequence[float] | None) -> str:
+    return ", ".join(f"{w:.4f}" for w in weights or [])
 
 
 __all__ = ["GRANULARITIES", "NAMES", "Merge", "check_inputs", "check_shapes", "copy_companions", "describe"]

@@ -38,7 +38,9 @@ def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Tenso
         if shape == other and same:
             continue
         if own is None or theirs is None or shape[1] != other[1]:
-            raise UserError(f"{name}: shape {other} in {target.path}, {shape} in the pivot {pivot.path}, and no tokenizers to match rows by")
+            raise UserError(
+                f"{name}: shape {other} in {target.path}, {shape} in the pivot {pivot.path}, and no tokenizers to match rows by"
+            )
         rows = pivot.tensor(name).clone()
         pairs = [(i, theirs[token]) for token, i in own.items() if token in theirs and i < shape[0] and theirs[token] < other[0]]
         index = torch.tensor(pairs, dtype=torch.long).view(-1, 2)

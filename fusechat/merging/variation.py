@@ -5,6 +5,7 @@ W[j, m] = mean_m(delta_j^2) / sum_j mean_m(delta_j^2), always against the pivot.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -77,7 +78,9 @@ def _normalised(variations: list[float], weighting: str, temperature: float) -> 
     return [v / total for v in variations]
 
 
-def measure(pivot: LazyCheckpoint, target: LazyCheckpoint, names: Iterable[str], aligned: Mapping[str, Tensor] | None = None) -> dict[str, Change]:
+def measure(
+    pivot: LazyCheckpoint, target: LazyCheckpoint, names: Iterable[str], aligned: Mapping[str, Tensor] | None = None
+) -> dict[str, Change]:
     """One pass over a target: the change of every tensor. Results are kept beside the target, by content hash.
 
     aligned: tensors already matched by token, in place of the target's own. Raises `UserError` for NaN or inf.
@@ -89,10 +92,8 @@ def measure(pivot: LazyCheckpoint, target: LazyCheckpoint, names: Iterable[str],
         return {name: Change(*entry) for name, entry in held[key].items()}
     found = {name: _change(pivot, target, name, (aligned or {}).get(name)) for name in names}
     held[key] = {name: [c.square, c.absolute, c.size] for name, c in found.items()}
-    try:
+    with contextlib.suppress(OSError):  # a read-only target: measured again next time
         file.write_text(json.dumps(held))
-    except OSError:  # a read-only target: measured again next time
-        pass
     return found
 
 

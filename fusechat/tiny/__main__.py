@@ -1,6 +1,6 @@
 """Generate the tiny world's chats and train its pivot and sources.
 
-    python -m fusechat.tiny seed=0
+python -m fusechat.tiny seed=0
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import GOLDEN
 
 from fusechat.alignment.sequence import MANY_TO_ONE, NONE, ONE_TO_MANY, SAME, align_dtw, align_offsets, dtw
+from tests.conftest import GOLDEN
 
 TOKENS = st.lists(st.text("abé ", min_size=0, max_size=4), min_size=1, max_size=12)
 

@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.alignment.test_sequence import levenshtein
-from tests.conftest import GOLDEN
 
 from fusechat.alignment import vocabulary
+from tests.alignment.test_sequence import levenshtein
+from tests.conftest import GOLDEN
 
 PAIRS = [("a", "pivot"), ("b", "pivot"), ("c", "pivot"), ("pivot", "a")]
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.text("ab▁é", min_size=1, max_size=5), min_size=1, max_size=6), st.lists(st.text("abc▁é", min_size=1, max_size=5), min_size=1, max_size=9))
+@given(
+    st.lists(st.text("ab▁é", min_size=1, max_size=5), min_size=1, max_size=6),
+    st.lists(st.text("abc▁é", min_size=1, max_size=5), min_size=1, max_size=9),
+)
 def test_nearest_is_the_smallest_distance_with_the_lowest_id(names: list[str], candidates: list[str]) -> None:
     found, distance = vocabulary.nearest(names, candidates)
     for name, index, d in zip(names, found, distance, strict=True):

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import Mini
 
 from fusechat.chat import ChatRenderer
 from fusechat.errors import UserError
 from fusechat.evaluation import generation, perplexity, results
 from fusechat.evaluation.statistics import compare, interval
+from tests.conftest import Mini
 
 
 @pytest.mark.parametrize("name", ["pivot", "a", "b", "c"])
@@ -39,7 +39,10 @@ def test_a_batch_of_eight_equals_one_by_one(name: str, mini: Mini, tokenizers: C
 def samples(seed: int, shift: float = 0.0, n: int = 200) -> list[dict[str, Any]]:
     rng, noise = np.random.default_rng(0), np.random.default_rng(seed)
     base = rng.gamma(2, 2, n)
-    return [{"id": i, "nats": b + shift + 0.1 * e, "bytes": 5, "tokens": 4, "correct": b < 4} for i, (b, e) in enumerate(zip(base, noise.normal(size=n), strict=True))]
+    return [
+        {"id": i, "nats": b + shift + 0.1 * e, "bytes": 5, "tokens": 4, "correct": b < 4}
+        for i, (b, e) in enumerate(zip(base, noise.normal(size=n), strict=True))
+    ]
 
 
 def test_intervals_cover_the_value_and_pairing_sees_small_differences() -> None:

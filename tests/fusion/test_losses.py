@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.conftest import GOLDEN
 from torch import Tensor
 
 from fusechat.errors import UserError
 from fusechat.fusion.losses import KINDS, MISSING, FusionLoss, Targets, fused_loss, loss_from_logits, schedule_weight
 from fusechat.fusion.rules import FusionRule
 from fusechat.heads import OutputHead
+from tests.conftest import GOLDEN
 
 MANIFEST = json.loads((GOLDEN / "loss" / "manifest.json").read_text())
 INPUTS, OUTPUTS = np.load(GOLDEN / "loss" / "inputs.npz"), np.load(GOLDEN / "loss" / "outputs.npz")
@@ -61,7 +61,9 @@ def test_parity_with_the_published_trainers(case: dict[str, Any]) -> None:
         silent = ~(p > 0).any(-1, keepdim=True)
         each.append((torch.where(silent, pivot[0], ids), torch.where(silent, pivot[1], p)))
     at = torch.tensor(sequence)
-    result = rule(torch.stack([i for i, _ in each]), torch.stack([p for _, p in each]), torch.zeros(len(names), len(rows)), ce.float(), at, pivot)
+    result = rule(
+        torch.stack([i for i, _ in each]), torch.stack([p for _, p in each]), torch.zeros(len(names), len(rows)), ce.float(), at, pivot
+    )
     progress = case.get("global_step", 0) / case.get("max_steps", 1)
     weight = schedule_weight(case.get("type", "hard"), case["lm_loss_weight"], progress, result.reward)[at]
     is_label, is_fused = torch.tensor([float(label != -100) for label in labels]), torch.tensor([float(f) for f in fused])
@@ -137,7 +139,9 @@ def test_rows_without_entries_have_no_fusion_gradient() -> None:
     loss = FusionLoss()
     logits = torch.randn(3, 10, requires_grad=True)
     p = loss.teacher(torch.full((3, 4), -torch.inf))
-    value, _ = loss_from_logits(logits * 1.0, Targets(torch.zeros(3, 4, dtype=torch.long), p, torch.zeros(3, dtype=torch.long), torch.zeros(3), torch.ones(3)), loss)
+    value, _ = loss_from_logits(
+        logits * 1.0, Targets(torch.zeros(3, 4, dtype=torch.long), p, torch.zeros(3, dtype=torch.long), torch.zeros(3), torch.ones(3)), loss
+    )
     value.backward()
     assert value.item() == 0
     assert logits.grad.abs().max() == 0

@@ -16,12 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests.conftest import Mini
 
 from fusechat import training
 from fusechat.errors import UserError
 from fusechat.fusion.data import Plan
 from fusechat.fusion.module import FusionModule
+from tests.conftest import Mini
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests.conftest import GOLDEN
 from torch import Tensor
 
 from fusechat.merging import methods
+from tests.conftest import GOLDEN
 
 MERGE = GOLDEN / "merge"
 MODELS = [load_file(MERGE / "in/fp32" / f"{name}.safetensors") for name in ("pivot", "t1", "t2", "t3")]

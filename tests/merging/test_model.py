@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import GOLDEN, Mini, run_entry
 
 from fusechat.checkpoints import LazyCheckpoint
 from fusechat.errors import UserError
 from fusechat.merging.variation import CACHE, group_of
+from tests.conftest import GOLDEN, Mini, run_entry
 
 MERGE = GOLDEN / "merge"
 
 
-@pytest.fixture()
+@pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
     return make(tmp_path, "fp32")
 
@@ -58,7 +58,9 @@ def test_varm_equals_the_paper(granularity: str, dtype: str, tmp_path: Path) -> 
 def test_output_is_a_model_directory_with_its_record(models: dict[str, Path]) -> None:
     (models["pivot"] / "tokenizer_config.json").write_text("{}")
     output = merge(models, "merge=varm")
-    assert {"config.json", "model.safetensors", "fusechat.json", "README.md", "merge_weights.png", "tokenizer_config.json"} <= {f.name for f in output.iterdir()}
+    assert {"config.json", "model.safetensors", "fusechat.json", "README.md", "merge_weights.png", "tokenizer_config.json"} <= {
+        f.name for f in output.iterdir()
+    }
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(output)
@@ -80,7 +82,9 @@ def test_sharded_in_and_out_equals_single(models: dict[str, Path], tmp_path: Pat
     assert len(list(output.glob("model-*.safetensors"))) > 2
     ours = LazyCheckpoint(output)
     assert all(torch.equal(ours.tensor(n), tensor) for n, tensor in whole.items())
-    assert json.loads((output / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == sum(t.numel() * 4 for t in whole.values())
+    assert json.loads((output / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == sum(
+        t.numel() * 4 for t in whole.values()
+    )
 
 
 def test_statistics_of_seen_targets_are_reused(models: dict[str, Path]) -> None:
@@ -214,6 +218,19 @@ def test_all_methods_on_trained_targets(fresh: Mini) -> None:
     for source in ("a", "b"):
         fresh.run("train", f"source={source}")
     targets = f"targets=[{fresh.experiment}/targets/a,{fresh.experiment}/targets/b]"
-    for method in ("varm", "sce", "linear", "task_arithmetic", "ties", "dare", "dare_ties", "della", "breadcrumbs", "slerp", "model_stock", "widen"):
+    for method in (
+        "varm",
+        "sce",
+        "linear",
+        "task_arithmetic",
+        "ties",
+        "dare",
+        "dare_ties",
+        "della",
+        "breadcrumbs",
+        "slerp",
+        "model_stock",
+        "widen",
+    ):
         fresh.run("merge", f"merge={method}", targets)
     assert len(list((fresh.experiment / "merged").iterdir())) == 12
