@@ -57,15 +57,14 @@ def make_tokenizer(kind: str, vocab_size: int, texts: Sequence[str]) -> PreTrain
             vocab_size=vocab_size, special_tokens=names, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
     else:
-        tokenizer = Tokenizer(token_models.BPE(byte_fallback=True, unk_token="<unk>") if kind == "llama" else token_models.Unigram())
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        tokenizer = Tokenizer(token_models.BPE(byte_fallback=True, unk_token="<unk>"))
+        space = pre_tokenizers.Metaspace(prepend_scheme="never")
+        punctuation = pre_tokenizers.Punctuation() if kind == "mixtral" else None
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([punctuation, space]) if punctuation else space
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        if kind == "llama":
-            trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names + alphabet, show_progress=False)
-        else:
-            trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=names, unk_token="<unk>", show_progress=False)
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names + alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    if kind == "llama":  # byte-fallback tokens are ordinary tokens, only their ids were to be reserved
+    if kind in ("llama", "mixtral"):  # byte-fallback tokens are ordinary tokens, only their ids were to be reserved
         content = json.loads(tokenizer.to_str())
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in alphabet]
         tokenizer = Tokenizer.from_str(json.dumps(content))

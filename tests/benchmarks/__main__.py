@@ -1,0 +1,10 @@
+"""All benchmarks, or those named: python -m tests.benchmarks loss merging"""
+
+import importlib
+import sys
+
+NAMES = ["loss", "data", "alignment", "extraction", "merging"]
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or NAMES:
+        importlib.import_module(f"tests.benchmarks.{name}").main()

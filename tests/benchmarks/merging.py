@@ -1,0 +1,97 @@
+"""merge.py over a ~311M-parameter bf16 pivot and three targets in four shards each: whole-process time and anonymous memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tests.benchmarks.measure import table
+
+from fusechat.checkpoints import CheckpointWriter
+
+METHODS = ["merge=linear", "merge=task_arithmetic", *(f"merge=varm merge.granularity={g}" for g in ("matrix", "layer", "model"))]
+METHODS += ["merge=dare", "merge=dare_ties", "merge=sce", "merge=ties", "merge=model_stock", "merge=widen"]
+
+
+def plan(width: int, layers: int, vocab: int = 32_000) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names and shapes of a Mistral-shaped model."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width)}
+    for i in range(layers):
+        block = f"model.layers.{i}"
+        shapes |= {f"{block}.self_attn.{p}_proj.weight": (width if p in "qo" else width // 4, width) for p in "qkvo"}
+        shapes |= {f"{block}.mlp.gate_proj.weight": (width * 7 // 2, width), f"{block}.mlp.up_proj.weight": (width * 7 // 2, width)}
+        shapes |= {f"{block}.mlp.down_proj.weight": (width, width * 7 // 2)}
+        shapes |= {f"{block}.{n}.weight": (width,) for n in ("input_layernorm", "post_attention_layernorm")}
+    shapes |= {"model.norm.weight": (width,), "lm_head.weight": (vocab, width)}
+    return {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+
+
+def make(root: Path, width: int, layers: int) -> None:
+    """Writes pivot, t1, t2, t3 in about four shards each."""
+    shapes = plan(width, layers)
+    size = sum(int(torch.Size(s).numel()) * 2 for s, _ in shapes.values())
+    generator = torch.Generator().manual_seed(0)
+    for name in ("pivot", "t1", "t2", "t3"):
+        (root / name).mkdir(parents=True)
+        writer = CheckpointWriter(root / name, shapes, size // 4 + (1 << 20))
+        generator.manual_seed(0)
+        noise = torch.Generator().manual_seed(sum(name.encode()))
+        for key, (shape, _) in shapes.items():
+            tensor = torch.randn(shape, generator=generator) * 0.02
+            writer.write(key, tensor if name == "pivot" else tensor + torch.randn(shape, generator=noise) * 0.001)
+        writer.close()
+        (root / name / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+
+
+def run(root: Path, arguments: list[str]) -> tuple[float, float]:
+    """Wall seconds of the whole process, and its peak of anonymous memory in MB."""
+    targets = ",".join(str(root / t) for t in ("t1", "t2", "t3"))
+    command = [sys.executable, "merge.py", f"pivot.path={root / 'pivot'}", f"targets=[{targets}]", f"output_dir={root / 'out'}"]
+    command += [*arguments, "overwrite=true", "logger=none", f"hydra.run.dir={root / 'hydra'}"]
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        try:
+            lines = status.read_text().splitlines()
+            peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))])
+        except OSError:
+            break
+        time.sleep(0.005)
+    assert process.wait() == 0
+    return time.perf_counter() - start, peak / 1024
+
+
+def limit(root: Path) -> float:
+    """Seconds to read all inputs and write one output of the same size."""
+    start, last = time.perf_counter(), []
+    for name in ("pivot", "t1", "t2", "t3"):
+        last = [file.read_bytes() for file in sorted((root / name).glob("*.safetensors"))]
+    for number, data in enumerate(last):
+        (root / f"copy{number}").write_bytes(data)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Prints the tables."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:
+        small, large = Path(folder) / "small", Path(folder) / "large"
+        make(small, 1024, 18)
+        rows: list[list[object]] = [["read all, write one (limit)", limit(small), ""]]
+        for method in METHODS:
+            for path in small.glob("t*/.fusechat-variation.json"):
+                path.unlink()
+            rows.append([method, *run(small, method.split())])
+        table("merge.py, 311M bf16 pivot + 3 targets, whole process", ["what", "wall s", "anonymous MB"], rows)
+        make(large, 1024, 96)
+        table("the same with four times the blocks", ["what", "wall s", "anonymous MB"], [[m, *run(large, m.split())] for m in METHODS[:3]])
+
+
+if __name__ == "__main__":
+    main()
