@@ -249,3 +249,24 @@ def test_top_p_keeps_the_fewest() -> None:
     top = distributions.top_p_from_logits(probs.log(), torch.tensor([3]), 0.75, 4)
     assert top.ids[0, : int((~top.logprobs.isneginf()).sum())].tolist() == [0, 1]
     assert top.gold_logprob.exp().item() == pytest.approx(0.05)
+
+
+def test_inspect_prints_samples_and_finds_damage(fresh: Mini) -> None:
+    path = fresh.experiment / "distributions/a"
+    run = lambda: subprocess.run([sys.executable, "-m", "fusechat.inspect", str(path)], cwd=ROOT, text=True, capture_output=True)
+    done = run()
+    assert done.returncode == 0
+    assert "96 chats" in done.stdout
+    assert "gold next" in done.stdout
+    shard = next(path.glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "does not match its checksum" in run().stderr
+
+
+def test_two_ranks_share_the_shards(fresh: Mini) -> None:
+    path = fresh.experiment / "distributions/a"
+    wanted = shards(path)
+    shutil.rmtree(path)
+    done = subprocess.run(command(fresh, "source=a", "trainer.devices=2", "trainer.strategy=ddp"), cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert shards(path) == wanted
