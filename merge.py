@@ -18,11 +18,14 @@ def run(cfg: DictConfig) -> None:
     plan = merge_run.plan(cfg)
     if plan.finished:
         return
+    if plan.compressing:
+        return plan.compress()
     merge = plan.merge()
     if cfg.merge.dry_run:
         plan.show(merge)
     else:
         plan.write(merge)
+    return None
 
 
 main = entry("merge")(run)

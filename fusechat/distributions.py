@@ -37,9 +37,28 @@ def top_k_from_logits(logits: Tensor, gold: Tensor, k: int, vocab_size: int | No
     """
     logits = logits.float()
     lse = logits.logsumexp(-1, keepdim=True)
-    values, ids = logits[:, :vocab_size].topk(k, dim=-1)
+    values, ids = largest(logits[:, :vocab_size], k)
     gold_logit = logits.gather(-1, gold.unsqueeze(-1))
     return TopK(ids, values - lse, (gold_logit - lse).squeeze(-1))
+
+
+def largest(values: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
+    """`torch.topk` along the last dimension, several times faster on wide rows.
+
+    The k largest lie in the k blocks of largest maxima, so that only k * block candidates are sorted.
+    """
+    n, v = values.shape
+    whole = v - v % block
+    if v < 2 * k * block:
+        return values.topk(k, dim=-1)
+    blocks = values[:, :whole].unflatten(1, (-1, block))
+    best = blocks.amax(-1).topk(k, dim=-1).indices
+    candidates = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, block)).flatten(1)
+    ids = (best.unsqueeze(-1) * block + torch.arange(block, device=values.device)).flatten(1)
+    rest = torch.arange(whole, v, device=values.device).expand(n, -1)
+    candidates, ids = torch.cat([candidates, values[:, whole:]], 1), torch.cat([ids, rest], 1)
+    top = candidates.topk(k, dim=-1)
+    return top.values, ids.gather(1, top.indices)
 
 
 def top_p_from_logits(logits: Tensor, gold: Tensor, p: float, k: int, vocab_size: int | None = None) -> TopK:

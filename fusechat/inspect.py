@@ -1,6 +1,6 @@
 """Look into a store: what it holds, a few decoded samples, and whether its files are whole.
 
-    python -m fusechat.inspect runs/tiny/seed0/distributions/a
+python -m fusechat.inspect runs/tiny/seed0/distributions/a
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ def describe(path: str, samples: int, tokenizer_path: str | None) -> None:
     store.verify()
     about, shards = store.manifest, store.manifest["shards"]
     size, rows = sum(e["bytes"] for e in shards), sum(e["rows"] for e in shards)
-    positions = sum(e["statistics"].get("positions", 0) or sum(e["statistics"].get(k, 0) for k in ("same", "n:1", "1:n", "none")) for e in shards)
+    positions = sum(
+        e["statistics"].get("positions", 0) or sum(e["statistics"].get(k, 0) for k in ("same", "n:1", "1:n", "none")) for e in shards
+    )
     tokens = sum(e["statistics"].get("tokens", 0) for e in shards)
-    console.print(f"[bold]{about['kind']}[/] of {about['model']}: {rows:,} chats, {positions:,} response positions, {len(shards)} shards, checksums fit")
+    held = f"{rows:,} chats, {positions:,} response positions, {len(shards)} shards, checksums fit"
+    console.print(f"[bold]{about['kind']}[/] of {about['model']}: {held}")
     per_token = f", {size / tokens:.1f} B per token" if tokens else ""
-    console.print(f"{size / 1e6:.1f} MB{per_token}, {size / max(1, positions):.1f} B per position; log-probabilities as {about['logprobs']}")
+    console.print(
+        f"{size / 1e6:.1f} MB{per_token}, {size / max(1, positions):.1f} B per position; log-probabilities as {about['logprobs']}"
+    )
     console.print({k: about[k] for k in ("fingerprint", "chats", "vocab_size", "token_map", "sequence", "extract") if k in about})
     tokenizer = _tokenizer(tokenizer_path or about.get("path"))
     if tokenizer is None or "input_ids" not in store._shards[0]:
@@ -38,7 +43,10 @@ def describe(path: str, samples: int, tokenizer_path: str | None) -> None:
         for column in ("after", "gold next", "most likely next"):
             table.add_column(column)
         for n, position in enumerate(positions_.tolist()[:12]):
-            table.add_row(*(repr(tokenizer.decode([int(i)])) for i in ids[position : position + 2]), _likely(tokenizer, top, logprobs, at, int(counts[n])))
+            table.add_row(
+                *(repr(tokenizer.decode([int(i)])) for i in ids[position : position + 2]),
+                _likely(tokenizer, top, logprobs, at, int(counts[n])),
+            )
             at += int(counts[n])
         console.print(table)
 

@@ -14,7 +14,8 @@ from fusechat import models
 from fusechat.cards import command_line, write_card
 from fusechat.checkpoints import LazyCheckpoint, whole_directory
 from fusechat.errors import UserError, one_of
-from fusechat.merging.model import NAMES, Merge, copy_companions, describe
+from fusechat.merging.delta import compress, open_checkpoint
+from fusechat.merging.model import NAMES, Merge, check_shapes, copy_companions, describe
 from fusechat.runtime import make_logger, plain, provenance
 from fusechat.store import fingerprint
 
@@ -27,8 +28,11 @@ class MergeRun:
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg, self.output, self.options = cfg, Path(cfg.output_dir), plain(cfg.merge)
-        one_of(cfg.merge.method, NAMES, "merge.method")
-        self.pivot, self.targets = Path(cfg.pivot.path), [Path(path) for path in cfg.targets]
+        one_of(cfg.merge.method, (*NAMES, "compress"), "merge.method")
+        self.compressing = cfg.merge.method == "compress"
+        if self.compressing and not cfg.target:
+            raise UserError("merge=compress needs the target to store: add target=DIR")
+        self.pivot, self.targets = Path(cfg.pivot.path), [Path(p) for p in ([cfg.target] if self.compressing else cfg.targets)]
         for path in self.targets:
             if not path.is_dir():
                 raise UserError(
@@ -59,13 +63,32 @@ class MergeRun:
     def merge(self) -> Merge:
         """Opens the checkpoints, checks that they belong together, and measures the change where the method needs it."""
         settings = {k: v for k, v in self.options.items() if k not in COMMON}
+        pivot = LazyCheckpoint(self.pivot)
         merge = Merge(
-            LazyCheckpoint(self.pivot), [LazyCheckpoint(path) for path in self.targets], self.options["method"], settings,
+            pivot, [open_checkpoint(path, pivot) for path in self.targets], self.options["method"], settings,
             weights=self.options["weights"], patterns=self.options["patterns"], dtype=self.options["dtype"], seed=self.cfg.seed,
         )  # fmt: skip
         if merge.method == "varm":
             merge.measure()
         return merge
+
+    def compress(self) -> None:
+        """Stores the target as pivot + compressed delta."""
+        pivot, target = LazyCheckpoint(self.pivot), LazyCheckpoint(self.targets[0])
+        check_shapes(pivot, [target], [{}])
+        with whole_directory(self.output, self.cfg.overwrite) as directory:
+            copy_companions(self.targets[0], directory, None)
+            measured = compress(pivot, target, directory, self.options["ratio"])
+            record = {"fingerprint": self.mark, "stage": "compress", "name": self.output.name, "inputs": self.hashes, "measured": measured}
+            (directory / "fusechat.json").write_text(json.dumps(record | provenance(self.cfg), indent=1, default=str) + "\n")
+        share = measured["bytes"] / measured["target_bytes"]
+        LOG.info(
+            "%s: %.1f MB, %.1f %% of the target; relative error of the deltas %.3f",
+            self.output,
+            measured["bytes"] / 1e6,
+            100 * share,
+            measured["relative_error"],
+        )
 
     def show(self, merge: Merge) -> None:
         """Prints the plan."""

@@ -36,6 +36,7 @@ def label(path: str | None) -> str:
 
 
 OmegaConf.register_new_resolver("label", label, replace=True)
+OmegaConf.register_new_resolver("basename", lambda path: Path(path or "target").name, replace=True)
 
 
 def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:

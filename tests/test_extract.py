@@ -237,6 +237,14 @@ def test_uint8_total_variation_error(seed: int, k: int) -> None:
         assert 0.5 * np.abs(np.exp(again) - np.exp(logprobs)).sum() <= bound
 
 
+@given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([1000, 1024, 1100, 30]))
+def test_largest_is_topk(seed: int, k: int, width: int) -> None:
+    values = torch.randn(5, width, generator=torch.Generator().manual_seed(seed))
+    wanted, ours = values.topk(k), distributions.largest(values, k)
+    assert torch.equal(wanted.values, ours[0])
+    assert torch.equal(values.gather(1, ours[1]), wanted.values)
+
+
 def test_sampling_is_unbiased() -> None:
     logits, generator = torch.randn(1, 6).repeat(4000, 1), torch.Generator().manual_seed(0)
     top = distributions.sampled_from_logits(logits, torch.zeros(4000, dtype=torch.long), 20, generator)
@@ -267,6 +275,8 @@ def test_two_ranks_share_the_shards(fresh: Mini) -> None:
     path = fresh.experiment / "distributions/a"
     wanted = shards(path)
     shutil.rmtree(path)
-    done = subprocess.run(command(fresh, "source=a", "trainer.devices=2", "trainer.strategy=ddp"), cwd=ROOT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        command(fresh, "source=a", "trainer.devices=2", "trainer.strategy=ddp"), cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert shards(path) == wanted

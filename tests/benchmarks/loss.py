@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from tests.benchmarks.measure import measure, table
 from torch import Tensor
 
 from fusechat.fusion.losses import FusionLoss, Targets, fused_loss, loss_from_logits
+from tests.benchmarks.measure import measure, table
 
 V, K, D = 32_000, 10, 512
 
@@ -82,7 +82,11 @@ def main() -> None:
     """Prints the table."""
     torch.set_num_threads(1)
     rows = [*with_head(512), *without_head(512), *with_head(2048), *without_head(2048)]
-    table("fusion loss + backward, fp32, one thread", ["what", "tokens x 4", "CPU s", "peak MB"], [[w, n, c.seconds, c.megabytes] for w, n, c in rows])
+    table(
+        "fusion loss + backward, fp32, one thread",
+        ["what", "tokens x 4", "CPU s", "peak MB"],
+        [[w, n, c.seconds, c.megabytes] for w, n, c in rows],
+    )
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import torch
-from tests.benchmarks.measure import table
 
 from fusechat.checkpoints import CheckpointWriter
+from tests.benchmarks.measure import table
 
 METHODS = ["merge=linear", "merge=task_arithmetic", *(f"merge=varm merge.granularity={g}" for g in ("matrix", "layer", "model"))]
 METHODS += ["merge=dare", "merge=dare_ties", "merge=sce", "merge=ties", "merge=model_stock", "merge=widen"]

@@ -1,0 +1,76 @@
+"""Training data: bytes per token on disk, and how fast a DataLoader delivers stored examples, one thread."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tests.benchmarks.measure import table
+
+from fusechat.distributions import encode_logprobs
+from fusechat.fusion.data import Draw, FusionRows
+from fusechat.store import DistributionStore, StoreWriter, list_column
+
+CHATS, TOKENS, K, V = 400, 512, 10, 32_000
+
+
+def store(path: Path, kind: str, response: float) -> DistributionStore:
+    """A store of random distributions over chats of 512 tokens, a share ``response`` of them the assistant's."""
+    rng, n = np.random.default_rng(0), int(TOKENS * response)
+    rows = [np.sort(rng.gumbel(size=(n, K)).astype(np.float32) * 2)[:, ::-1] for _ in range(CHATS)]
+    logprobs = [(r - np.log(np.exp(r).sum(-1, keepdims=True))).reshape(-1) for r in rows]
+    ids = [rng.integers(0, V, n * K) for _ in range(CHATS)]
+    positions = [np.arange(TOKENS - n - 1, TOKENS - 1) for _ in range(CHATS)]
+    lists = {
+        "input_ids": ([rng.integers(0, V, TOKENS) for _ in range(CHATS)], np.uint16), "positions": (positions, np.uint16),
+        "boundaries": ([np.arange(n) for _ in range(CHATS)], np.int32), "counts": ([np.full(n, K) for _ in range(CHATS)], np.uint16),
+        "ids": (ids, np.uint16), "gold_logprob": ([-np.ones(n)] * CHATS, np.float16),
+    }  # fmt: skip
+    columns = {name: list_column(values, dtype) for name, (values, dtype) in lists.items()}
+    columns["logprobs"] = list_column([encode_logprobs(r, kind) for r in logprobs], np.dtype(kind))
+    scalars = {"id": [f"{i:016x}" for i in range(CHATS)], "tag": [""] * CHATS, "text_hash": ["0" * 8] * CHATS}
+    numbers = {"nats": np.full(CHATS, 500.0), "bytes": np.full(CHATS, 4 * n, np.int32), "tokens": np.full(CHATS, n, np.int32)}
+    writer = StoreWriter(path, "mark", 1)
+    writer.write(0, pa.table({**scalars, **numbers, **columns}), {})
+    writer.finish(vocab_size=V)
+    return DistributionStore(path)
+
+
+def throughput(data: FusionRows) -> float:
+    """Million tokens per CPU second, collation included."""
+    order = np.random.default_rng(0).permutation(CHATS)
+    draws = [Draw(order[i : i + 8].tolist(), 1) for i in range(0, CHATS, 8)]
+    data[draws[0]]
+    start = time.process_time()
+    for draw in draws:
+        data[draw]
+    return CHATS * TOKENS / (time.process_time() - start) / 1e6
+
+
+def reading(data: DistributionStore) -> float:
+    """Million tokens per CPU second that the store alone delivers, every column touched."""
+    start = time.process_time()
+    for row in np.random.default_rng(0).permutation(CHATS):
+        for column in data.row(int(row), "input_ids", "ids", "logprobs", "gold_logprob"):
+            column.max()
+    return CHATS * TOKENS / (time.process_time() - start) / 1e6
+
+
+def main() -> None:
+    """Prints the table."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("float16", "uint8"):
+            for response in (0.5, 0.99):
+                made = store(Path(folder) / f"{kind}{response}", kind, response)
+                size = made.manifest["shards"][0]["bytes"] / (CHATS * TOKENS)
+                rows.append([kind, f"{response:.0%}", size, reading(made), throughput(FusionRows([made, made], 0))])
+    header = ["log-probabilities", "assistant's share", "B per token", "read, M tokens/CPU s", "collated with one source, M tokens/CPU s"]
+    table("stores: k 10, V 32,000, 512 tokens a chat", header, rows)
+
+
+if __name__ == "__main__":
+    main()
