@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -98,12 +98,13 @@ class ChatRenderer:
         return spans
 
     def _rendered(self, chat: Sequence[Message], text: str, encoding: Any) -> Rendered:
-        ids = np.asarray(encoding.ids, np.int64)
-        offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        ids = np.array(encoding.ids, np.int64)
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
         truncated = len(ids) > self.max_length
         ids, offsets = ids[: self.max_length], offsets[: self.max_length]
         ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else offsets[:, 1]
-        starts = np.minimum(offsets[:, 0], np.concatenate([[0], ends[:-1]])) if len(ids) else ends
+        starts = offsets[:, 0].copy()
+        np.minimum(starts[1:], ends[:-1], out=starts[1:])
         mask, before = np.zeros(len(ids), bool), np.full(len(ids), -1, np.int64)
         turn_start = n_bytes = 0
         contents = hashlib.sha256()

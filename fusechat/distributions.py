@@ -35,11 +35,9 @@ def top_k_from_logits(logits: Tensor, gold: Tensor, k: int, vocab_size: int | No
 
     vocab_size: ids from there on are padding of the embedding; they are never kept, their mass is tail mass.
     """
-    logits = logits.float()
-    lse = logits.logsumexp(-1, keepdim=True)
-    values, ids = largest(logits[:, :vocab_size], k)
-    gold_logit = logits.gather(-1, gold.unsqueeze(-1))
-    return TopK(ids, values - lse, (gold_logit - lse).squeeze(-1))
+    logprobs = logits.float().log_softmax(-1)
+    values, ids = largest(logprobs[:, :vocab_size], k)
+    return TopK(ids, values, logprobs.gather(-1, gold.unsqueeze(-1)).squeeze(-1))
 
 
 def largest(values: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
@@ -51,7 +49,7 @@ def largest(values: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
     whole = v - v % block
     if v < 2 * k * block:
         return values.topk(k, dim=-1)
-    blocks = values[:, :whole].unflatten(1, (-1, block))
+    blocks = torch.unflatten(values[:, :whole], 1, (-1, block))
     best = blocks.amax(-1).topk(k, dim=-1).indices
     candidates = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, block)).flatten(1)
     ids = (best.unsqueeze(-1) * block + torch.arange(block, device=values.device)).flatten(1)

@@ -26,6 +26,7 @@ from fusechat.store import StoreWriter, list_column
 
 LOG = logging.getLogger(__name__)
 CHUNK_ELEMENTS = 1 << 24  # logits computed at a time: 64 MiB in fp32
+CACHE_ELEMENTS = 1 << 21  # logits normalised and sorted at a time: 8 MiB stay in the cache
 
 
 @dataclass
@@ -149,25 +150,28 @@ class ExtractionModule(lightning.LightningModule):
         return found
 
     def _top(self, hidden: Tensor, gold: Tensor, rendered: Rendered) -> TopK | None:
-        rows = max(1, CHUNK_ELEMENTS // self.head.head.weight.shape[0])
+        wide = self.head.head.weight.shape[0]
         generator = torch.Generator(hidden.device).manual_seed(hash((self.seed, len(rendered.text))) & 0xFFFFFFFF)
-        parts = []
-        for h, g in zip(torch.split(hidden, rows), torch.split(gold, rows), strict=True):
-            logits = self.head.logits(h)
-            if self.kind == "sampled":
-                parts.append(sampled_from_logits(logits, g, self.draws, generator, self.vocab_size))
-            elif self.kind == "top_p":
-                parts.append(top_p_from_logits(logits, g, self.top_p, self.top_k, self.vocab_size))
-            else:
-                parts.append(top_k_from_logits(logits, g, self.top_k, self.vocab_size))
-            if not bool(torch.isfinite(parts[-1].gold_logprob).all()) or bool(parts[-1].logprobs.isnan().any()):
-                return None
+        parts: list[TopK] = []
+        for chunk in torch.split(hidden, max(1, CHUNK_ELEMENTS // wide)):
+            for logits in torch.split(self.head.logits(chunk), max(1, CACHE_ELEMENTS // wide)):
+                done = sum(len(p.ids) for p in parts)
+                parts.append(self._sparse(logits, gold[done : done + len(logits)], generator))
+                if not bool(torch.isfinite(parts[-1].gold_logprob).all()) or bool(parts[-1].logprobs.isnan().any()):
+                    return None
         width = max((p.ids.shape[1] for p in parts), default=0)
         ids, logprobs = (
             [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=v) for t in ts]
             for ts, v in (([p.ids for p in parts], 0), ([p.logprobs for p in parts], float("-inf")))
         )
         return TopK(torch.cat(ids).cpu(), torch.cat(logprobs).cpu(), torch.cat([p.gold_logprob for p in parts]).cpu())
+
+    def _sparse(self, logits: Tensor, gold: Tensor, generator: torch.Generator) -> TopK:
+        if self.kind == "sampled":
+            return sampled_from_logits(logits, gold, self.draws, generator, self.vocab_size)
+        if self.kind == "top_p":
+            return top_p_from_logits(logits, gold, self.top_p, self.top_k, self.vocab_size)
+        return top_k_from_logits(logits, gold, self.top_k, self.vocab_size)
 
 
 class ShardWriter(BasePredictionWriter):

@@ -19,7 +19,7 @@ from fusechat.errors import one_of
 
 KINDS = ("ce", "forward_kl", "reverse_kl", "jsd", "uld")
 MISSING = ("renormalize", "tail", "zero")
-CHUNK_ELEMENTS = 1 << 21  # logits held at a time: 8 MiB in fp32
+CHUNK_ELEMENTS = 1 << 22  # logits held at a time: 16 MiB in fp32; fewer rows make the matrix products slower
 TINY = 1e-12
 
 

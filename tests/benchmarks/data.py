@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tests.benchmarks.measure import table
 
 from fusechat.distributions import encode_logprobs
 from fusechat.fusion.data import Draw, FusionRows
 from fusechat.store import DistributionStore, StoreWriter, list_column
+from tests.benchmarks.measure import table
 
 CHATS, TOKENS, K, V = 400, 512, 10, 32_000
 

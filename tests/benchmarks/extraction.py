@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from tests.benchmarks.measure import table
 
 from fusechat.chat import ChatRenderer
 from fusechat.extraction import ExtractionModule
 from fusechat.tiny.chats import World, generate
 from fusechat.tiny.models import make_tokenizer
+from tests.benchmarks.measure import table
 
 SENTENCE = "The ruler of the old harbour town counted 415 ships, and every one of them carried salt, bread or iron. "
 

@@ -26,11 +26,12 @@ def resident(anonymous: bool = False) -> float:
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)) / 1024
 
 
-def measure(work: Callable[[], Any], repeats: int = 3, anonymous: bool = True) -> Cost:
-    """Runs ``work`` once to warm up, then measures it."""
+def measure(work: Callable[[], Any], reset: Callable[[], Any], repeats: int = 3, anonymous: bool = True) -> Cost:
+    """Runs ``work`` once to warm up, then measures it; ``reset`` drops what it left, before memory is read."""
     work()
     seconds, peak = [], 0.0
     for _ in range(repeats):
+        reset()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before, stop, top = resident(anonymous), threading.Event(), [0.0]
