@@ -21,6 +21,10 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     """A tokenizer by directory or Hub id. Raises `UserError` where there is none."""
     from transformers import AutoTokenizer
 
+    if path.count("/") != 1 and not Path(path).is_dir():
+        raise UserError(
+            f"no tokenizer at {path!r}: no such directory; see pivot.path and source.path (experiment=tiny: python -m fusechat.tiny)"
+        )
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -56,9 +56,10 @@ class Training:
     @property
     def finished(self) -> bool:
         """Whether the target is there. Raises `UserError` where other settings made it."""
+        mark = self.mark  # first of all: it names the command for a store that is missing
         if not self.held or self.cfg.overwrite:
             return False
-        if self.held["fingerprint"] != self.mark:
+        if self.held["fingerprint"] != mark:
             raise UserError(
                 f"{self.output} holds a target made with other settings (fingerprint {self.held['fingerprint']}, now {self.mark}); "
                 "add overwrite=true, or choose another run_name=NAME"
