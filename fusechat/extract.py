@@ -22,7 +22,8 @@ def run(cfg: DictConfig) -> None:
     from fusechat import models, store
     from fusechat.chat import renderer_for
     from fusechat.chat_data import load_chats
-    from fusechat.extraction import ExtractionModule, ShardBatches, ShardWriter, summary
+    from fusechat.extraction import ExtractionModule, ShardBatches
+    from fusechat.extraction_writer import ShardWriter, summary
 
     one_of(cfg.extract.kind, ("top_k", "top_p", "sampled"), "extract.kind")
     one_of(cfg.store.logprobs, ("float16", "uint8"), "store.logprobs")

@@ -88,12 +88,24 @@ def _with_near_names(error: Exception) -> str:
         words = {p.stem for p in Path(CONF).rglob("*.yaml")} | set(re.findall(r"^ *(\w+):", _yaml_text(), re.M))
         near = difflib.get_close_matches(name.split(".")[-1], sorted(words), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        if name.startswith("merge."):
+            return f"the config has no key {name!r}; {_merge_keys()}"
         return f"the config has no key {name!r}{hint} (--cfg job shows the keys there are; +{name}=VALUE adds one)"
     if group := re.search(r"Could not find '([\w/]+)'", text):
         folder = Path(CONF) / Path(group[1]).parent
         near = difflib.get_close_matches(Path(group[1]).name, [p.stem for p in folder.glob("*.yaml")], n=3, cutoff=0.4)
+        text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
         return " ".join(text.split()) + (f"; did you mean {' or '.join(near)}?" if near else "")
     return text
+
+
+def _merge_keys() -> str:
+    """The keys that the merge method on the command line knows."""
+    method = next((a.removeprefix("merge=") for a in sys.argv if a.startswith("merge=")), "varm")
+    files = [Path(CONF) / "merge" / f"{name}.yaml" for name in (method, "common")]
+    keys = [key for file in files if file.exists() for key in re.findall(r"^(\w+):", file.read_text(), re.M)]
+    known = sorted(set(keys) - {"defaults", "method"})
+    return f"merge={method} knows: {', '.join(known)}"
 
 
 def _yaml_text() -> str:

@@ -21,7 +21,8 @@ from fusechat import distributions
 from fusechat.chat import ChatRenderer
 from fusechat.chat_data import load_chats
 from fusechat.errors import UserError
-from fusechat.extraction import by_token_budget, summary, totals
+from fusechat.extraction import by_token_budget
+from fusechat.extraction_writer import summary, totals
 from fusechat.store import DistributionStore, StoreWriter
 from tests.conftest import Mini
 

@@ -113,6 +113,10 @@ def test_traceback_when_asked_for(tmp_path: Path) -> None:
     [
         (["loss.lm_wieght=1"], "the config has no key 'loss.lm_wieght'; did you mean lm_weight"),
         (["experiment=tinny"], "did you mean tiny"),
+        (
+            ["merge=linear", "merge.granularity=layer"],
+            "has no key 'merge.granularity'; merge=linear knows: dry_run, dtype, max_shard_size, name, normalize",
+        ),
         (["+fusion=min"], "did you mean min_ce"),
     ],
 )

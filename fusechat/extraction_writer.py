@@ -1,0 +1,127 @@
+"""What extraction writes: rows of a shard as Arrow, counts of what was dropped, and the closing summary."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fusechat.chat import Rendered
+from fusechat.distributions import TopK, encode_logprobs, id_type
+from fusechat.errors import UserError
+from fusechat.extraction import Batch
+from fusechat.store import StoreWriter, list_column
+
+LOG = logging.getLogger(__name__)
+
+
+class ShardWriter(BasePredictionWriter):
+    """Collects a shard's chats and writes it when it is whole; counts what was dropped and why."""
+
+    def __init__(self, writer: StoreWriter, vocab_size: int, logprobs: str, max_length: int, max_bad_fraction: float, total: int) -> None:
+        super().__init__("batch")
+        self.writer, self.vocab_size, self.logprobs = writer, vocab_size, logprobs
+        self.max_length, self.max_bad, self.total = max_length, max_bad_fraction, total
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.bad: list[str] = []
+        columns = (TextColumn("extract"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        self.progress = Progress(*columns, transient=True)
+        self.task = self.progress.add_task("chats", total=total, rate="")
+        self.tokens = 0
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Counts what an earlier run has left."""
+        whole = [entry for i in range(self.writer.total) if (entry := self.writer.done(i))]
+        if whole:
+            LOG.info("going on after %d whole shards of %d", len(whole), self.writer.total)
+        self.progress.update(self.task, completed=sum(entry["rows"] for entry in whole))
+        self.bad = [identity for entry in whole for identity in entry["statistics"]["bad"]]
+        self.progress.start()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Ends the progress bar, also after an error."""
+        self.progress.stop()
+
+    def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Any, batch: Batch, *args: Any) -> None:
+        """Keeps the batch's rows; writes the shard with its last batch."""
+        for place, chat, rendered, top in zip(batch.rows, batch.chats, batch.rendered, prediction, strict=True):
+            self.rows[place] = _row(chat, rendered, top)
+            self.tokens += len(rendered.input_ids)
+            if top is None:
+                self.bad.append(chat["id"])
+        if len(self.bad) > self.max_bad * self.total:
+            raise UserError(
+                f"{len(self.bad)} of {self.total} chats gave NaN or inf (first: {self.bad[0]}), more than extract.max_bad_fraction="
+                f"{self.max_bad}; try source.dtype=float32 or bfloat16"
+            )
+        elapsed = self.progress.tasks[0].elapsed or 1e-9
+        self.progress.update(self.task, advance=len(batch.rows), rate=f"{self.tokens / elapsed:,.0f} tokens/s")
+        if batch.last:
+            rows = [self.rows[i] for i in range(len(self.rows))]
+            self.writer.write(batch.shard, _table(rows, self.vocab_size, self.logprobs, self.max_length), _statistics(rows))
+            self.rows = {}
+
+
+def _row(chat: dict[str, Any], rendered: Rendered, top: TopK | None) -> dict[str, Any]:
+    kept = top is not None and len(rendered.positions) > 0
+    keep = slice(None) if kept else slice(0, 0)
+    positions = rendered.positions[keep]
+    top = top if top is not None and kept else TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
+    present = ~top.logprobs.isneginf()
+    return {
+        "id": chat["id"], "tag": chat["tag"], "text_hash": rendered.text_hash, "input_ids": rendered.input_ids, "positions": positions,
+        "boundaries": rendered.boundaries[keep], "counts": present.sum(-1).numpy(), "ids": top.ids[present].numpy(),
+        "logprobs": top.logprobs[present].numpy(), "gold_logprob": top.gold_logprob.numpy(),
+        "nats": float(-top.gold_logprob.double().sum()), "bytes": rendered.n_bytes if kept else 0, "tokens": len(positions),
+        "truncated": rendered.truncated, "bad": not kept and len(rendered.positions) > 0,
+    }  # fmt: skip
+
+
+def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_length: int) -> pa.Table:
+    def column(key: str, dtype: Any) -> pa.Array:
+        return list_column([row[key] for row in rows], dtype)
+
+    ids = id_type(vocab_size)
+    return pa.table({
+        "id": [row["id"] for row in rows], "tag": [row["tag"] for row in rows], "text_hash": [row["text_hash"] for row in rows],
+        "nats": pa.array([row["nats"] for row in rows], pa.float64()), "bytes": pa.array([row["bytes"] for row in rows], pa.int32()),
+        "tokens": pa.array([row["tokens"] for row in rows], pa.int32()),
+        "input_ids": column("input_ids", ids), "positions": column("positions", np.uint16 if max_length <= 1 << 16 else np.uint32),
+        "boundaries": column("boundaries", np.int32), "counts": column("counts", np.uint16), "ids": column("ids", ids),
+        "logprobs": list_column([encode_logprobs(row["logprobs"], logprobs) for row in rows], np.dtype(logprobs)),
+        "gold_logprob": column("gold_logprob", np.float16),
+    })  # fmt: skip
+
+
+def _statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    empty = [row["id"] for row in rows if not len(row["positions"]) and not row["bad"]]
+    return {
+        "tokens": sum(len(row["input_ids"]) for row in rows), "positions": sum(len(row["positions"]) for row in rows),
+        "nats": sum(row["nats"] for row in rows), "text_bytes": sum(row["bytes"] for row in rows),
+        "truncated": sum(row["truncated"] for row in rows), "no_response": empty, "bad": [r["id"] for r in rows if r["bad"]],
+    }  # fmt: skip
+
+
+def totals(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Sums of the shards' statistics; lists are joined."""
+    parts = [entry["statistics"] for entry in manifest["shards"]]
+    return {key: sum((p[key] for p in parts), type(value)()) for key, value in parts[0].items()}
+
+
+def summary(manifest: dict[str, Any], path: Path) -> str:
+    """The closing line: chats, tokens, what was dropped, bits per byte of this source, bytes on disk."""
+    sums, rows = totals(manifest), sum(entry["rows"] for entry in manifest["shards"])
+    size = sum(entry["bytes"] for entry in manifest["shards"])
+    bits = sums["nats"] / np.log(2) / max(1, sums["text_bytes"])
+    dropped = f"{len(sums['no_response'])} without an assistant token, {len(sums['bad'])} with NaN/inf"
+    return (
+        f"{manifest['model']}: {rows} chats, {sums['tokens']:,} tokens ({sums['positions']:,} predicted), dropped: {dropped}; "
+        f"truncated: {sums['truncated']}; {bits:.4f} bits per byte; {size / 1e6:.1f} MB "
+        f"({size / max(1, sums['tokens']):.1f} B/token) in {path}"
+    )
