@@ -14,7 +14,13 @@ from fusechat.errors import UserError
 
 def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return {"a": torch.randn(7, 5), "b": torch.randn(3).bfloat16(), "c": torch.arange(4), "d": torch.tensor(2.5), "e": torch.randn(2, 3, 4).half()}
+    return {
+        "a": torch.randn(7, 5),
+        "b": torch.randn(3).bfloat16(),
+        "c": torch.arange(4),
+        "d": torch.tensor(2.5),
+        "e": torch.randn(2, 3, 4).half(),
+    }
 
 
 @pytest.mark.parametrize("limit", [10**6, 100])
