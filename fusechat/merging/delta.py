@@ -2,7 +2,7 @@
 
 Every weight matrix of a block: delta = U S V by SVD; the first 2 singular vectors at 8 bits, the next 32 at 3, the rest at
 2 as far as the budget of 16 * ratio bits per element goes; round-to-nearest in groups of 128, S unquantised. Other
-parameters are kept as they are. Measured loss: README.
+parameters are kept as they are.
 """
 
 from __future__ import annotations
