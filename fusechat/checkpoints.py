@@ -81,10 +81,6 @@ class LazyCheckpoint:
             with info.file.open("rb") as file:
                 os.posix_fadvise(file.fileno(), info.start, info.bytes, os.POSIX_FADV_WILLNEED)
 
-    def forget(self) -> None:
-        """Unmaps the files, so that their pages no longer count against this process."""
-        self._open.clear()
-
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt")

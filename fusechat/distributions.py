@@ -25,10 +25,6 @@ class TopK:
     logprobs: Tensor
     gold_logprob: Tensor
 
-    def tail_mass(self) -> Tensor:
-        """Mass outside the kept entries, [N], clipped at 0 against rounding."""
-        return (1.0 - self.logprobs.exp().sum(-1)).clamp_min(0.0)
-
 
 def top_k_from_logits(logits: Tensor, gold: Tensor, k: int, vocab_size: int | None = None) -> TopK:
     """The k most likely entries of softmax(logits), in fp32. logits [N, V], gold [N].

@@ -131,6 +131,8 @@ class StoreWriter:
         write_json(self.path / MANIFEST, manifest)
         for index in range(self.total):
             self._record(index).unlink()
+        for stale in self.path.glob(".*.tmp"):  # left by a process that was killed while it wrote
+            stale.unlink(missing_ok=True)
         return manifest
 
     def _record(self, index: int) -> Path:

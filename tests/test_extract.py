@@ -114,6 +114,7 @@ def test_kill_and_resume_is_byte_for_byte(fresh: Mini) -> None:
     process.wait()
     with pytest.raises(UserError, match=r"is unfinished; make it with|does not exist"):
         DistributionStore(path)
+    (path / ".data-00001-of-00012.arrow.1.tmp").write_bytes(b"killed while writing")
     fresh.run("extract", "source=b", small)
     assert shards(path) == whole
     assert not list(path.glob(".*.tmp"))

@@ -12,7 +12,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
@@ -107,8 +106,3 @@ def _change(pivot: LazyCheckpoint, target: LazyCheckpoint, name: str, replaced: 
     if not math.isfinite(square):
         raise UserError(f"{target.path}: {name} holds NaN or inf; the target is broken, train or download it again")
     return Change(square, absolute, own.numel())
-
-
-def weights_of(path: Path) -> dict[str, list[float] | None]:
-    """The group weights a merged model was made with, from its fusechat.json."""
-    return json.loads((path / "fusechat.json").read_text()).get("weights", {})  # type: ignore[no-any-return]
