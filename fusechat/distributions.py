@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 NEG_INF = float("-inf")
-UINT8_STEP = 0.05  # nats per level: total variation error <= step / 4 = 0.0125, range 12.75 nats
 
 
 @dataclass(frozen=True)
@@ -87,22 +84,3 @@ def merge_duplicates(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     segment[:, 1:] = (ids[:, 1:] != ids[:, :-1]).cumsum(-1)
     merged_ids = torch.zeros_like(ids).scatter_(-1, segment, ids)
     return merged_ids, torch.zeros_like(probs).scatter_add_(-1, segment, probs)
-
-
-def id_type(vocab_size: int) -> npt.DTypeLike:
-    """The narrowest unsigned integer that holds every id below ``vocab_size``."""
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def encode_logprobs(logprobs: npt.NDArray[np.float32], kind: str) -> npt.NDArray[np.generic]:
-    """fp32 log-probabilities -> what the store keeps: ``float16``, or ``uint8`` in steps of `UINT8_STEP` nats."""
-    if kind == "float16":
-        return logprobs.astype(np.float16)
-    levels: npt.NDArray[np.generic] = np.rint(np.clip(-logprobs / UINT8_STEP, 0, 255)).astype(np.uint8)
-    return levels
-
-
-def decode_logprobs(stored: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-    """The inverse of `encode_logprobs`, by the array's own type."""
-    values = stored.astype(np.float32)
-    return values * np.float32(-UINT8_STEP) if stored.dtype == np.uint8 else values

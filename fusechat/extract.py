@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fusechat.errors import UserError, one_of
+from fusechat.errors import one_of
 from fusechat.runtime import entry, make_trainer, plain, seed_everything
 
 LOG = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def run(cfg: DictConfig) -> None:
     module.batches = batches
     trainer.predict(module, return_predictions=False)
     if trainer.is_global_zero:
+        writer.await_shards(wait=trainer.world_size > 1)
         LOG.info(finish(cfg, writer, tokenizer, chats_mark, renderer, summary))
 
 
@@ -73,9 +74,6 @@ def finish(cfg: DictConfig, writer: Any, tokenizer: Any, chats_mark: str, render
         "special_ids": sorted(i for i, t in tokenizer.added_tokens_decoder.items() if t.special),
         "max_length": cfg.chat.max_length, "extract": plain(cfg.extract), "logprobs": cfg.store.logprobs,
     }  # fmt: skip
-    missing = [i for i in range(writer.total) if writer.done(i) is None]
-    if missing:
-        raise UserError(f"{len(missing)} shards of {writer.path} are missing (first: {missing[0]}); run the same command again")
     return str(summary(writer.finish(**about), Path(writer.path)))
 
 

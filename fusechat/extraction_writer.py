@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fusechat.chat import Rendered
-from fusechat.distributions import TopK, encode_logprobs, id_type
+from fusechat.distributions import TopK
+from fusechat.encoding import encode_counts, encode_logprobs, encode_runs, encode_steps, narrowest
 from fusechat.errors import UserError
 from fusechat.extraction import Batch
 from fusechat.store import StoreWriter, list_column
@@ -75,8 +76,9 @@ def _row(chat: dict[str, Any], rendered: Rendered, top: TopK | None) -> dict[str
     top = top if top is not None and kept else TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
     present = ~top.logprobs.isneginf()
     return {
-        "id": chat["id"], "tag": chat["tag"], "text_hash": rendered.text_hash, "input_ids": rendered.input_ids, "positions": positions,
-        "boundaries": rendered.boundaries[keep], "counts": present.sum(-1).numpy(), "ids": top.ids[present].numpy(),
+        "id": chat["id"], "tag": chat["tag"], "text_hash": rendered.text_hash, "input_ids": rendered.input_ids,
+        "positions": encode_runs(positions), "boundaries": encode_steps(rendered.boundaries[keep]),
+        "counts": encode_counts(present.sum(-1).numpy()), "ids": top.ids[present].numpy(),
         "logprobs": top.logprobs[present].numpy(), "gold_logprob": top.gold_logprob.numpy(),
         "nats": float(-top.gold_logprob.double().sum()), "bytes": rendered.n_bytes if kept else 0, "tokens": len(positions),
         "truncated": rendered.truncated, "bad": not kept and len(rendered.positions) > 0,
@@ -87,13 +89,13 @@ def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_lengt
     def column(key: str, dtype: Any) -> pa.Array:
         return list_column([row[key] for row in rows], dtype)
 
-    ids = id_type(vocab_size)
+    ids = narrowest(vocab_size - 1)
     return pa.table({
         "id": [row["id"] for row in rows], "tag": [row["tag"] for row in rows], "text_hash": [row["text_hash"] for row in rows],
         "nats": pa.array([row["nats"] for row in rows], pa.float64()), "bytes": pa.array([row["bytes"] for row in rows], pa.int32()),
         "tokens": pa.array([row["tokens"] for row in rows], pa.int32()),
-        "input_ids": column("input_ids", ids), "positions": column("positions", np.uint16 if max_length <= 1 << 16 else np.uint32),
-        "boundaries": column("boundaries", np.int32), "counts": column("counts", np.uint16), "ids": column("ids", ids),
+        "input_ids": column("input_ids", ids), "positions": column("positions", narrowest(max_length)),
+        "boundaries": column("boundaries", np.uint8), "counts": column("counts", np.uint16), "ids": column("ids", ids),
         "logprobs": list_column([encode_logprobs(row["logprobs"], logprobs) for row in rows], np.dtype(logprobs)),
         "gold_logprob": column("gold_logprob", np.float16),
     })  # fmt: skip
@@ -102,7 +104,7 @@ def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_lengt
 def _statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
     empty = [row["id"] for row in rows if not len(row["positions"]) and not row["bad"]]
     return {
-        "tokens": sum(len(row["input_ids"]) for row in rows), "positions": sum(len(row["positions"]) for row in rows),
+        "tokens": sum(len(row["input_ids"]) for row in rows), "positions": sum(row["tokens"] for row in rows),
         "nats": sum(row["nats"] for row in rows), "text_bytes": sum(row["bytes"] for row in rows),
         "truncated": sum(row["truncated"] for row in rows), "no_response": empty, "bad": [r["id"] for r in rows if r["bad"]],
     }  # fmt: skip

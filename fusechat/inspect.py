@@ -54,7 +54,7 @@ def describe(path: str, samples: int, tokenizer_path: str | None) -> None:
 def _likely(tokenizer: Any, ids: Any, logprobs: Any, start: int, count: int) -> str:
     import numpy as np
 
-    from fusechat.distributions import decode_logprobs
+    from fusechat.encoding import decode_logprobs
 
     part = slice(start, start + min(count, 5))
     pairs = zip(ids[part], np.exp(decode_logprobs(logprobs[part])), strict=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fusechat.encoding import DECODE, decode_counts
 from fusechat.errors import UserError
 
-FORMAT = 1
+LOG = logging.getLogger(__name__)
+FORMAT = 2
 MANIFEST = "manifest.json"
 Array = npt.NDArray[Any]
 
@@ -114,6 +118,20 @@ class StoreWriter:
         """Notes that a shard is whole: its file, rows, bytes, checksum and statistics."""
         write_json(self._record(index), entry)
 
+    def await_shards(self, wait: bool, every: float = 1.0) -> None:
+        """Returns once every shard is recorded. wait: other ranks may still write some; else `UserError` names the first missing.
+
+        Files are watched rather than a collective joined: ranks end a shard apart, which may be longer than any collective's timeout.
+        """
+        said = False
+        while missing := [i for i in range(self.total) if not self._record(i).exists()]:
+            if not wait:
+                raise UserError(f"{len(missing)} shards of {self.path} are missing (first: {missing[0]}); run the same command again")
+            if not said:
+                LOG.info("waiting for the %d shards that other ranks still write", len(missing))
+            said = True
+            time.sleep(every)
+
     def finish(self, **about: Any) -> dict[str, Any]:
         """Writes the files `datasets.load_from_disk` wants, then the manifest; returns the manifest."""
         from datasets import DatasetInfo, Features
@@ -145,12 +163,16 @@ class DistributionStore:
     Raises `UserError` where ``path`` holds no finished store; ``remedy`` is the command that makes it.
     """
 
-    def __init__(self, path: Path | str, remedy: str = "") -> None:
+    def __init__(self, path: Path | str, remedy: str = "python -m fusechat.extract") -> None:
         self.path = Path(path)
         manifest = read_manifest(self.path)
         if manifest is None:
             state = "is unfinished" if (self.path / "fingerprint").exists() else "does not exist"
-            raise UserError(f"the store {self.path} {state}; make it with: {remedy or 'python -m fusechat.extract'}")
+            raise UserError(f"the store {self.path} {state}; make it with: {remedy}")
+        if manifest["format"] != FORMAT:
+            raise UserError(
+                f"{self.path} is of store format {manifest['format']}, this version reads {FORMAT}; run: {remedy} overwrite=true"
+            )
         self.manifest: dict[str, Any] = manifest
         self.fingerprint: str = manifest["fingerprint"]
 
@@ -165,11 +187,15 @@ class DistributionStore:
                 raise UserError(f"{file} is missing or does not match its checksum; remove it and {MANIFEST}, extract again")
 
     def row(self, index: int, *columns: str) -> tuple[Array, ...]:
-        """The named list columns of one row, as NumPy views of the memory-mapped file."""
+        """The named list columns of one row: NumPy views of the memory-mapped file, decoded where `fusechat.encoding` says so."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         local = index - int(self._starts[shard])
         views = self._shards[shard]
-        return tuple(views[c][1][views[c][0][local] : views[c][0][local + 1]] for c in columns)
+        found = {c: views[c][1][views[c][0][local] : views[c][0][local + 1]] for c in columns}
+        if "counts" in found:
+            starts = views["gold_logprob"][0]
+            found["counts"] = decode_counts(found["counts"], int(starts[local + 1] - starts[local]))
+        return tuple(DECODE[name](values) if name in DECODE else values for name, values in found.items())
 
     def column(self, name: str) -> Array:
         """A whole scalar column, as one array."""
@@ -215,4 +241,4 @@ def remove(path: Path) -> None:
         return
     (path / MANIFEST).unlink(missing_ok=True)
     for file in sorted(path.iterdir(), key=lambda f: f.name == "fingerprint"):
-        file.unlink()
+        file.unlink(missing_ok=True)  # other ranks may do the same

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusechat.distributions import decode_logprobs
+from fusechat.encoding import decode_logprobs
 from fusechat.errors import UserError
 from fusechat.store import DistributionStore
 from tests.conftest import Mini

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from fusechat import distributions
 from fusechat.chat import ChatRenderer
 from fusechat.chat_data import load_chats
+from fusechat.encoding import decode_logprobs
 from fusechat.errors import UserError
 from fusechat.extraction import by_token_budget
 from fusechat.extraction_writer import summary, totals
-from fusechat.store import DistributionStore, StoreWriter
+from fusechat.store import DistributionStore
 from tests.conftest import Mini
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def test_store_equals_a_naive_loop(source: str, mini: Mini) -> None:
         wanted = logprobs[rendered.positions].topk(10)
         assert positions.tolist() == rendered.positions.tolist()
         assert counts.tolist() == [10] * len(positions)
-        assert np.allclose(distributions.decode_logprobs(stored).reshape(-1, 10), wanted.values, atol=0.02)
+        assert np.allclose(decode_logprobs(stored).reshape(-1, 10), wanted.values, atol=0.02)
         assert np.mean(ids.reshape(-1, 10) == wanted.indices.numpy()) > 0.99
         nats = -logprobs[rendered.positions, rendered.input_ids[rendered.positions + 1]].sum()
         assert store.column("nats")[row] == pytest.approx(float(nats), rel=1e-3)
@@ -62,7 +63,8 @@ def test_datasets_opens_it_without_our_code(mini: Mini) -> None:
     path = mini.experiment / "distributions/a"
     rows = datasets.load_from_disk(str(path))
     assert len(rows) == 96
-    assert len(rows[0]["ids"]) == 10 * len(rows[0]["positions"])
+    first, end = rows[0]["positions"]
+    assert (rows[0]["counts"], len(rows[0]["ids"])) == ([10], 10 * (end - first))
     files = sorted(str(f) for f in path.glob("*.arrow"))
     assert len(datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(mini.root / "cache"))) == 96
 
@@ -72,7 +74,7 @@ def test_summary_counts(mini: Mini) -> None:
     assert totals(store.manifest)["positions"] == sum(len(store.row(i, "positions")[0]) for i in range(96))
     assert "bits per byte" in summary(store.manifest, store.path)
     per_token = sum(e["bytes"] for e in store.manifest["shards"]) / totals(store.manifest)["tokens"]
-    assert per_token < 60
+    assert per_token <= 40
 
 
 def test_uint8_takes_fewer_bytes(fresh: Mini) -> None:
@@ -88,7 +90,7 @@ def test_other_kinds(kind: str, fresh: Mini) -> None:
     counts, logprobs = store.row(0, "counts", "logprobs")
     assert counts.min() >= 1
     assert counts.sum() == len(logprobs)
-    mass = np.exp(distributions.decode_logprobs(logprobs)).sum() / len(counts)
+    mass = np.exp(decode_logprobs(logprobs)).sum() / len(counts)
     assert mass == pytest.approx(1.0, abs=0.02) if kind == "sampled" else 0.01 < mass <= 1.01
 
 
@@ -189,25 +191,6 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(fresh: Mini) -> None
         fresh.run("extract", "source=a", "overwrite=true")
 
 
-def test_a_full_disk_leaves_a_usable_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow as pa
-
-    writer = StoreWriter(tmp_path / "store", "mark", 2)
-    table = pa.table({"a": [1, 2]})
-    writer.write(0, table, {})
-
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device; the shards written so far are whole"):
-        writer.write(1, table, {})
-    monkeypatch.undo()
-    assert writer.done(0) is not None
-    assert writer.done(1) is None
-    assert not list((tmp_path / "store").glob(".*.tmp"))
-
-
 def test_out_of_memory_halves_the_budget(mini: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusechat.extraction import ExtractionModule
 
@@ -229,14 +212,6 @@ def test_token_budget(lengths: list[int], budget: int) -> None:
     groups = by_token_budget(lengths, budget)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(len(g) == 1 or max(lengths[i] for i in g) * len(g) <= budget for g in groups)
-
-
-@given(st.integers(0, 10**6), st.integers(2, 12))
-def test_uint8_total_variation_error(seed: int, k: int) -> None:
-    logprobs = np.sort(np.log(np.random.default_rng(seed).dirichlet(np.full(k + 5, 0.3)) + 1e-9))[::-1][:k].astype(np.float32)
-    for kind, bound in (("uint8", 0.013), ("float16", 0.002)):
-        again = distributions.decode_logprobs(distributions.encode_logprobs(logprobs, kind))
-        assert 0.5 * np.abs(np.exp(again) - np.exp(logprobs)).sum() <= bound
 
 
 @given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([1000, 1024, 1100, 30]))

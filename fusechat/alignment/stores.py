@@ -14,7 +14,7 @@ import pyarrow as pa
 from fusechat.alignment.projection import Ragged, gold_path, project
 from fusechat.alignment.sequence import KINDS, Ints, align_dtw, align_offsets
 from fusechat.alignment.vocabulary import special_roles
-from fusechat.distributions import decode_logprobs, encode_logprobs, id_type
+from fusechat.encoding import decode_logprobs, encode_counts, encode_logprobs, narrowest
 from fusechat.errors import UserError
 from fusechat.store import DistributionStore, StoreWriter, list_column
 
@@ -72,8 +72,8 @@ class Alignment:
             seen["positions_with_mass"] += int((result.counts > 0).sum())
         scalars = self.source._tables[index].select(["id", "nats", "bytes", "tokens"])
         lists = {
-            "counts": list_column(columns["counts"], np.uint16),
-            "ids": list_column(columns["ids"], id_type(self.pivot.manifest["vocab_size"])),
+            "counts": list_column([encode_counts(c) for c in columns["counts"]], np.uint16),
+            "ids": list_column(columns["ids"], narrowest(self.pivot.manifest["vocab_size"] - 1)),
             "logprobs": list_column([encode_logprobs(r, self.logprobs) for r in columns["logprobs"]], np.dtype(self.logprobs)),
             "gold_logprob": list_column(columns["gold_logprob"], np.float16), "kind": list_column(columns["kind"], np.uint8),
         }  # fmt: skip

@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fusechat.chat_data import in_validation
-from fusechat.distributions import NEG_INF, decode_logprobs
+from fusechat.distributions import NEG_INF
+from fusechat.encoding import Array, decode_logprobs
 from fusechat.errors import UserError
 from fusechat.store import DistributionStore
 
 LOG = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
+LARGEST = 1e-2  # log-probabilities above are no rounding any more
 
 
 @dataclass
@@ -77,37 +79,40 @@ class FusionRows(Dataset[FusionBatch]):
             input_ids[b, : len(ids)], mask[b, : len(ids)] = ids, 1
         lengths = [len(positions) for _, positions in chats]
         sequence = np.repeat(np.arange(len(rows)), lengths)
-        at = np.concatenate([p.astype(np.int64) for _, p in chats]) + sequence * width
-        parts = [self._distributions(store, rows, len(at)) for store in self.stores]
-        kept = max(ids.shape[1] for ids, _, _ in parts)
-        all_ids = torch.zeros(len(parts), len(at), kept, dtype=torch.long)
-        logprobs = torch.full((len(parts), len(at), kept), NEG_INF)
-        for s, (own_ids, own, _) in enumerate(parts):
-            all_ids[s, :, : own.shape[1]], logprobs[s, :, : own.shape[1]] = torch.from_numpy(own_ids), torch.from_numpy(own)
-        gold_logprob = torch.from_numpy(np.stack([gold for _, _, gold in parts]))
+        at = np.concatenate([positions for _, positions in chats]) + sequence * width
+        parts = [self._columns(store, rows, len(at)) for store in self.stores]
+        kept = max(1, *(int(counts.max(initial=0)) for counts, *_ in parts))
+        all_ids, logprobs = np.zeros((len(parts), len(at), kept), np.int32), np.full((len(parts), len(at), kept), NEG_INF, np.float32)
+        for s, part in enumerate(parts):
+            self._fill(self.stores[s], all_ids[s], logprobs[s], *part[:3])
+        gold_logprob = torch.from_numpy(np.stack([gold for *_, gold in parts]).astype(np.float32))
         gold = torch.from_numpy(input_ids.reshape(-1)[at + 1])
         nats, n_bytes, n_tokens = (self.scalars[name][rows] for name in ("nats", "bytes", "tokens"))
         return FusionBatch(
-            torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(at), gold, torch.from_numpy(sequence), all_ids, logprobs,
-            gold_logprob, nats.float(), n_bytes.float(), n_tokens.float(), torch.tensor(float(draw.step_tokens)),
-            [str(self.tags[row]) for row in rows],
+            torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(at), gold, torch.from_numpy(sequence),
+            torch.from_numpy(all_ids), torch.from_numpy(logprobs), gold_logprob, nats.float(), n_bytes.float(), n_tokens.float(),
+            torch.tensor(float(draw.step_tokens)), [str(self.tags[row]) for row in rows],
         )  # fmt: skip
 
-    def _distributions(self, store: DistributionStore, rows: list[int], n: int) -> tuple[Ints, Any, Any]:
+    def _columns(self, store: DistributionStore, rows: list[int], n: int) -> list[Array]:
+        """counts [n], ids, log-probabilities as stored, gold_logprob [n] of the rows, end to end."""
         columns = [store.row(row, "counts", "ids", "logprobs", "gold_logprob") for row in rows]
-        counts, ids, stored, gold = (np.concatenate(part) for part in zip(*columns, strict=True))
-        if len(counts) != n:
-            raise UserError(f"{store.path} has {len(counts)} positions where the pivot has {n}; align again with overwrite=true")
+        found = [np.concatenate(part) for part in zip(*columns, strict=True)]
+        if len(found[0]) != n:
+            raise UserError(f"{store.path} has {len(found[0])} positions where the pivot has {n}; align again with overwrite=true")
+        return found
+
+    def _fill(self, store: DistributionStore, out_ids: Array, out: Array, counts: Array, ids: Array, stored: Array) -> None:
+        """Writes one model's entries into its part of the batch, [N, K] each."""
         logprobs = decode_logprobs(stored)
-        if len(ids) and (int(ids.max()) >= self.stores[0].manifest["vocab_size"] or np.isnan(logprobs).any()):
-            raise UserError(f"{store.path} holds ids beyond the pivot's vocabulary or NaN; align again with overwrite=true")
-        width = max(1, int(counts.max(initial=0)))
-        if int(counts.min(initial=width)) == width and len(counts):
-            return ids.reshape(n, width).astype(np.int64), logprobs.reshape(n, width), gold.astype(np.float32)
-        present = np.arange(width) < counts[:, None]
-        out_ids, out = np.zeros((n, width), np.int64), np.full((n, width), NEG_INF, np.float32)
+        if len(ids) and (int(ids.max()) >= self.stores[0].manifest["vocab_size"] or not logprobs.max() <= LARGEST):
+            raise UserError(f"{store.path} holds ids beyond the pivot's vocabulary, NaN or inf; align again with overwrite=true")
+        width = int(counts[0]) if len(counts) else 0
+        if (counts == width).all():
+            out_ids[:, :width], out[:, :width] = ids.reshape(-1, width or 1)[:, :width], logprobs.reshape(-1, width or 1)[:, :width]
+            return
+        present = np.arange(out.shape[1]) < counts[:, None]
         out_ids[present], out[present] = ids, logprobs
-        return out_ids, out, gold.astype(np.float32)
 
 
 class Plan(Sampler[Draw]):

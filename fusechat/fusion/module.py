@@ -104,7 +104,8 @@ class FusionModule(lightning.LightningModule):
         first = 0 if hp.include_pivot else 1
         p = self.loss.teacher(batch.logprobs)
         ce = cross_entropy(batch.nats, batch.n_bytes, batch.n_tokens, self.rule.metric)[:, first:]
-        fused = self.rule(batch.ids[first:], p[first:], batch.gold_logprob[first:], ce, batch.sequence, (batch.ids[0], p[0]))
+        ids = batch.ids.long()
+        fused = self.rule(ids[first:], p[first:], batch.gold_logprob[first:], ce, batch.sequence, (ids[0], p[0]))
         progress = self.global_step / max(1, self._total_steps())
         weight = schedule_weight(hp.schedule, hp.lm_weight, progress, fused.reward)[batch.sequence]
         has_target = (fused.p > 0).any(-1) if self.loss.kind != "uld" else (fused.p.sum(-1) > 0)

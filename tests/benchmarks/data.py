@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fusechat.distributions import encode_logprobs
+from fusechat.encoding import encode_logprobs
 from fusechat.fusion.data import Draw, FusionRows
 from fusechat.store import DistributionStore, StoreWriter, list_column
 from tests.benchmarks.measure import table
@@ -23,10 +23,10 @@ def store(path: Path, kind: str, response: float) -> DistributionStore:
     rows = [np.sort(rng.gumbel(size=(n, K)).astype(np.float32) * 2)[:, ::-1] for _ in range(CHATS)]
     logprobs = [(r - np.log(np.exp(r).sum(-1, keepdims=True))).reshape(-1) for r in rows]
     ids = [rng.integers(0, V, n * K) for _ in range(CHATS)]
-    positions = [np.arange(TOKENS - n - 1, TOKENS - 1) for _ in range(CHATS)]
+    positions = [np.array([TOKENS - n - 1, TOKENS - 1]) for _ in range(CHATS)]
     lists = {
         "input_ids": ([rng.integers(0, V, TOKENS) for _ in range(CHATS)], np.uint16), "positions": (positions, np.uint16),
-        "boundaries": ([np.arange(n) for _ in range(CHATS)], np.int32), "counts": ([np.full(n, K) for _ in range(CHATS)], np.uint16),
+        "boundaries": ([np.ones(n)] * CHATS, np.uint8), "counts": ([np.array([K])] * CHATS, np.uint16),
         "ids": (ids, np.uint16), "gold_logprob": ([-np.ones(n)] * CHATS, np.float16),
     }  # fmt: skip
     columns = {name: list_column(values, dtype) for name, (values, dtype) in lists.items()}
@@ -64,7 +64,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("float16", "uint8"):
-            for response in (0.5, 0.99):
+            for response in (0.5, 0.8, 0.99):
                 made = store(Path(folder) / f"{kind}{response}", kind, response)
                 size = made.manifest["shards"][0]["bytes"] / (CHATS * TOKENS)
                 rows.append([kind, f"{response:.0%}", size, reading(made), throughput(FusionRows([made, made], 0))])
