@@ -52,6 +52,22 @@ class Throughput(Callback):
         )
 
 
+class FusionShares(Callback):
+    """Logs how much of the response each source covers, and, per epoch and tag, which model's distribution was taken how often."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Coverage is a property of the stores: logged once."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        shares = zip(pl_module.hparams.source_names, data.coverage(), strict=True)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"coverage/{name}": share for name, share in shares}, step=trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Shares since training began, among the chats of the first rank."""
+        for tag, rates in pl_module.win_rates().items():
+            pl_module.log_dict({f"wins/{tag}/{name}": rate for name, rate in rates.items()}, rank_zero_only=True)
+
+
 class SavePretrained(Callback):
     """Writes the model as a Hugging Face directory when training ends; on an interrupt beside it, as ``NAME-interrupted``.
 
@@ -95,7 +111,7 @@ def make_callbacks(
         dirpath=checkpoints, filename="{step}", every_n_train_steps=every_n_steps, save_top_k=1, monitor="step", mode="max",
         save_on_train_epoch_end=every_n_steps is None or None, enable_version_counter=False,
     )  # fmt: skip
-    found: list[Callback] = [Throughput(), saver]
+    found: list[Callback] = [Throughput(), FusionShares(), saver]
     if early_stopping:
         found.append(EarlyStopping("validation/bits_per_byte", patience=early_stopping))
     if logged:

@@ -65,7 +65,7 @@ class FusionModule(lightning.LightningModule):
             attn_implementation=hp.attn_implementation,
         )
         if hp.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         if hp.lora:
             import peft
 

@@ -128,7 +128,7 @@ def test_target_is_a_model_with_its_record(fresh: Mini) -> None:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-    fresh.run("train", "sources=[a,b,c]", "run_name=many")
+    fresh.run("train", "sources=[a,b,c]", "run_name=many", "trainer.log_every_n_steps=2")
     path = fresh.experiment / "targets/many"
     generate = pipeline("text-generation", model=AutoModelForCausalLM.from_pretrained(path), tokenizer=AutoTokenizer.from_pretrained(path))
     assert generate([{"role": "user", "content": "Sort b a."}], max_new_tokens=2)[0]["generated_text"][-1]["role"] == "assistant"
@@ -136,6 +136,8 @@ def test_target_is_a_model_with_its_record(fresh: Mini) -> None:
     assert record["sources"] == ["a", "b", "c"]
     assert sum(record["wins"]["all"].values()) == pytest.approx(1)
     assert set(record["coverage"]) == {"a", "b", "c"}
+    logged = next((fresh.experiment / "logs").rglob("*many/*/metrics.csv")).read_text().splitlines()[0].split(",")
+    assert {"train/sft", "train/fusion", "train/gradient_norm", "train/tokens_per_second", "coverage/b", "wins/all/pivot"} <= set(logged)
     assert (path / "README.md").exists()
     assert not list((fresh.experiment / "targets").glob(".*.tmp"))
 
