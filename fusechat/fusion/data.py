@@ -203,6 +203,8 @@ class FusionDataModule(lightning.LightningDataModule):
         for store, command in zip(self.stores[1:], commands[1:], strict=False):
             if store.manifest["pivot"] != pivot.fingerprint:
                 raise UserError(f"{store.path} was aligned with other pivot distributions than {pivot.path}; run: {command} overwrite=true")
+            if len(store) != len(pivot):
+                raise UserError(f"{store.path} has {len(store)} chats where {pivot.path} has {len(pivot)}; run: {command} overwrite=true")
         if pivot.manifest["vocab_size"] > vocab_size:
             raise UserError(
                 f"{pivot.path} has ids up to {pivot.manifest['vocab_size']}, the model's embedding {vocab_size} rows; set pivot.path"

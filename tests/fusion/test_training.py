@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +23,7 @@ from fusechat import training
 from fusechat.errors import UserError
 from fusechat.fusion.data import Plan
 from fusechat.fusion.module import FusionModule
+from fusechat.store import DistributionStore, StoreWriter
 from tests.conftest import Mini
 
 ROOT = Path(__file__).parent.parent.parent
@@ -237,4 +240,46 @@ def test_bad_settings(overrides: list[str], message: str, mini: Mini) -> None:
 def test_stores_of_another_pivot_are_refused(fresh: Mini) -> None:
     fresh.run("extract", "source=pivot", "extract.top_k=5", "overwrite=true")
     with pytest.raises(UserError, match=r"was aligned with other pivot distributions .*run: python -m fusechat\.align .* overwrite=true"):
+        fresh.run("train", "source=a")
+
+
+def spoil(path: Path, change: Callable[[pa.Table], pa.Table], **about: Any) -> None:
+    """Rewrites a store's first shard, records and all."""
+    store = DistributionStore(path)
+    tables = [change(store._tables[0]), *store._tables[1:]]
+    shutil.rmtree(path)
+    writer = StoreWriter(path, store.fingerprint, len(tables))
+    for index, (table, entry) in enumerate(zip(tables, store.manifest["shards"], strict=True)):
+        writer.write(index, table, entry["statistics"])
+    writer.finish(**{k: v for k, v in store.manifest.items() if k not in ("format", "fingerprint", "shards")} | about)
+
+
+def replaced(table: pa.Table, name: str, value: float) -> pa.Table:
+    """The column with the given value in all its entries."""
+    old = table.column(name).combine_chunks()
+    new = pa.ListArray.from_arrays(old.offsets, pa.array(np.full(len(old.values), value, old.values.to_numpy().dtype)))
+    return table.set_column(table.column_names.index(name), name, new)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: replaced(t, "logprobs", np.nan), r"aligned/a holds ids beyond the pivot's vocabulary, NaN or inf; align again"),
+        (lambda t: replaced(t, "logprobs", np.inf), r"holds ids beyond the pivot's vocabulary, NaN or inf; align again"),
+        (lambda t: replaced(t, "ids", 65_535), r"holds ids beyond the pivot's vocabulary, NaN or inf; align again"),
+        (
+            lambda t: t.slice(1),
+            r"aligned/a has 95 chats where .*distributions/pivot has 96; run: python -m fusechat\.align .*overwrite=true",
+        ),
+    ],
+)
+def test_spoilt_stores_are_refused(change: Callable[[pa.Table], pa.Table], message: str, fresh: Mini) -> None:
+    spoil(fresh.experiment / "aligned/a", change)
+    with pytest.raises(UserError, match=message):
+        fresh.run("train", "source=a", "trainer.max_steps=20")
+
+
+def test_a_vocabulary_beyond_the_embedding_is_refused(fresh: Mini) -> None:
+    spoil(fresh.experiment / "distributions/pivot", lambda t: t, vocab_size=70_000)
+    with pytest.raises(UserError, match=r"has ids up to 70000, the model's embedding \d+ rows; set pivot\.path"):
         fresh.run("train", "source=a")
