@@ -63,8 +63,7 @@ def load_chats(
     """
     raw = _load(path, split, name, streaming)
     if streaming:
-        taken = raw.take(limit) if limit else raw
-        raw = datasets.Dataset.from_generator(lambda: iter(taken))
+        raw = _taken(raw.take(limit) if limit else raw, path)
     elif limit:
         raw = raw.select(range(min(limit, len(raw))))
     if not len(raw):
@@ -83,16 +82,36 @@ def load_chats(
     return raw.map(normal, with_indices=True, remove_columns=raw.column_names, load_from_cache_file=False), found
 
 
+def _taken(stream: Any, path: str) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_generator(lambda: iter(stream))
+    except Exception as error:
+        raise UserError(f"{path}: the stream broke off: {error.__cause__ or error}") from error
+
+
 def _checked(convert: Callable[[Row], list[Message]], row: Row, index: int, path: str) -> list[Message]:
     try:
-        messages = [{"role": ROLES[m["role"]], "content": m["content"] or ""} for m in convert(row)]
+        messages = [{"role": ROLES[m["role"]], "content": _text(m["content"])} for m in convert(row)]
     except KeyError as error:
         raise UserError(f"{path}, chat {index}: unknown role or key {error}; roles are {', '.join(ROLES)}") from error
     except TypeError as error:
         raise UserError(f"{path}, chat {index}: a turn is not a role with a text ({error})") from error
     if not messages:
         raise UserError(f"{path}, chat {index}: no messages")
+    if any(turn.get("tool_calls") for turn in row.get("messages") or []):
+        raise UserError(
+            f"{path}, chat {index}: tool_calls would be lost (only texts are rendered); write them into content, or leave it out"
+        )
     return messages
+
+
+def _text(content: Any) -> str:
+    """A message's text; a list of text parts, as chat APIs have it, is joined."""
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+        return "".join(part["text"] for part in content)
+    if content is None or isinstance(content, str):
+        return content or ""
+    raise TypeError(f"content is {type(content).__name__} with more than text")
 
 
 def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
@@ -110,7 +129,10 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
             raise UserError(_broken_line(files) or f"{path} cannot be read as {kind}: {error.__cause__ or error}") from error
     if local.suffix in LOADERS or path.count("/") != 1:
         raise UserError(f"chat.path={path} does not exist; give a file, a directory or a Hub dataset id (owner/name)")
-    return datasets.load_dataset(path, name, split=split, streaming=streaming)
+    try:
+        return datasets.load_dataset(path, name, split=split, streaming=streaming)
+    except Exception as error:
+        raise UserError(f"chat.path={path} is neither a file here nor a dataset on the Hub that could be read: {error}") from error
 
 
 def _broken_line(files: Sequence[Path]) -> str | None:

@@ -142,12 +142,41 @@ def written(path: Path, text: str) -> str:
         ("x.jsonl", '{"question": "a"}\n', r"has the columns question; expected one of messages: messages; sharegpt"),
         ("x.jsonl", '{"messages": [{"role": "alien", "content": "b"}]}\n', "chat 0: unknown role or key 'alien'; roles are human"),
         ("x.jsonl", '{"messages": []}\n', "chat 0: no messages|is not a role"),
+        ("x.jsonl", '{"messages": [{"role": "user", "content": "b", "tool_calls": [{"id": 1}]}]}\n', "chat 0: tool_calls would be lost"),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "image", "text": ""}]}]}\n',
+            "content is list with more than text",
+        ),
         ("x.txt", "hello", "is not a chat file; expected .json"),
     ],
 )
 def test_bad_files(name: str, text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_chats(written(tmp_path / name, text))
+
+
+def test_text_parts_are_joined(tmp_path: Path) -> None:
+    parts = '{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}]}\n'
+    chats, _ = load_chats(written(tmp_path / "x.jsonl", parts))
+    assert chats[0]["messages"] == [{"role": "user", "content": "qr"}]
+
+
+def test_streams_are_read_to_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    lines = "".join(f'{{"prompt": "q{i}", "response": "r"}}\n' for i in range(9))
+    stream = datasets.load_dataset("json", data_files=written(tmp_path / "x.jsonl", lines), split="train", streaming=True)
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: asked.append((a, o)) or stream)
+    chats, found = load_chats("owner/name", split="test", name="en", limit=4, streaming=True)
+    assert (found, [chat["messages"][0]["content"] for chat in chats]) == ("prompt/response", ["q0", "q1", "q2", "q3"])
+    assert asked == [(("owner/name", "en"), {"split": "test", "streaming": True})]
+
+
+def test_a_hub_dataset_that_cannot_be_read() -> None:
+    with pytest.raises(UserError, match=r"chat\.path=owner/name is neither a file here nor a dataset on the Hub that could be read"):
+        load_chats("owner/name")
 
 
 def test_missing_file() -> None:
