@@ -105,6 +105,7 @@ class ChatRenderer:
         ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else offsets[:, 1]
         starts = offsets[:, 0].copy()
         np.minimum(starts[1:], ends[:-1], out=starts[1:])
+        starts = np.maximum.accumulate(starts) if len(ids) else starts
         mask, before = np.zeros(len(ids), bool), np.full(len(ids), -1, np.int64)
         turn_start = n_bytes = 0
         contents = hashlib.sha256()
@@ -112,10 +113,10 @@ class ChatRenderer:
             if chat[index]["role"] != "assistant":
                 continue
             contents.update(text[first:end].encode())
-            inside = np.flatnonzero((ends > first) & (starts < end))
+            inside = np.arange(np.searchsorted(ends, first, side="right"), np.searchsorted(starts, end))  # both never decrease
             if len(inside):
                 mask[inside] = True
-                before[inside] = np.clip(ends[inside - 1] - first, 0, end - first) + turn_start
+                before[inside] = np.minimum(np.maximum(ends[inside - 1] - first, 0), end - first) + turn_start
                 before[inside[0]] = turn_start
                 n_bytes += len(text[first : min(end, int(ends[inside[-1]]))].encode())
             stop = int(np.searchsorted(ends, end, side="right"))

@@ -28,7 +28,7 @@ def chats(count: int) -> list[list[dict[str, str]]]:
     return [[{"role": role, "content": f"{i} {text}"} for role, text in turns] for i in range(count)]
 
 
-def best(work: object, repeats: int = 5) -> float:
+def best(work: object, repeats: int = 7) -> float:
     """Smallest CPU time of one thread."""
     seconds = []
     for _ in range(repeats):
