@@ -56,7 +56,7 @@ def run(cfg: DictConfig) -> None:
         stores.check_texts(pivot, source, tokenizers)
         alignment = make_alignment(cfg, pivot, source, tokenizers)
         stores.write_aligned(alignment, writer, cfg.alignment.num_proc)
-        manifest = writer.finish(**about, token_map=cfg.token_map.name, sequence=cfg.alignment.sequence)
+        manifest = writer.finish(**about, token_map=cfg.token_map.name, sequence=alignment.sequence)
     LOG.info(summary(manifest, output))
 
 
@@ -66,16 +66,20 @@ def make_alignment(cfg: DictConfig, pivot: Any, source: Any, tokenizers: tuple[A
 
     from fusechat.alignment import stores, vocabulary
 
-    name, num_proc = cfg.token_map.name, cfg.alignment.num_proc
+    name, num_proc, sequence = cfg.token_map.name, cfg.alignment.num_proc, cfg.alignment.sequence
+    known = all(s.manifest.get("offsets", True) for s in (pivot, source))
+    if sequence == "offsets" and not known:
+        LOG.warning("a slow tokenizer reports no offsets: aligned by alignment.sequence=dtw instead")
+        sequence = "dtw"
     texts = None
-    if cfg.alignment.sequence == "dtw":  # bytes as characters: no replacement character can derail the distances
+    if sequence == "dtw":  # bytes as characters: no replacement character can derail the distances
         texts = tuple([(b or b"").decode("latin-1") for b in vocabulary.token_bytes(t)] for t in tokenizers)
     alignment = stores.Alignment(
         pivot,
         source,
-        cfg.alignment.sequence,
+        sequence,
         cfg.alignment.unmatched,
-        name == "prefix",
+        name == "prefix" and known,
         cfg.store.logprobs,
         texts=texts,  # type: ignore[arg-type]
     )

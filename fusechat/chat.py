@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusechat import slow_tokenizers
 from fusechat.errors import UserError
 
+Ints = npt.NDArray[np.int64]
+Spans = list[tuple[int, int, int]]
 Message = dict[str, str]
 PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
 SENTINEL = re.compile("\ue000(\\d+)\ue001")
@@ -31,11 +34,11 @@ class Rendered:
     """
 
     text: str
-    input_ids: npt.NDArray[np.int64]
-    char_spans: npt.NDArray[np.int64]
+    input_ids: Ints
+    char_spans: Ints
     assistant_mask: npt.NDArray[np.bool_]
-    positions: npt.NDArray[np.int64]
-    boundaries: npt.NDArray[np.int64]
+    positions: Ints
+    boundaries: Ints
     n_bytes: int
     text_hash: str
     truncated: bool
@@ -46,14 +49,13 @@ class ChatRenderer:
 
     template: ``native`` (this tokenizer's own), or a Jinja text. ``host`` is the tokenizer whose special tokens
     the template names (the pivot, when every source reads the pivot's format). end_of_turn: train on the special
-    token that closes an assistant's turn. Raises `UserError` for a slow tokenizer or a missing template.
+    token that closes an assistant's turn. A slow tokenizer knows no boundaries inside a turn (`fusechat.slow_tokenizers`).
+    Raises `UserError` for a missing template.
     """
 
     def __init__(
         self, tokenizer: Any, *, template: str = "native", host: Any = None, max_length: int = 2048, end_of_turn: bool = True
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(f"{type(tokenizer).__name__} reports no character offsets; a fast tokenizer (tokenizer.json) is needed")
         self.tokenizer, self.host = tokenizer, host or tokenizer
         self.template = self.host.chat_template if template == "native" else template
         if not self.template:
@@ -67,14 +69,16 @@ class ChatRenderer:
     def __call__(self, chats: Sequence[Sequence[Message]]) -> list[Rendered]:
         """Renders and tokenizes a batch of chats."""
         texts = self._apply(chats)
+        if not self.tokenizer.is_fast:
+            return [self._without_offsets(*pair) for pair in zip(chats, texts, strict=True)]
         encodings = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False).encodings
-        return [self._rendered(chat, *pair) for chat, pair in zip(chats, zip(texts, encodings, strict=True), strict=True)]
+        return [self._with_offsets(*three) for three in zip(chats, texts, encodings, strict=True)]
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text that asks the model for its next answer."""
         return str(self._call([dict(m) for m in messages], add_generation_prompt=True))
 
-    def content_spans(self, chat: Sequence[Message], text: str) -> list[tuple[int, int, int]]:
+    def content_spans(self, chat: Sequence[Message], text: str) -> Spans:
         """(message index, first character, end) of every message's content in the rendered text.
 
         The template is rendered once per sequence of roles with sentinels as contents; what lies between them is
@@ -82,7 +86,7 @@ class ChatRenderer:
         Raises `UserError` where a template rewrites a content beyond recognition.
         """
         pieces = self._literals(chat)
-        spans: list[tuple[int, int, int]] = []
+        spans: Spans = []
         at = 0
         for (literal, index), (following, _) in pairwise(pieces):
             start = at + len(literal)
@@ -97,11 +101,17 @@ class ChatRenderer:
             at = end
         return spans
 
-    def _rendered(self, chat: Sequence[Message], text: str, encoding: Any) -> Rendered:
+    def _with_offsets(self, chat: Sequence[Message], text: str, encoding: Any) -> Rendered:
         ids = np.array(encoding.ids, np.int64)
         offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
-        truncated = len(ids) > self.max_length
-        ids, offsets = ids[: self.max_length], offsets[: self.max_length]
+        truncated, kept = len(ids) > self.max_length, slice(self.max_length)
+        return self._rendered(chat, text, self.content_spans(chat, text), ids[kept], offsets[kept], truncated)
+
+    def _without_offsets(self, chat: Sequence[Message], text: str) -> Rendered:
+        spans = self.content_spans(chat, text)
+        return self._rendered(chat, text, spans, *slow_tokenizers.encode(self.tokenizer, text, spans, self.max_length))
+
+    def _rendered(self, chat: Sequence[Message], text: str, spans: Spans, ids: Ints, offsets: Ints, truncated: bool) -> Rendered:
         ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else offsets[:, 1]
         starts = offsets[:, 0].copy()
         np.minimum(starts[1:], ends[:-1], out=starts[1:])
@@ -109,7 +119,7 @@ class ChatRenderer:
         mask, before = np.zeros(len(ids), bool), np.full(len(ids), -1, np.int64)
         turn_start = n_bytes = 0
         contents = hashlib.sha256()
-        for index, first, end in self.content_spans(chat, text):
+        for index, first, end in spans:
             if chat[index]["role"] != "assistant":
                 continue
             contents.update(text[first:end].encode())
@@ -129,7 +139,7 @@ class ChatRenderer:
         boundaries = np.where(inside_character, -1, before[positions + 1])
         return Rendered(text, ids, offsets, mask, positions, boundaries, n_bytes, contents.hexdigest()[:8], truncated)
 
-    def _closing(self, ids: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], text: str, at: int, end: int) -> int | None:
+    def _closing(self, ids: Ints, offsets: Ints, text: str, at: int, end: int) -> int | None:
         """Index of the special token that closes the turn: the first one after the content, white space between allowed."""
         while at < len(ids) and int(ids[at]) not in self._special_ids:
             if text[end : offsets[at, 1]].strip():

@@ -70,7 +70,8 @@ def finish(cfg: DictConfig, writer: Any, tokenizer: Any, chats_mark: str, render
 
     about = {
         "kind": "distributions", "model": cfg.source.name, "path": str(cfg.source.path), "chats": chats_mark,
-        "tokenizer": tokenizer_identity(tokenizer), "vocab_size": len(tokenizer), "template": renderer.template,
+        "tokenizer": tokenizer_identity(tokenizer), "vocab_size": len(tokenizer), "offsets": tokenizer.is_fast,
+        "template": renderer.template,
         "special_ids": sorted(i for i, t in tokenizer.added_tokens_decoder.items() if t.special),
         "max_length": cfg.chat.max_length, "extract": plain(cfg.extract), "logprobs": cfg.store.logprobs,
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -73,6 +74,26 @@ def test_the_result_does_not_depend_on_processes_or_interruptions(fresh: Mini) -
     (store.path / store.manifest["shards"][1]["file"]).write_bytes(b"cut short")
     fresh.run("align", "source=a")
     assert hashes() == wanted
+
+
+def test_a_slow_tokenizer_is_aligned_by_dtw(fresh: Mini, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+    path, tokenizer = fresh.root / "slow", ByT5Tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **shape)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    options = ["source.name=slow", f"source.path={path}", "chat.max_length=1024", "chat.template=pivot"]
+    fresh.run("extract", *options)
+    fresh.run("align", *options, "token_map=mined")
+    store, own = aligned(fresh, "slow"), DistributionStore(fresh.experiment / "distributions/slow")
+    assert (own.manifest["offsets"], store.manifest["sequence"]) == (False, "dtw")
+    assert "a slow tokenizer reports no offsets: aligned by alignment.sequence=dtw instead" in caplog.text
+    kinds = sum(np.bincount(store.row(row, "kind")[0], minlength=4) for row in range(len(store)))
+    assert kinds[3] < kinds[:3].sum()
+    chat = datasets.load_dataset("json", data_files=str(fresh.experiment / "world/chats/fusion.jsonl"), split="train")[0]["messages"]
+    (ids, positions), answer = own.row(0, "input_ids", "positions"), "".join(m["content"] for m in chat if m["role"] == "assistant")
+    assert tokenizer.decode(ids[positions + 1]).startswith(answer)
 
 
 @pytest.mark.parametrize(

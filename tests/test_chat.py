@@ -58,6 +58,28 @@ def test_masked_characters_are_the_assistants(
     assert rendered.n_bytes == sum(len(t.encode()) for t in texts)
 
 
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(conversations(), st.sampled_from(NAMES))
+def test_without_offsets_the_same_tokens_are_found(tokenizers: Callable[[str], Any], chat: list[dict[str, str]], name: str) -> None:
+    renderer = ChatRenderer(tokenizers(name))
+    wanted = renderer([chat])[0]
+    found = renderer._without_offsets(chat, wanted.text)
+    assert found.input_ids.tolist() == wanted.input_ids.tolist()
+    assert found.assistant_mask.tolist() == wanted.assistant_mask.tolist()
+    assert (found.n_bytes, found.text_hash) == (wanted.n_bytes, wanted.text_hash)
+    assert set(found.boundaries[found.boundaries >= 0]) <= set(wanted.boundaries), "only where turns begin and end"
+
+
+def test_a_cut_without_offsets_counts_the_kept_bytes(tokenizers: Callable[[str], Any]) -> None:
+    chat = [{"role": "user", "content": "Sort b a."}, {"role": "assistant", "content": "a b c d e f g h"}]
+    length = len(ChatRenderer(tokenizers("a"))([chat])[0].input_ids) - 6
+    renderer = ChatRenderer(tokenizers("a"), max_length=length)
+    wanted = renderer([chat])[0]
+    found = renderer._without_offsets(chat, wanted.text)
+    assert found.truncated
+    assert found.n_bytes == wanted.n_bytes < 15
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_end_of_turn_is_trained_on_where_configured(name: str, tokenizers: Callable[[str], Any]) -> None:
     tokenizer = tokenizers(name)

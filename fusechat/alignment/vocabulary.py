@@ -17,6 +17,8 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from fusechat.errors import UserError
+
 Ints = npt.NDArray[np.int64]
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -24,6 +26,8 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
     """What every id stands for in a text, as bytes; None for special tokens and ids without a token."""
     tokens: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    if not tokenizer.is_fast:
+        return _slow_bytes(tokenizer, tokens)
     decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder")
     kinds = {part["type"] for part in _parts(decoder)}
     added = {index: str(token.content) for index, token in tokenizer.added_tokens_decoder.items()}
@@ -46,6 +50,16 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
         return token.encode()
 
     return [of(index, token) for index, token in enumerate(tokens)]
+
+
+def _slow_bytes(tokenizer: Any, tokens: Sequence[str | None]) -> list[bytes | None]:
+    """A slow tokenizer has no decoder to read: each token's own string; bytes that are no text alone come out empty."""
+    special, found = set(tokenizer.all_special_ids), list[bytes | None]()
+    for index, token in enumerate(tokens):
+        text = "" if token is None else str(tokenizer.convert_tokens_to_string([token]))
+        lost = token is not None and token.startswith("▁") and not text.startswith(" ")  # the space that a text's first word loses
+        found.append(None if token is None or index in special else (" " * lost + text).encode())
+    return found
 
 
 def special_roles(tokenizer: Any, end_of_turn: int | None = None) -> dict[str, int]:
@@ -91,6 +105,8 @@ def prefix(source: Any, pivot: Any, roles: Sequence[tuple[int, int]]) -> Ints:
     An exact match where there is one; else the first token of the pivot's own tokenization; else, for bytes that are no
     text, the longest pivot token they begin with.
     """
+    if not pivot.is_fast:
+        raise UserError("token_map=prefix asks the pivot's tokenizer for offsets and it is a slow one; use token_map=mined, ms or em")
     table = em(source, pivot, roles)
     by_bytes = {text: index for index, text in reversed(list(enumerate(token_bytes(pivot)))) if text}
     longest = max(map(len, by_bytes))

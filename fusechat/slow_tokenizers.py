@@ -1,0 +1,45 @@
+"""Tokenizers that report no character offsets: which tokens belong to which message is found by tokenizing prefixes of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+
+def encode(tokenizer: Any, text: str, spans: Sequence[tuple[int, int, int]], max_length: int) -> tuple[Ints, Ints, bool]:
+    """ids [T], offsets [T, 2] and whether the text was cut at ``max_length``.
+
+    spans: (message index, first character, end) of the contents. Every token gets the whole piece it lies in as its
+    offsets, so that only where turns begin and end is known; a token over a border belongs to the content. Where the cut
+    falls into a content, its tokens end where the decoded text does.
+    """
+    tokens: list[int] = _ids(tokenizer, text)
+    ids = np.array(tokens, np.int64)
+    offsets = np.zeros((len(ids), 2), np.int64)
+    done = at = 0
+    for _, first, end in spans:
+        begin, stop = _shared(tokens, _ids(tokenizer, text[:first])), _shared(tokens, _ids(tokenizer, text[:end]))
+        if stop < len(_ids(tokenizer, text[:end])):  # merged with what follows
+            stop = min(stop + 1, len(ids))
+        offsets[done:begin] = at, first
+        offsets[begin:stop] = first, end
+        if begin < max_length < stop:  # the first token may hold the space before the content
+            kept, content = tokenizer.decode(tokens[begin:max_length]).lstrip(), text[first:end]
+            offsets[begin:stop, 1] = min(end, first + len(content) - len(content.lstrip()) + len(kept))
+        done, at = stop, end
+    offsets[done:] = at, len(text)
+    return ids[:max_length], offsets[:max_length], len(ids) > max_length
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _shared(left: list[int], right: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
