@@ -16,6 +16,7 @@ from fusechat.alignment.sequence import KINDS, align_offsets, dtw
 from fusechat.chat import PLAIN_TEMPLATE, ChatRenderer
 from tests.benchmarks import tokenizers
 from tests.benchmarks.measure import table
+from tests.conftest import GOLDEN
 
 PAIRS = [("mistral", "llama3"), ("qwen", "deepseek"), ("mistral", "qwen"), ("llama3", "deepseek")]
 
@@ -76,6 +77,19 @@ def maps(known: dict[str, Any]) -> list[list[object]]:
     return rows
 
 
+def golden(known: dict[str, Any]) -> list[list[object]]:
+    """Share of source ids for which MinED over the whole vocabularies gives the golden id and distance."""
+    rows: list[list[object]] = []
+    for file, pivot_name, source_name in (("mistral-v1__llama3", *PAIRS[0]), ("qwen__deepseek", "qwen", "deepseek")):
+        wanted, pivot, source = np.load(GOLDEN / f"align/maps_{file}.npz"), known[pivot_name], known[source_name]
+        raw = [str(token or "") for token in source.convert_ids_to_tokens(wanted["source_id"].tolist())]
+        names = [token.replace(vocabulary.marker(source), vocabulary.marker(pivot)) for token in raw]
+        found, distance = vocabulary.nearest(names, [str(token or "") for token in pivot.convert_ids_to_tokens(list(range(len(pivot))))])
+        equal = (found == wanted["mined_pivot_id"]) & (distance == wanted["mined_distance"])
+        rows.append([f"{source_name} -> {pivot_name}", len(raw), f"{equal.mean():.2%}"])
+    return rows
+
+
 def quality(known: dict[str, Any]) -> list[list[object]]:
     """How positions match, the gold token's cross entropy under each map, beside the source's own (the floor).
 
@@ -110,6 +124,7 @@ def main() -> None:
     header = ["tokens", "cell by cell CPU s", "dtw ms", "dtw x", "offsets µs", "offsets x"]
     table("sequence alignment, one thread", header, speed(known))
     table("minimum edit distance over whole vocabularies", ["map", "size", "wall s", "mapped"], maps(known))
+    table("golden maps over whole vocabularies", ["pair", "source ids", "equal"], golden(known))
     header = ["pair", "text", *KINDS, "em nats / mass", "mined nats / mass", "prefix nats / mass", "source's own nats"]
     table("gold token under each map, where matched by offsets", header, quality(known))
 

@@ -50,24 +50,24 @@ def mistral() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def _tiktoken(content: bytes, special: list[str], nfc: bool) -> PreTrainedTokenizerFast:
-    file = FOLDER / "ranks.tiktoken"
+def _tiktoken(name: str, content: bytes, special: list[str], nfc: bool) -> PreTrainedTokenizerFast:
+    file = FOLDER / f"{name}.tiktoken"  # a name each: the converter remembers what it has read by name
     file.write_bytes(content)
     tokenizer = TikTokenConverter(vocab_file=str(file), pattern=GPT4, extra_special_tokens=special).converted()
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=next(t for t in special if "end" in t))
 
 
 def llama3() -> PreTrainedTokenizerFast:
     """Llama 3 (128,000 + 256 specials, Ġ)."""
-    special = ["<|end_of_text|>", "<|begin_of_text|>", *(f"<|reserved_{i}|>" for i in range(254))]
-    return _tiktoken(_member("llama_models", "llama3/tokenizer.model"), special, nfc=False)
+    special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_{i}|>" for i in range(254))]
+    return _tiktoken("llama3", _member("llama_models", "llama3/tokenizer.model"), special, nfc=False)
 
 
 def qwen() -> PreTrainedTokenizerFast:
     """Qwen (151,643 + 3 specials, Ġ, NFC)."""
-    return _tiktoken(_member("dashscope", "resources/qwen.tiktoken"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], nfc=True)
+    return _tiktoken("qwen", _member("dashscope", "resources/qwen.tiktoken"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], nfc=True)
 
 
 def deepseek() -> PreTrainedTokenizerFast:
