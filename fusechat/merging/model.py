@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from torch import Tensor
 from fusechat.checkpoints import CheckpointWriter, LazyCheckpoint, bytes_of
 from fusechat.errors import UserError
 from fusechat.merging import methods
+from fusechat.merging.slices import Slices
 from fusechat.merging.tokens import match_rows
 from fusechat.merging.variation import GRANULARITIES, Change, group_of, group_weights, measure
 
 LOG = logging.getLogger(__name__)
-SLICE = 1 << 22  # elements of one target in fp32 at a time: 16 MiB
-WHOLE = {"ties", "sce", "dare", "della", "breadcrumbs", "slerp", "model_stock", "widen"}  # methods that look at a whole tensor
-NAMES = ("varm", "linear", "task_arithmetic", *sorted(WHOLE))
+NAMES = ("varm", "linear", "task_arithmetic", "ties", "sce", "dare", "della", "breadcrumbs", "slerp", "model_stock", "widen")
+UNWEIGHTED = {"sce", "slerp", "model_stock", "widen"}  # methods that make their weights themselves
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 NOT_COPIED = {"README.md", "fusechat.json", ".gitattributes"}
 
@@ -92,49 +93,30 @@ class Merge:
             return
         targets = [r.get(name, None) for r in self.replaced]
         tensors = [t.tensor(name) if r is None else r for t, r in zip(self.targets, targets, strict=True)]
-        if self.method in WHOLE:
-            writer.write(name, self._checked(name, self._whole(name, pivot.float(), [t.float() for t in tensors])))
-            return
-        flat = [tensor.reshape(-1) for tensor in (pivot, *tensors)]
-        combine = self._elementwise(name)
-        for start in range(0, flat[0].numel(), SLICE):
-            parts = [tensor[start : start + SLICE].float() for tensor in flat]
-            writer.write(name, self._checked(name, combine(parts[0], parts[1:])))
+        for part in self._merged(name, Slices(pivot, tensors)):
+            writer.write(name, self._checked(name, part))
 
-    def _elementwise(self, name: str) -> Callable[[Tensor, list[Tensor]], Tensor]:
+    def _merged(self, name: str, slices: Slices) -> Iterator[Tensor]:
         weights, s = self._weights(name), self.settings
-        if self.method == "linear":
-            return lambda pivot, targets: methods.linear(targets, weights, s["normalize"])
-        if self.method == "task_arithmetic":
-            return lambda pivot, targets: methods.task_arithmetic(pivot, targets, weights, s["scale"], s["normalize"])
-        if s["granularity"] == "parameter":
-            return lambda pivot, targets: methods.element_weighted(pivot, targets, 2 if s["variation"] == "square" else 1)
-        varied = self.groups[group_of(name, s["granularity"])]
-        if pattern := self._pattern(name):
-            varied = list(pattern["weights"])
-        return lambda pivot, targets: pivot if varied is None else methods.linear(targets, varied)
-
-    def _whole(self, name: str, pivot: Tensor, targets: list[Tensor]) -> Tensor:
-        weights, s = self._weights(name), self.settings
+        if self.method == "varm":
+            return self._varm(name, slices)
         many = {key: self._each(s[key]) for key in ("density", "gamma") if key in s and self.method != "sce"}
-        shared = {key: s[key] for key in ("scale", "normalize") if key in s}
-        if self.method == "ties":
-            return methods.ties(pivot, targets, weights, many["density"], **shared)
-        if self.method == "sce":
-            return methods.sce(pivot, targets, s["density"], s["select"])
+        own = {key: value for key, value in s.items() if key not in many}
         if self.method in ("dare", "della"):
-            generator = torch.Generator().manual_seed(self.seed + sum(name.encode()))
-            extra = {"epsilon": s["epsilon"]} if self.method == "della" else {}
-            function = getattr(methods, self.method)
-            return function(pivot, targets, weights, many["density"], generator, consensual=s["consensual"], **shared, **extra)  # type: ignore[no-any-return]
-        if self.method == "breadcrumbs":
-            return methods.breadcrumbs(pivot, targets, weights, many["density"], many["gamma"], **shared)
-        if self.method == "slerp":
-            return methods.slerp_chain(targets, s["t"])
-        if self.method == "model_stock":
-            return methods.model_stock(pivot, targets, s["filter_wise"])
-        embedding = pivot.dim() == 2 and not re.search(r"\.\d+\.", name) and "head" not in name and "embed_out" not in name
-        return methods.widen(pivot, targets, s["ratio"], s["calibration"], transposed=embedding)
+            own["seed"] = [self.seed, zlib.crc32(name.encode())]
+        if self.method == "widen":
+            own["transposed"] = slices.pivot.dim() == 2 and not re.search(r"\.\d+\.|head|embed_out", name)
+        first = [] if self.method in UNWEIGHTED else [weights]
+        return getattr(methods, self.method)(slices, *first, **many, **own)  # type: ignore[no-any-return]
+
+    def _varm(self, name: str, slices: Slices) -> Iterator[Tensor]:
+        pattern = self._pattern(name)
+        if pattern:
+            return methods.linear(slices, pattern["weights"])
+        if self.settings["granularity"] == "parameter":
+            return methods.element_weighted(slices, 2 if self.settings["variation"] == "square" else 1)
+        varied = self.groups[group_of(name, self.settings["granularity"])]
+        return methods.linear(slices, varied) if varied is not None else (pivot for pivot, _ in slices)
 
     def _checked(self, name: str, merged: Tensor) -> Tensor:
         if not bool(torch.isfinite(merged.sum())) and not bool(torch.isfinite(merged).all()):

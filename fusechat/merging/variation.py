@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fusechat.checkpoints import LazyCheckpoint
 from fusechat.errors import UserError, one_of
+from fusechat.merging.slices import Slices
 from fusechat.models import model_identity
 
 GRANULARITIES = ("model", "layer", "module", "matrix", "parameter")
 BLOCK = re.compile(r"^(.*?\.\d+)\.([^.]+)")  # first number in a name: the decoder block, whatever the family calls it
-SLICE = 1 << 22  # elements in fp32 at a time
 CACHE = ".fusechat-variation.json"
 
 
@@ -98,9 +98,8 @@ def measure(
 
 def _change(pivot: LazyCheckpoint, target: LazyCheckpoint, name: str, replaced: Tensor | None) -> Change:
     square = absolute = 0.0
-    own, theirs = pivot.tensor(name).reshape(-1), (target.tensor(name) if replaced is None else replaced).reshape(-1)
-    for start in range(0, own.numel(), SLICE):
-        delta = theirs[start : start + SLICE].float() - own[start : start + SLICE].float()  # not in place: inputs are memory-mapped
+    own = pivot.tensor(name)
+    for (delta,) in Slices(own, [target.tensor(name) if replaced is None else replaced]).deltas():
         absolute += float(delta.norm(1))
         square += float(delta.dot(delta))
     if not math.isfinite(square):
