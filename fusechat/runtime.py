@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from fusechat.errors import UserError
 CONF = str(Path(__file__).parent.parent / "conf")
 LOG = logging.getLogger("fusechat")
 Run = Callable[[DictConfig], Any]
-FAILED: list[str] = []
+FAILED = "FUSECHAT_FAILED"  # names a file with the overrides of failed jobs, shared with the processes of a sweep
 
 
 def label(path: str | None) -> str:
@@ -49,7 +50,8 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
                 return run_stage(run, cfg)
             except Exception as error:
                 overrides = " ".join(HydraConfig.get().overrides.task)
-                FAILED.append(overrides)
+                with open(os.environ.get(FAILED, os.devnull), "a") as file:
+                    file.write(f"{overrides or '(no overrides)'}\n")
                 if isinstance(error, UserError):
                     LOG.error("%s%s", error, f"  [{overrides}]" if overrides else "")
                 raise
@@ -63,20 +65,25 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
 def _command(command: Callable[[], None]) -> None:
     traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then lets exceptions through, to be told here
-    try:
-        command()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if traceback:
-            raise
-        if not (FAILED and isinstance(error, UserError)):
-            print(f"error: {_with_near_names(error)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is whole", file=sys.stderr)
-        sys.exit(130)
-    else:
-        return
-    if FAILED:
-        print(f"{len(FAILED)} job(s) failed: " + "; ".join(o or "(no overrides)" for o in FAILED), file=sys.stderr)
+    with tempfile.NamedTemporaryFile("r", prefix="fusechat-failed-") as noted:
+        os.environ[FAILED] = noted.name
+        try:
+            command()
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from what is whole", file=sys.stderr)
+            sys.exit(130)
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            if traceback:
+                raise
+            failed = noted.read().splitlines()
+            if not (failed and isinstance(error, UserError)):
+                print(f"error: {_with_near_names(error)}", file=sys.stderr)
+        else:
+            failed = noted.read().splitlines()
+            if not failed:
+                return
+        if failed:
+            print(f"{len(failed)} job(s) failed: " + "; ".join(failed), file=sys.stderr)
     sys.exit(1)
 
 
