@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fusechat.errors import UserError
-from fusechat.runtime import entry, make_logger, plain, provenance, seed_everything, write_text_json
+from fusechat.runtime import entry, make_logger, plain, provenance, seed_everything, whole_lines, write_text_json
 
 LOG = logging.getLogger(__name__)
 PART = 256  # samples between two writes: what a killed evaluation has to do again at most
@@ -65,9 +65,7 @@ def measure(cfg: DictConfig, chats: list[dict[str, Any]], part: Path) -> list[di
     renderer = renderer_for(tokenizer, tokenizer, options.template, options.max_length)
     model = models.load_model(cfg.model, dtype=options.dtype, device_map=options.device_map, trust_remote_code=options.trust_remote_code)
     models.check_vocabulary(model, tokenizer, cfg.model)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in part.read_text().splitlines() if line.endswith("}")] if part.exists() else []
-    part.write_text("".join(json.dumps(sample) + "\n" for sample in done))  # a line cut short by a kill is dropped
+    done = whole_lines(part)
     for start in range(len(done), len(chats), PART):
         rows = chats[start : start + PART]
         found = perplexity.score(model, renderer, [row["messages"] for row in rows], options.batch_size)

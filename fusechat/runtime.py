@@ -224,6 +224,14 @@ def write_text_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def whole_lines(path: Path) -> list[Any]:
+    """The JSON lines that a killed run has left; one that was cut short is removed from the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    path.write_text("".join(json.dumps(line) + "\n" for line in done))
+    return done
+
+
 def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10)

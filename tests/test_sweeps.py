@@ -11,6 +11,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 import train
+from fusechat import merge_search
 from tests.conftest import Mini
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,19 @@ def sweep(monkeypatch: pytest.MonkeyPatch, world: Mini, *overrides: str) -> None
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", *world.base, *QUIET, f"hydra.sweep.dir={world.root}/sweep", *overrides])
     train.main()
+
+
+def search(monkeypatch: pytest.MonkeyPatch, world: Mini, *overrides: str) -> float:
+    """``python -m fusechat.merge_search`` in this process; the best value."""
+    GlobalHydra.instance().clear()
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["merge_search", *world.base, *QUIET, f"hydra.run.dir={world.root}/hydra", *overrides])
+    merge_search.main()
+    return min(t[merge_search.COLUMN] for t in trials(world))
+
+
+def trials(world: Mini) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (world.experiment / "merge_search/trials.jsonl").read_text().splitlines()]
 
 
 def metric(world: Mini, name: str) -> float:
@@ -51,9 +65,54 @@ def test_optuna_minimises_validation_bits_per_byte(fresh: Mini, monkeypatch: pyt
 
 def test_joblib_names_the_failed_job_and_finishes_the_others(fresh: Mini) -> None:
     command = [sys.executable, "train.py", "-m", *fresh.base, f"hydra.sweep.dir={fresh.root}/sweep", "sweep=joblib", "trainer.max_steps=2"]
-    done = subprocess.run([*command, "source=a", "run_name=x", "loss.lm_weight=0.5,7"], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [*command, "source=a", "run_name=x", "loss.lm_weight=0.5,7"], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == 1
     assert "1 job(s) failed" in done.stderr
     assert "loss.lm_weight=7" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert (fresh.experiment / "targets/x/model.safetensors").exists()
+
+
+def test_a_merge_search_ends_with_a_table_and_the_best_model(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        fresh.run("train", f"source={name}", "trainer.max_steps=2", "loss.lm_weight=0.5")
+    targets = ",".join(str(fresh.experiment / "targets" / name) for name in "ab")
+    options = [f"targets=[{targets}]", "search.trials=6", "search.methods=[varm,ties,linear]", "data.validation_fraction=0.3"]
+    best = search(monkeypatch, fresh, *options)
+    made = trials(fresh)
+    assert len({t["fingerprint"] for t in made}) == len(made) >= 2
+    merged = fresh.experiment / "merged/search"
+    assert (
+        json.loads((merged / "fusechat.json").read_text())["fingerprint"] == min(made, key=lambda t: t[merge_search.COLUMN])["fingerprint"]
+    )
+    assert (fresh.experiment / "merge_search/results.md").read_text().count("\n") == len(made) + 2
+    assert not (fresh.experiment / "merge_search/candidate").exists()
+    assert len(held := merge_search.held_out(fresh.cfg("merge_search", "data.validation_fraction=0.3"))) > 5
+    assert scored_one_by_one(merged, held) == pytest.approx(best)
+    (fresh.experiment / "merge_search/trials.jsonl").write_text("".join(json.dumps(t) + "\n" for t in made[:1]) + '{"cut')
+    assert search(monkeypatch, fresh, *options) == best
+    assert trials(fresh) == made, "a search that was killed takes the same way"
+
+
+def scored_one_by_one(path: Path, held: list[Any]) -> float:
+    from math import log
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fusechat.chat import ChatRenderer
+    from fusechat.evaluation.perplexity import score
+
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(path), max_length=256)
+    found = [score(AutoModelForCausalLM.from_pretrained(path), renderer, [chat], 1)[0] for chat in held]
+    return sum(f["nats"] for f in found) / log(2) / sum(f["bytes"] for f in found)
+
+
+def test_a_search_without_held_out_chats_is_refused(fresh: Mini) -> None:
+    from fusechat.errors import UserError
+
+    with pytest.raises(UserError, match=r"data\.validation_fraction=0\.0 holds out no chat of .*; a search needs some"):
+        fresh.run("merge_search", "data.validation_fraction=0.0")
+    with pytest.raises(UserError, match=r"search\.methods='best' is unknown; use one of: varm, sce, ties"):
+        fresh.run("merge_search", "search.methods=[best]")
