@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from fusechat.errors import one_of
 from fusechat.runtime import entry
+from fusechat.tracking import log_made, wandb_run
 
 LOG = logging.getLogger(__name__)
 MAPS = ("em", "mined", "ms", "prefix", "uld")
@@ -58,6 +59,9 @@ def run(cfg: DictConfig) -> None:
         stores.write_aligned(alignment, writer, cfg.alignment.num_proc)
         manifest = writer.finish(**about, token_map=cfg.token_map.name, sequence=alignment.sequence)
     LOG.info(summary(manifest, output))
+    if followed := wandb_run(cfg, f"align-{output.name}"):
+        followed.log({f"align/{name}": value for name, value in numbers(manifest).items()})
+        log_made(cfg, followed, ("aligned", output), [("distributions", pivot.path), ("distributions", source.path)])
 
 
 def make_alignment(cfg: DictConfig, pivot: Any, source: Any, tokenizers: tuple[Any, Any]) -> Any:
@@ -97,16 +101,20 @@ def make_alignment(cfg: DictConfig, pivot: Any, source: Any, tokenizers: tuple[A
     return alignment
 
 
-def summary(manifest: dict[str, Any], path: Path) -> str:
-    """One line: how positions found their partners, and the cross entropy of the gold token where they did."""
+def numbers(manifest: dict[str, Any]) -> dict[str, float]:
+    """Positions, the share of each kind of partner, and the cross entropy of the gold token where there is one."""
     parts = [entry["statistics"] for entry in manifest["shards"]]
     sums = {key: sum(part.get(key, 0) for part in parts) for key in (*KINDS_SHOWN, "matched_nats")}
     total = max(1, sum(sums[k] for k in KINDS_SHOWN))
-    shares = ", ".join(f"{kind} {sums[kind] / total:.1%}" for kind in KINDS_SHOWN)
-    matched = max(1, total - sums["none"])
-    return (
-        f"{manifest['model']} aligned: {total:,} positions ({shares}); gold {sums['matched_nats'] / matched:.3f} nats where matched; {path}"
-    )
+    shares = {kind: sums[kind] / total for kind in KINDS_SHOWN}
+    return {"positions": total, **shares, "matched_nats": sums["matched_nats"] / max(1, total - sums["none"])}
+
+
+def summary(manifest: dict[str, Any], path: Path) -> str:
+    """The closing line."""
+    n = numbers(manifest)
+    shares = ", ".join(f"{kind} {n[kind]:.1%}" for kind in KINDS_SHOWN)
+    return f"{manifest['model']} aligned: {n['positions']:,} positions ({shares}); gold {n['matched_nats']:.3f} nats where matched; {path}"
 
 
 KINDS_SHOWN = ("same", "n:1", "1:n", "none")

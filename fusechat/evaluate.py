@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fusechat.errors import UserError
-from fusechat.runtime import entry, make_logger, plain, provenance, seed_everything, whole_lines, write_text_json
+from fusechat.runtime import entry, label, plain, provenance, seed_everything, whole_lines, write_text_json
+from fusechat.tracking import log_made, wandb_run
 
 LOG = logging.getLogger(__name__)
 PART = 256  # samples between two writes: what a killed evaluation has to do again at most
@@ -93,17 +94,23 @@ def metrics(samples: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, floa
 
 
 def log(cfg: DictConfig, content: dict[str, Any]) -> None:
-    """To wandb, where it is on: summary metrics and a table of answers."""
-    if cfg.logger.kind != "wandb":
+    """To wandb, where it is on: summary metrics and a table of answers, the pivot's beside the model's where it was evaluated."""
+    run = wandb_run(cfg, f"evaluate-{content['name']}")
+    if run is None:
         return
     import wandb
 
-    run = make_logger(cfg, f"evaluate-{content['name']}")[0].experiment
-
     flat = {f"evaluation/{name}/{tag}": entry["value"] for name, tags in content["metrics"].items() for tag, entry in tags.items()}
-    rows = [[s["tag"], s["prompt"], s["reference"], s["answer"]] for s in content["samples"][:100] if "answer" in s]
-    run.log({**flat, "evaluation/answers": wandb.Table(columns=["skill", "prompt", "reference", "answer"], data=rows)})
+    pivot = Path(cfg.output_file).with_name(f"{label(cfg.pivot.path)}.json")
+    held = json.loads(pivot.read_text()) if pivot.exists() else {}
+    theirs = {s["id"]: s.get("answer") for s in held["samples"]} if held.get("tests") == content["tests"] else {}
+    rows = [[s["tag"], s["prompt"], s["reference"], theirs.get(s["id"]), s["answer"]] for s in content["samples"][:100] if "answer" in s]
+    columns: list[str | int] = ["skill", "prompt", "reference", "pivot's answer", "answer"]
+    run.log({**flat, "evaluation/answers": wandb.Table(columns=columns, data=rows)})
     run.summary.update(flat)
+    made = Path(cfg.model)
+    kind = {"targets": "target", "merged": "merged"}.get(made.parent.name)
+    log_made(cfg, run, None, [(kind, made)] if kind else [])
 
 
 main = entry("evaluate")(run)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from fusechat.errors import one_of
 from fusechat.runtime import entry, make_trainer, plain, seed_everything
+from fusechat.tracking import log_made, wandb_run
 
 LOG = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def run(cfg: DictConfig) -> None:
     from fusechat.chat import renderer_for
     from fusechat.chat_data import load_chats
     from fusechat.extraction import ExtractionModule, ShardBatches
-    from fusechat.extraction_writer import ShardWriter, summary
+    from fusechat.extraction_writer import ShardWriter, numbers, summary
 
     one_of(cfg.extract.kind, ("top_k", "top_p", "sampled"), "extract.kind")
     one_of(cfg.store.logprobs, ("float16", "uint8"), "store.logprobs")
@@ -61,11 +62,15 @@ def run(cfg: DictConfig) -> None:
     trainer.predict(module, return_predictions=False)
     if trainer.is_global_zero:
         writer.await_shards(wait=trainer.world_size > 1)
-        LOG.info(finish(cfg, writer, tokenizer, chats_mark, renderer, summary))
+        manifest = finish(cfg, writer, tokenizer, chats_mark, renderer)
+        LOG.info(summary(manifest, output))
+        if followed := wandb_run(cfg, f"extract-{source.name}"):
+            followed.log({f"extract/{name}": value for name, value in numbers(manifest).items()})
+            log_made(cfg, followed, ("distributions", output), [])
 
 
-def finish(cfg: DictConfig, writer: Any, tokenizer: Any, chats_mark: str, renderer: Any, summary: Any) -> str:
-    """Writes the manifest once every shard is there; returns the closing summary."""
+def finish(cfg: DictConfig, writer: Any, tokenizer: Any, chats_mark: str, renderer: Any) -> dict[str, Any]:
+    """Writes the manifest once every shard is there, and returns it."""
     from fusechat.models import tokenizer_identity
 
     about = {
@@ -75,7 +80,7 @@ def finish(cfg: DictConfig, writer: Any, tokenizer: Any, chats_mark: str, render
         "special_ids": sorted(i for i, t in tokenizer.added_tokens_decoder.items() if t.special),
         "max_length": cfg.chat.max_length, "extract": plain(cfg.extract), "logprobs": cfg.store.logprobs,
     }  # fmt: skip
-    return str(summary(writer.finish(**about), Path(writer.path)))
+    return writer.finish(**about)  # type: ignore[no-any-return]
 
 
 main = entry("extract")(run)

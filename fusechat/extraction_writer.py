@@ -116,14 +116,23 @@ def totals(manifest: dict[str, Any]) -> dict[str, Any]:
     return {key: sum((p[key] for p in parts), type(value)()) for key, value in parts[0].items()}
 
 
-def summary(manifest: dict[str, Any], path: Path) -> str:
-    """The closing line: chats, tokens, what was dropped, bits per byte of this source, bytes on disk."""
-    sums, rows = totals(manifest), sum(entry["rows"] for entry in manifest["shards"])
+def numbers(manifest: dict[str, Any]) -> dict[str, float]:
+    """What people look at first: sizes, what was dropped, bits per byte of this source, bytes on disk."""
+    sums = totals(manifest)
     size = sum(entry["bytes"] for entry in manifest["shards"])
-    bits = sums["nats"] / np.log(2) / max(1, sums["text_bytes"])
-    dropped = f"{len(sums['no_response'])} without an assistant token, {len(sums['bad'])} with NaN/inf"
+    return {
+        "chats": sum(entry["rows"] for entry in manifest["shards"]), "tokens": sums["tokens"], "positions": sums["positions"],
+        "no_response": len(sums["no_response"]), "bad": len(sums["bad"]), "truncated": sums["truncated"],
+        "bits_per_byte": float(sums["nats"] / np.log(2) / max(1, sums["text_bytes"])), "megabytes": size / 1e6,
+        "bytes_per_token": size / max(1, sums["tokens"]),
+    }  # fmt: skip
+
+
+def summary(manifest: dict[str, Any], path: Path) -> str:
+    """The closing line."""
+    n = numbers(manifest)
     return (
-        f"{manifest['model']}: {rows} chats, {sums['tokens']:,} tokens ({sums['positions']:,} predicted), dropped: {dropped}; "
-        f"truncated: {sums['truncated']}; {bits:.4f} bits per byte; {size / 1e6:.1f} MB "
-        f"({size / max(1, sums['tokens']):.1f} B/token) in {path}"
+        f"{manifest['model']}: {n['chats']} chats, {n['tokens']:,} tokens ({n['positions']:,} predicted), dropped: {n['no_response']} "
+        f"without an assistant token, {n['bad']} with NaN/inf; truncated: {n['truncated']}; {n['bits_per_byte']:.4f} bits per byte; "
+        f"{n['megabytes']:.1f} MB ({n['bytes_per_token']:.1f} B/token) in {path}"
     )

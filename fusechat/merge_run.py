@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -16,8 +15,9 @@ from fusechat.checkpoints import LazyCheckpoint, whole_directory
 from fusechat.errors import UserError, one_of
 from fusechat.merging.delta import compress, open_checkpoint
 from fusechat.merging.model import NAMES, Merge, check_shapes, copy_companions, describe
-from fusechat.runtime import make_logger, plain, provenance
+from fusechat.runtime import plain, provenance
 from fusechat.store import fingerprint
+from fusechat.tracking import log_made, wandb_run
 
 LOG = logging.getLogger(__name__)
 COMMON = {"name", "method", "weights", "patterns", "dtype", "max_shard_size", "dry_run"}
@@ -107,23 +107,24 @@ class MergeRun:
             (directory / "fusechat.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
             inputs = {"pivot": str(self.pivot)} | {f"target {n + 1}": str(path) for n, path in enumerate(self.targets)}
             write_card(directory, self.output.name, f"Merged by {merge.method}.", inputs, command_line())
-            heatmap = None
             if merge.groups:
                 from fusechat.figures import weight_heatmap
 
-                heatmap = weight_heatmap(merge.groups, [path.name for path in self.targets], directory / "merge_weights.png")
+                weight_heatmap(merge.groups, [path.name for path in self.targets], directory / "merge_weights.png")
         LOG.info("merged %d targets by %s into %s", len(self.targets), merge.method, self.output)
-        self._log(merge, heatmap)
+        self._log(merge, self.output / "merge_weights.png")
 
-    def _log(self, merge: Merge, heatmap: Any) -> None:
-        if self.cfg.logger.kind != "wandb" or not merge.groups:
+    def _log(self, merge: Merge, heatmap: Path) -> None:
+        run = wandb_run(self.cfg, f"merge-{self.output.name}")
+        if run is None:
             return
-        import wandb
+        if merge.groups:
+            import wandb
 
-        run = make_logger(self.cfg, f"merge-{self.output.name}")[0].experiment
-        rows = [[group, *(weights or [float("nan")] * len(self.targets))] for group, weights in merge.groups.items()]
-        table = wandb.Table(columns=["group", *(path.name for path in self.targets)], data=rows)
-        run.log({"merge/weights": table, "merge/heatmap": wandb.Image(str(self.output / "merge_weights.png"))})
+            rows = [[group, *(weights or [float("nan")] * len(self.targets))] for group, weights in merge.groups.items()]
+            table = wandb.Table(columns=["group", *(path.name for path in self.targets)], data=rows)
+            run.log({"merge/weights": table, "merge/heatmap": wandb.Image(str(heatmap))})
+        log_made(self.cfg, run, ("merged", self.output), [("target", path) for path in self.targets])
 
     def _check_room(self, merge: Merge) -> None:
         import torch

@@ -12,7 +12,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fusechat.errors import UserError
-from fusechat.runtime import entry, make_logger
+from fusechat.runtime import entry
+from fusechat.tracking import wandb_run
 
 LOG = logging.getLogger(__name__)
 
@@ -44,15 +45,14 @@ def run(cfg: DictConfig) -> None:
 
 
 def _log(cfg: DictConfig, table: Any, pictures: list[tuple[str, Path]]) -> None:
-    if cfg.logger.kind != "wandb":
+    run = wandb_run(cfg, "report")
+    if run is None:
         return
     import wandb
 
-    experiment = make_logger(cfg, "report")[0].experiment
-    experiment.log(
-        {"report/results": wandb.Table(dataframe=table.astype(str))}
-        | {f"report/{path.stem}": wandb.Image(str(path)) for _, path in pictures}
-    )
+    words = {name: str for name, column in table.items() if column.dtype == object}
+    figures = {f"report/{path.stem}": wandb.Image(str(path)) for _, path in pictures}
+    run.log({"report/results": wandb.Table(dataframe=table.astype(words)), **figures})
 
 
 main = entry("report")(run)

@@ -163,41 +163,6 @@ def make_trainer(cfg: DictConfig, callbacks: list[Any], logger: Any = False, **o
     return lightning.Trainer(**{**options, **overrides}, callbacks=callbacks, logger=logger)
 
 
-def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
-    """The Lightning loggers that the ``logger`` group names: CSV always, wandb beside it, or none.
-
-    In wandb: group = experiment, job_type = stage. A resumed run's CSV goes on in a file of its own.
-    """
-    if cfg.logger.kind == "none":
-        return False
-    from lightning.pytorch.loggers import CSVLogger
-
-    csv = CSVLogger(cfg.paths.logs, name=name, version=f"from_step_{resumed_at}")
-    if cfg.logger.kind == "csv":
-        return [csv]
-    if not cfg.logger.offline and not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
-        raise UserError("logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline")
-    from lightning.pytorch.loggers import WandbLogger
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    Path(cfg.paths.logs).mkdir(parents=True, exist_ok=True)
-    tags = [cfg.experiment_name, cfg.stage, *cfg.logger.tags]
-    flat: Any = flatten(OmegaConf.to_container(cfg, resolve=True))
-    wandb = WandbLogger(
-        name=name, project=cfg.logger.project, entity=cfg.logger.entity, save_dir=cfg.paths.logs, offline=cfg.logger.offline,
-        group=cfg.experiment_name, job_type=cfg.stage, tags=tags, config=flat,
-    )  # fmt: skip
-    return [wandb, csv]
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested config -> one level with dotted keys, the columns that wandb compares."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    pairs = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
-    return {key: value for pair in pairs for key, value in pair.items()}
-
-
 def provenance(cfg: DictConfig) -> dict[str, Any]:
     """How a result was made: resolved config, git state, versions, hardware. No environment variables: they hold secrets."""
     from importlib.metadata import version
@@ -238,8 +203,3 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
-
-
-def _netrc_has_wandb() -> bool:
-    file = Path.home() / ".netrc"
-    return file.exists() and "wandb" in file.read_text()

@@ -17,8 +17,9 @@ from fusechat.errors import UserError
 from fusechat.fusion.callbacks import SavePretrained, latest_checkpoint, make_callbacks, step_of
 from fusechat.fusion.data import FusionDataModule
 from fusechat.fusion.module import FusionModule
-from fusechat.runtime import make_logger, make_trainer, plain, provenance, seed_everything, write_text_json
+from fusechat.runtime import make_trainer, plain, provenance, seed_everything, write_text_json
 from fusechat.store import DistributionStore, fingerprint
+from fusechat.tracking import log_made, make_logger, wandb_run
 
 LOG = logging.getLogger(__name__)
 
@@ -156,6 +157,9 @@ class Training:
             content = json.loads(file.read_text())
             content["metrics"] |= {key: float(value) for key, value in trainer.callback_metrics.items()}
             write_text_json(file, content)
+            if run := wandb_run(self.cfg, ""):
+                inputs = [("distributions", self.pivot_store), *(("aligned", path) for path in self.aligned)]
+                log_made(self.cfg, run, ("target", self.output), inputs)
             if not self.cfg.callbacks.keep_checkpoints:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
         value = trainer.callback_metrics.get(name)
