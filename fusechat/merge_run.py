@@ -69,7 +69,7 @@ class MergeRun:
             weights=self.options["weights"], patterns=self.options["patterns"], dtype=self.options["dtype"], seed=self.cfg.seed,
         )  # fmt: skip
         if merge.method == "varm":
-            merge.measure()
+            merge.measure(self.hashes)
         return merge
 
     def compress(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusechat.errors import UserError
-from fusechat.merging.slices import Score, Slices
+from fusechat.merging.slices import Slices
 
 Weights = Sequence[float]
 Merged = Iterator[Tensor]
@@ -42,7 +42,8 @@ def element_weighted(slices: Slices, power: int = 2) -> Merged:
         merged = torch.zeros_like(pivot)
         for target, variation in zip(targets, variations, strict=True):
             merged.addcmul_(variation, target)
-        yield torch.where(total > 0, merged / total, pivot)
+        unchanged = 1 - total.sign()
+        yield merged.addcmul_(pivot, unchanged).div_(total.add_(unchanged))
 
 
 def sce(slices: Slices, density: float = 0.1, select: str = "weights") -> Merged:
@@ -63,18 +64,18 @@ def sce(slices: Slices, density: float = 0.1, select: str = "weights") -> Merged
     masks = selected.masks() if selected and select == "deltas" else slices.ones()
     for (pivot, targets), mask in zip(slices, masks, strict=True):
         deltas = [(target - pivot).mul_(mask) for target in targets]
-        positive = sum(deltas[1:], deltas[0].clone()) >= 0
+        sign = _elected(deltas)
         merged, total = torch.zeros_like(pivot), torch.zeros_like(pivot)
         for delta, weight in zip(deltas, weights, strict=True):
-            agrees = torch.where(positive, delta > 0, delta < 0)
-            merged.add_(delta.mul_(agrees), alpha=weight)
-            total.add_(agrees, alpha=weight)
-        yield merged.div_(total.clamp_min_(1e-30)).add_(pivot)
+            agreeing = delta.mul_(sign).clamp_min_(0.0)
+            merged.add_(agreeing, alpha=weight)
+            total.add_(agreeing.sign_(), alpha=weight)
+        yield merged.div_(total.clamp_min_(1e-30)).mul_(sign).add_(pivot)
 
 
 def ties(slices: Slices, weights: Weights, density: Weights, scale: float = 1.0, normalize: bool = True) -> Merged:
     """TIES (arXiv 2306.01708): trim each delta to its largest elements, elect the sign of the weighted sum, average those who agree."""
-    cuts = [slices.largest(_magnitude(j), count=int(d * slices.size)) for j, d in enumerate(density)]
+    cuts = [slices.of(j).largest(_magnitude, count=int(d * slices.size)) for j, d in enumerate(density)]
     for (pivot, targets), *masks in zip(slices, *(cut.masks() for cut in cuts), strict=True):
         trimmed = [(target - pivot).mul_(mask) for target, mask in zip(targets, masks, strict=True)]
         yield consensus(trimmed, weights, normalize).mul_(scale).add_(pivot)
@@ -89,7 +90,7 @@ def dare(
     for pivot, targets in slices:
         kept = []
         for target, d, generator in zip(targets, density, generators, strict=True):
-            kept.append((target - pivot).mul_(_uniform(generator, pivot) < d).div_(d))
+            kept.append((target - pivot).mul_(_below(generator, pivot, d)).div_(d))
         yield (consensus(kept, weights, normalize) if consensual else _sum(kept, weights, normalize)).mul_(scale).add_(pivot)
 
 
@@ -105,7 +106,7 @@ def della(
             delta = target - pivot
             rank = delta.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float()
             keep = (d - epsilon + 2 * epsilon * rank / max(1, delta.shape[1] - 1)).clamp_(1e-6, 1.0)
-            kept.append(delta.mul_(_uniform(generator, delta) < keep).div_(keep))
+            kept.append(delta.mul_(_below(generator, delta, keep)).div_(keep))
         yield (consensus(kept, weights, normalize) if consensual else _sum(kept, weights, normalize)).mul_(scale).add_(pivot)
 
 
@@ -115,9 +116,9 @@ def breadcrumbs(slices: Slices, weights: Weights, density: Weights, gamma: Weigh
     for j, (d, g) in enumerate(zip(density, gamma, strict=True)):
         kept = int(slices.size * d)
         top = min(int(slices.size * g), slices.size - kept)  # where density and gamma overlap, the outliers give way
-        cuts += [slices.largest(_magnitude(j), count=kept + top), slices.largest(_magnitude(j), count=top)]
+        cuts += [slices.of(j).largest(_magnitude, count=count) for count in (kept + top, top)]
     for (pivot, targets), *masks in zip(slices, *(cut.masks() for cut in cuts), strict=True):
-        wanted = [masks[2 * j] & ~masks[2 * j + 1] for j in range(len(targets))]
+        wanted = [masks[2 * j] - masks[2 * j + 1] for j in range(len(targets))]
         deltas = [(target - pivot).mul_(mask) for target, mask in zip(targets, wanted, strict=True)]
         yield _sum(deltas, weights, normalize).mul_(scale).add_(pivot)
 
@@ -200,13 +201,19 @@ def _widen(pivot: Tensor, targets: Sequence[Tensor], ratio: float, calibration: 
 def consensus(deltas: Sequence[Tensor], weights: Weights, normalize: bool) -> Tensor:
     """The TIES consensus: weighted sum of the elements whose sign is that of the whole weighted sum, over their weights."""
     weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
-    sign = torch.where(sum(weighted[1:], weighted[0].clone()) >= 0, 1.0, -1.0)
+    sign = _elected(weighted)
     merged, share = torch.zeros_like(sign), torch.zeros_like(sign)
     for value, weight in zip(weighted, weights, strict=True):
-        agrees = value.sign() == sign
-        merged.add_(value * agrees)
-        share.add_(agrees, alpha=weight)
-    return merged / torch.where(share.abs() < 1e-8, 1.0, share) if normalize else merged
+        agreeing = value.mul_(sign).clamp_min_(0.0)
+        merged.add_(agreeing)
+        share.add_(agreeing.sign_(), alpha=weight)
+    merged.mul_(sign)
+    return merged.div_(torch.where(share.abs() < 1e-8, 1.0, share)) if normalize else merged
+
+
+def _elected(values: Sequence[Tensor]) -> Tensor:
+    """1 or -1 by the sign of the sum; a sum of zero counts as positive."""
+    return torch.copysign(torch.ones(()), sum(values[1:], values[0].clone()))
 
 
 def _sum(deltas: Sequence[Tensor], weights: Weights, normalize: bool) -> Tensor:
@@ -231,8 +238,8 @@ def _variances(pivot: Tensor, targets: Sequence[Tensor]) -> Tensor:
     return second.div_(len(targets)).sub_(first.div_(len(targets)).square_()).clamp_min_(0.0)
 
 
-def _magnitude(j: int) -> Score:
-    return lambda pivot, targets: (targets[j] - pivot).abs_()
+def _magnitude(pivot: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    return (targets[0] - pivot).abs_()
 
 
 def _generators(seed: Sequence[int], count: int) -> list[np.random.Generator]:
@@ -240,8 +247,9 @@ def _generators(seed: Sequence[int], count: int) -> list[np.random.Generator]:
     return [np.random.Generator(np.random.SFC64([*seed, j])) for j in range(count)]
 
 
-def _uniform(generator: np.random.Generator, like: Tensor) -> Tensor:
-    return torch.from_numpy(generator.random(like.shape, dtype=np.float32))
+def _below(generator: np.random.Generator, like: Tensor, limit: float | Tensor) -> Tensor:
+    """1 where a uniform draw is below the limit, else 0."""
+    return (limit - torch.from_numpy(generator.random(like.shape, dtype=np.float32))).sign_().clamp_min_(0.0)
 
 
 def _total(weights: Weights) -> float:

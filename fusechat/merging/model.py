@@ -62,9 +62,11 @@ class Merge:
         wanted = getattr(torch, self.dtype) if self.dtype else None
         return {n: (i.shape, wanted if wanted and i.dtype.is_floating_point else i.dtype) for n, i in self.pivot.infos.items()}
 
-    def measure(self) -> None:
-        """First pass, for VaRM: every target's change against the pivot, and the groups' weights."""
-        self.changes = [measure(self.pivot, t, self.floating, r) for t, r in zip(self.targets, self.replaced, strict=True)]
+    def measure(self, hashes: Mapping[str, str]) -> None:
+        """First pass, for VaRM: every target's change against the pivot, and the groups' weights. hashes: of the inputs, by path."""
+        keys = [f"{hashes[str(self.pivot.path)]}:{hashes[str(target.path)]}" for target in self.targets]
+        each = zip(self.targets, keys, self.replaced, strict=True)
+        self.changes = [measure(self.pivot, target, self.floating, key, rows) for target, key, rows in each]
         if self.settings["granularity"] != "parameter":
             options = {key: self.settings[key] for key in ("granularity", "variation", "weighting", "temperature")}
             self.groups = group_weights(self.changes, **options)

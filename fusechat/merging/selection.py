@@ -34,20 +34,20 @@ class Largest:
             self.ties = count - above - more
 
     def masks(self) -> Iterator[Tensor]:
-        """The masks of the stream's slices, in order."""
+        """The masks of the stream's slices, in order: fp32 of 0 and 1, which multiplies many times faster than bool."""
         left = self.ties
         for scores in self.scores():
             if self.everything or self.nothing:
-                yield torch.full(scores.shape, self.everything)
+                yield torch.full((), float(self.everything))
                 continue
-            mask = scores > self.threshold
+            mask = torch.nn.functional.hardshrink(scores, self.threshold).sign_()  # 1 above the threshold
             if left > 0:
                 equal = scores == self.threshold
                 found = int(equal.sum())
                 if found > left:
                     equal &= equal.flatten().cumsum(0).view_as(equal) <= left
                 left -= min(found, left)
-                mask |= equal
+                mask.masked_fill_(equal, 1.0)
             yield mask
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fusechat.merging.selection import Largest
+if TYPE_CHECKING:
+    from fusechat.merging.selection import Largest
 
 SLICE = 1 << 19  # elements of one tensor in fp32 at a time: 2 MiB, so that pivot, targets and results stay in the cache
 Part = tuple[Tensor, list[Tensor]]
@@ -24,6 +26,10 @@ class Slices:
     def __iter__(self) -> Iterator[Part]:
         yield from self._cut(SLICE)
 
+    def of(self, j: int) -> Slices:
+        """The same of one target alone."""
+        return Slices(self.pivot, [self.targets[j]])
+
     def rows(self) -> Iterator[Part]:
         """The same in whole rows, as matrices; a vector is one row."""
         width = self.shape[-1] if len(self.shape) > 1 else self.size
@@ -37,10 +43,12 @@ class Slices:
 
     def ones(self) -> Iterator[Tensor]:
         """Masks that let everything through."""
-        return (torch.ones((), dtype=torch.bool) for _ in self._starts(SLICE))
+        return (torch.ones(()) for _ in self._starts(SLICE))
 
     def largest(self, score: Score, count: int | None = None, share: float = 1.0) -> Largest:
         """The elements of largest score, see `Largest`."""
+        from fusechat.merging.selection import Largest  # here: numba takes longer to import than some merges
+
         return Largest(lambda: (score(pivot, targets) for pivot, targets in self), count, share)
 
     def whole(self) -> list[Tensor]:

@@ -18,7 +18,6 @@ from torch import Tensor
 from fusechat.checkpoints import LazyCheckpoint
 from fusechat.errors import UserError, one_of
 from fusechat.merging.slices import Slices
-from fusechat.models import model_identity
 
 GRANULARITIES = ("model", "layer", "module", "matrix", "parameter")
 BLOCK = re.compile(r"^(.*?\.\d+)\.([^.]+)")  # first number in a name: the decoder block, whatever the family calls it
@@ -78,13 +77,12 @@ def _normalised(variations: list[float], weighting: str, temperature: float) -> 
 
 
 def measure(
-    pivot: LazyCheckpoint, target: LazyCheckpoint, names: Iterable[str], aligned: Mapping[str, Tensor] | None = None
+    pivot: LazyCheckpoint, target: LazyCheckpoint, names: Iterable[str], key: str, aligned: Mapping[str, Tensor] | None = None
 ) -> dict[str, Change]:
-    """One pass over a target: the change of every tensor. Results are kept beside the target, by content hash.
+    """One pass over a target: the change of every tensor. Results are kept beside the target under ``key``, both contents' hashes.
 
     aligned: tensors already matched by token, in place of the target's own. Raises `UserError` for NaN or inf.
     """
-    key = f"{model_identity(str(pivot.path))}:{model_identity(str(target.path))}"
     file = target.path / CACHE
     held = json.loads(file.read_text()) if file.exists() else {}
     if key in held:

@@ -100,15 +100,19 @@ def test_dare_is_unbiased_and_seeded(seed: int, density: float) -> None:
     assert abs(float(draw().mean()) - 1.0) < 0.15
 
 
+def masked(chosen: Largest, scores: Tensor, size: int) -> Tensor:
+    return torch.cat([torch.ones_like(part) * mask for part, mask in zip(scores.split(size), chosen.masks(), strict=True)])
+
+
 @given(st.integers(0, 10**6), st.integers(0, 100), st.integers(1, 100), st.booleans())
 def test_largest_is_a_stable_sort(seed: int, count: int, size: int, coarse: bool) -> None:
     scores = torch.randn(97, generator=torch.Generator().manual_seed(seed)).abs()
     scores = (scores * 3).round() if coarse else scores  # many equal ones, zeros among them
-    chosen = torch.cat([*Largest(lambda: scores.split(size), count=count).masks()])
-    wanted = torch.zeros(97, dtype=torch.bool)
-    wanted[scores.argsort(descending=True, stable=True)[:count]] = True
+    chosen = masked(Largest(lambda: scores.split(size), count=count), scores, size)
+    wanted = torch.zeros(97)
+    wanted[scores.argsort(descending=True, stable=True)[:count]] = 1.0
     assert torch.equal(chosen, wanted)
-    of_positive = torch.cat([*Largest(lambda: scores.split(size), share=0.5).masks()])
+    of_positive = masked(Largest(lambda: scores.split(size), share=0.5), scores, size)
     assert int(of_positive.sum()) == int((scores > 0).sum()) // 2
 
 
