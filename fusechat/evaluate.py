@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fusechat.errors import UserError
+from fusechat.errors import UserError, one_of
 from fusechat.runtime import entry, label, plain, provenance, seed_everything, whole_lines, write_text_json
 from fusechat.tracking import log_made, wandb_run
 
@@ -21,38 +21,122 @@ PART = 256  # samples between two writes: what a killed evaluation has to do aga
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Writes ``output_file``: metrics with intervals per skill, and every sample. Returns bits per byte."""
+    """Writes ``output_file`` by the evaluation that ``evaluation.kind`` names. Returns its first metric, if it has one."""
     from fusechat import models, store
-    from fusechat.chat_data import load_chats
 
     if not cfg.model or (not Path(cfg.model).is_dir() and cfg.model.count("/") != 1):
         raise UserError(
             f"model={cfg.model} is not a model directory or Hub id; "
             f"e.g. python -m fusechat.evaluate model={cfg.paths.experiment}/targets/NAME"
         )
-    chats, _ = load_chats(cfg.evaluation.chats, split=cfg.evaluation.split, limit=cfg.evaluation.limit)
-    tests = store.fingerprint(ids=list(chats["id"]))
-    mark = store.fingerprint(
-        model=models.model_identity(cfg.model), tests=tests, evaluation=plain(cfg.evaluation), template=cfg.evaluation.template
-    )
-    output = Path(cfg.output_file)
-    held = json.loads(output.read_text()) if output.exists() else {}
-    if held.get("fingerprint") == mark and not cfg.overwrite:
-        LOG.info("skip: %s is evaluated already (fingerprint %s)", cfg.model, mark)
-        return float(held["metrics"]["bits_per_byte"]["all"]["value"])
+    kinds = {"chats": chats, "lm_eval": lm_eval, "mt_bench": answers, "alpaca_eval": answers}
+    one_of(cfg.evaluation.kind, tuple(kinds), "evaluation.kind")
+    options = {key: value for key, value in plain(cfg.evaluation).items() if key != "file"}
+    mark = store.fingerprint(model=models.model_identity(cfg.model), evaluation=options, seed=cfg.seed)
+    return kinds[cfg.evaluation.kind](cfg, Path(cfg.output_file), mark)
+
+
+def chats(cfg: DictConfig, output: Path, mark: str) -> float:
+    """Bits per byte and exact match on held-out chats; returns bits per byte."""
+    from fusechat import store
+    from fusechat.chat_data import load_chats
+    from fusechat.evaluation.results import metrics
+
+    rows, _ = load_chats(cfg.evaluation.chats, split=cfg.evaluation.split, limit=cfg.evaluation.limit)
+    tests = store.fingerprint(ids=list(rows["id"]))
+    mark = store.fingerprint(mark=mark, tests=tests)
+    if (held := finished(cfg, output, mark)) is not None:
+        return held
     seed_everything(cfg.seed)
-    samples = measure(cfg, chats.to_list(), output.with_suffix(f".{mark}.part"))
-    content = {
-        "fingerprint": mark, "stage": "evaluate", "name": output.stem, "model": str(cfg.model), "tests": tests,
-        "metrics": metrics(samples), "samples": samples, **provenance(cfg),
-    }  # fmt: skip
-    write_text_json(output, content)
+    samples = measure(cfg, rows.to_list(), output.with_suffix(f".{mark}.part"))
+    found = metrics(samples, ["bits_per_byte", "nats_per_token", *(["accuracy"] if "correct" in samples[0] else [])])
+    content = write(cfg, output, {"fingerprint": mark, "tests": tests, "metrics": found, "samples": samples})
     output.with_suffix(f".{mark}.part").unlink(missing_ok=True)
-    value = content["metrics"]["bits_per_byte"]["all"]["value"]
-    shown = ", ".join(f"{name} {entry['all']['value']:.4f}" for name, entry in content["metrics"].items())
-    LOG.info("%s: %s on %d chats", cfg.model, shown, len(samples))
     log(cfg, content)
-    return float(value)
+    return first_value(content)
+
+
+def lm_eval(cfg: DictConfig, output: Path, mark: str) -> float:
+    """Tasks of lm-evaluation-harness; returns the first metric over all samples."""
+    from fusechat import store
+    from fusechat.evaluation.harness import run_tasks
+    from fusechat.evaluation.results import metrics
+
+    if (held := finished(cfg, output, mark)) is not None:
+        return held
+    options = {key: value for key, value in plain(cfg.evaluation).items() if key not in ("kind", "file")}
+    samples, own = run_tasks(str(cfg.model), options.pop("tasks"), seed=cfg.seed, **options)
+    found = metrics(samples, sorted({name for sample in samples for name in sample} - {"id", "tag"}))
+    tests = store.fingerprint(ids=[sample["id"] for sample in samples])
+    content = write(cfg, output, {"fingerprint": mark, "tests": tests, "metrics": found, "harness": own, "samples": samples})
+    log(cfg, content)
+    return first_value(content)
+
+
+def answers(cfg: DictConfig, output: Path, mark: str) -> None:
+    """Answers to a question file, in the form that FastChat's or alpaca_eval's judges read."""
+    from fusechat import models
+    from fusechat.chat import renderer_for
+    from fusechat.evaluation import answers as writing
+    from fusechat.evaluation.generation import generate
+    from fusechat.store import file_hash, fingerprint
+
+    options, path = cfg.evaluation, Path(cfg.evaluation.questions)
+    questions = writing.load_questions(path, options.kind)
+    mark = fingerprint(mark=mark, questions=file_hash(path))
+    part, note = output.with_suffix(f".{mark}.part"), output.with_suffix(".fingerprint")
+    if output.exists() and note.exists() and note.read_text() == mark and not cfg.overwrite:
+        LOG.info("skip: %s answers these questions already", output)
+        return
+    done = whole_lines(part)
+    done = done[: len(done) - len(done) % writing.PART]  # questions are asked in parts: the same parts again
+    part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in done), encoding="utf-8")
+    tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=options.trust_remote_code)
+    renderer = renderer_for(tokenizer, tokenizer, options.template, options.max_length)
+    model = models.load_model(cfg.model, dtype=options.dtype, device_map=options.device_map, trust_remote_code=options.trust_remote_code)
+
+    def ask(prompts: list[Any], temperature: float) -> list[str]:
+        seed_everything(cfg.seed)  # the same answers whether or not a kill came between
+        limits = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+        return generate(model, renderer, prompts, temperature=temperature, **limits)
+
+    left = questions[len(done) :]
+    name = label(cfg.model)
+    made = writing.mt_bench(left, ask, name) if options.kind == "mt_bench" else writing.alpaca_eval(left, ask, name, options.temperature)
+    with part.open("a", encoding="utf-8") as file:
+        for record in made:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+    lines = part.read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    part.write_text(lines if options.kind == "mt_bench" else json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(output)
+    note.write_text(mark)
+    LOG.info("%d questions answered by %s: %s", len(rows), cfg.model, output)
+
+
+def finished(cfg: DictConfig, output: Path, mark: str) -> float | None:
+    """The first metric of the result that is there and fits."""
+    held = json.loads(output.read_text()) if output.exists() else {}
+    if held.get("fingerprint") != mark or cfg.overwrite:
+        return None
+    LOG.info("skip: %s is evaluated already (fingerprint %s)", cfg.model, mark)
+    return first_value(held)
+
+
+def first_value(content: dict[str, Any]) -> float:
+    """The first metric over all samples."""
+    return float(next(iter(content["metrics"].values()))["all"]["value"])
+
+
+def write(cfg: DictConfig, output: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Writes a result file and says what is in it."""
+    about = {"stage": "evaluate", "kind": cfg.evaluation.kind, "name": output.stem, "model": str(cfg.model)}
+    content = {**about, **found, **provenance(cfg)}
+    write_text_json(output, content)
+    shown = ", ".join(f"{name} {entry['all']['value']:.4f}" for name, entry in found["metrics"].items())
+    LOG.info("%s: %s on %d samples", cfg.model, shown, len(found["samples"]))
+    return content
 
 
 def measure(cfg: DictConfig, chats: list[dict[str, Any]], part: Path) -> list[dict[str, Any]]:
@@ -84,15 +168,6 @@ def measure(cfg: DictConfig, chats: list[dict[str, Any]], part: Path) -> list[di
     return done
 
 
-def metrics(samples: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """metric -> skill (``all`` first) -> value with interval."""
-    from fusechat.evaluation.statistics import interval
-
-    names = ["bits_per_byte", "nats_per_token", *(["accuracy"] if "correct" in samples[0] else [])]
-    groups = {"all": samples} | {tag: [s for s in samples if s["tag"] == tag] for tag in sorted({s["tag"] for s in samples if s["tag"]})}
-    return {name: {tag: interval(part, name) for tag, part in groups.items()} for name in names}
-
-
 def log(cfg: DictConfig, content: dict[str, Any]) -> None:
     """To wandb, where it is on: summary metrics and a table of answers, the pivot's beside the model's where it was evaluated."""
     run = wandb_run(cfg, f"evaluate-{content['name']}")
@@ -106,7 +181,7 @@ def log(cfg: DictConfig, content: dict[str, Any]) -> None:
     theirs = {s["id"]: s.get("answer") for s in held["samples"]} if held.get("tests") == content["tests"] else {}
     rows = [[s["tag"], s["prompt"], s["reference"], theirs.get(s["id"]), s["answer"]] for s in content["samples"][:100] if "answer" in s]
     columns: list[str | int] = ["skill", "prompt", "reference", "pivot's answer", "answer"]
-    run.log({**flat, "evaluation/answers": wandb.Table(columns=columns, data=rows)})
+    run.log({**flat, **({"evaluation/answers": wandb.Table(columns=columns, data=rows)} if rows else {})})
     run.summary.update(flat)
     made = Path(cfg.model)
     kind = {"targets": "target", "merged": "merged"}.get(made.parent.name)

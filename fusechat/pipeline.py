@@ -17,7 +17,7 @@ from fusechat.errors import UserError
 from fusechat.runtime import entry, run_stage
 
 LOG = logging.getLogger(__name__)
-ENTRIES = {name: f"fusechat.{name}" for name in ("extract", "align", "evaluate", "report", "merge_search")} | {
+ENTRIES = {name: f"fusechat.{name}" for name in ("extract", "align", "evaluate", "report", "merge_search", "judge", "compare")} | {
     "tiny": "fusechat.tiny.__main__", "train": "train", "merge": "merge"
 }  # fmt: skip
 

@@ -37,6 +37,7 @@ def label(path: str | None) -> str:
 
 
 OmegaConf.register_new_resolver("label", label, replace=True)
+OmegaConf.register_new_resolver("stem", lambda path: Path(path).stem, replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(path or "target").name, replace=True)
 
 

@@ -10,13 +10,14 @@ from fusechat.runtime import CONF
 from tests.conftest import composed
 
 FILES = sorted(Path(CONF).rglob("*.yaml"))
+NEEDED = {"judge": ["answers=a.jsonl", "judge.base_url=http://localhost/v1", "judge.model=m"]}
 EXPERIMENTS = sorted(file.stem for file in (Path(CONF) / "experiment").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("entry", sorted(ENTRIES))
 def test_every_experiment_composes(experiment: str, entry: str) -> None:
-    cfg = composed(entry, [f"experiment={experiment}", "evaluation.chats=x", "model=a/b"])
+    cfg = composed(entry, [f"experiment={experiment}", "evaluation.chats=x", "model=a/b", *NEEDED.get(entry, [])])
     OmegaConf.resolve(cfg)
     assert cfg.experiment_name in experiment
     assert 0 <= cfg.loss.lm_weight <= 1

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fusechat.errors import UserError
-from fusechat.evaluation.statistics import compare
+from fusechat.evaluation.statistics import compare, interval
 
 ORDER = {"models": 0, "targets": 1, "merged": 2}
 SWEPT = {"train": ("loss", "fusion", "optimizer", "token_map", "alignment", "data", "lora", "seed"), "merge": ("merge",)}
@@ -27,7 +27,43 @@ def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 raise UserError(f"{file} is half-written; remove it and evaluate again") from error
             rows.append({**content, "folder": folder, "kind": content["name"].split("-")[0]})
+        for file in sorted((folder / "evaluation").glob("*/*.json")):  # lm_eval's and judges' results, beside the model's own
+            content = json.loads(file.read_text())
+            row = next((r for r in rows if isinstance(content, dict) and r["model"] == content.get("model")), None)
+            if row is not None:
+                row["others"] = row.get("others", {}) | content["metrics"]
     return rows
+
+
+def metrics(samples: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """metric -> skill (``all`` first) -> value with interval, over the samples that have the metric."""
+    found = {}
+    for name in names:
+        having = [s for s in samples if has(s, name)]
+        groups = {"all": having} | {tag: [s for s in having if s["tag"] == tag] for tag in sorted({s["tag"] for s in having if s["tag"]})}
+        found[name] = {tag: interval(part, name) for tag, part in groups.items()}
+    return found
+
+
+def has(sample: dict[str, Any], name: str) -> bool:
+    """Whether a sample has what a metric needs."""
+    return {"bits_per_byte": "nats", "nats_per_token": "nats", "accuracy": "correct"}.get(name, name) in sample
+
+
+def compared(first: dict[str, Any], second: dict[str, Any]) -> pd.DataFrame:
+    """Two result files: second - first per metric and skill, paired. Raises `UserError` where they are of different test sets."""
+    names = [name for name in first["metrics"] if name in second["metrics"]]
+    if not names:
+        raise UserError(f"the two results share no metric ({', '.join(first['metrics'])} / {', '.join(second['metrics'])})")
+    lines = []
+    for name in names:
+        for tag in first["metrics"][name]:
+            pair = [[s for s in r["samples"] if has(s, name) and tag in ("all", s["tag"])] for r in (first, second)]
+            found = compare(pair[0], pair[1], name)
+            within = found["low"] <= 0 <= found["high"]
+            values = {"first": first["metrics"][name][tag]["value"], "second": second["metrics"][name].get(tag, {}).get("value")}
+            lines.append({"metric": name, "skill": tag, **values, **found, "within noise": within})
+    return pd.DataFrame(lines).round(4)
 
 
 def ordered(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
@@ -53,6 +89,7 @@ def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
                 entry = row["metrics"][name]["all"]
                 line[title] = round(entry["value"] * scale, digits)
                 line[f"{title} 95 %"] = f"{entry['low'] * scale:.{digits}f}–{entry['high'] * scale:.{digits}f}"
+        line |= {name: round(entry["all"]["value"], 4) for name, entry in row.get("others", {}).items()}
         by_skill = row["metrics"].get("accuracy", {})
         line |= {tag: round(100 * entry["value"], 1) for tag, entry in by_skill.items() if tag != "all"}
         out.append(line | {key: _value(row, key) for key in differing})

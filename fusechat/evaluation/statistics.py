@@ -21,7 +21,8 @@ def metric(samples: Sequence[Sample], name: str) -> tuple[Floats, Floats]:
         return np.array([s["nats"] / np.log(2) for s in samples]), np.array([s["bytes"] for s in samples])
     if name == "nats_per_token":
         return np.array([s["nats"] for s in samples]), np.array([s["tokens"] for s in samples])
-    return np.array([float(s["correct"]) for s in samples]), np.ones(len(samples))
+    key = "correct" if name == "accuracy" else name
+    return np.array([float(s[key]) for s in samples]), np.ones(len(samples))
 
 
 def interval(samples: Sequence[Sample], name: str, seed: int = 0) -> dict[str, float]:
