@@ -30,6 +30,25 @@ def write_card(
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(directory / "README.md")
 
 
+def measured_card(directory: Path, results: Sequence[Mapping[str, Any]]) -> str:
+    """The directory's card with what was measured in the Hub's model-index: one entry per metric of every result file."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    card = ModelCard.load(directory / "README.md")
+    card.data.model_name = directory.name
+    found = [
+        EvalResult(
+            task_type="text-generation", dataset_type=result["kind"], dataset_name=f"{result['kind']} ({result['tests']})",
+            metric_type=name, metric_value=round(entry["all"]["value"], 5),
+            metric_name=f"{name}, 95 % {entry['all']['low']:.4f} to {entry['all']['high']:.4f}",
+        )
+        for result in results
+        for name, entry in result["metrics"].items()
+    ]  # fmt: skip
+    card.data.eval_results = found or card.data.eval_results
+    return str(card)
+
+
 def _hub_ids(names: Sequence[str]) -> Any:
     ids = [name for name in names if name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/"))]
     return ids or None

@@ -17,7 +17,8 @@ from fusechat.errors import UserError
 from fusechat.runtime import entry, run_stage
 
 LOG = logging.getLogger(__name__)
-ENTRIES = {name: f"fusechat.{name}" for name in ("extract", "align", "evaluate", "report", "merge_search", "judge", "compare")} | {
+VERBS = ("extract", "align", "evaluate", "report", "merge_search", "judge", "compare", "publish")
+ENTRIES = {name: f"fusechat.{name}" for name in VERBS} | {
     "tiny": "fusechat.tiny.__main__", "train": "train", "merge": "merge"
 }  # fmt: skip
 

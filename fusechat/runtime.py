@@ -28,7 +28,7 @@ from fusechat.errors import UserError
 CONF = str(Path(__file__).parent.parent / "conf")
 LOG = logging.getLogger("fusechat")
 Run = Callable[[DictConfig], Any]
-FAILED = "FUSECHAT_FAILED"  # names a file with the overrides of failed jobs, shared with the processes of a sweep
+FAILED = "FUSECHAT_FAILED"  # names a file of jobs begun and failed, shared with the processes of a sweep
 
 
 def label(path: str | None) -> str:
@@ -47,12 +47,12 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
     def wrap(run: Run) -> Callable[[], None]:
         @functools.wraps(run)
         def job(cfg: DictConfig) -> Any:
+            _note("")
             try:
                 return run_stage(run, cfg)
             except Exception as error:
                 overrides = " ".join(HydraConfig.get().overrides.task)
-                with open(os.environ.get(FAILED, os.devnull), "a") as file:
-                    file.write(f"{overrides or '(no overrides)'}\n")
+                _note(overrides or "(no overrides)")
                 if isinstance(error, UserError):
                     LOG.error("%s%s", error, f"  [{overrides}]" if overrides else "")
                 raise
@@ -76,16 +76,31 @@ def _command(command: Callable[[], None]) -> None:
         except (UserError, HydraException, OmegaConfBaseException) as error:
             if traceback:
                 raise
-            failed = noted.read().splitlines()
+            failed = [line for line in noted.read().splitlines() if line]
             if not (failed and isinstance(error, UserError)):
                 print(f"error: {_with_near_names(error)}", file=sys.stderr)
         else:
-            failed = noted.read().splitlines()
-            if not failed:
+            lines = noted.read().splitlines()
+            failed = [line for line in lines if line]
+            if (
+                (lines and not failed)
+                or not {"-m", "--multirun"} & set(sys.argv)
+                or {"--cfg", "-c", "--help", "--info", "-i"} & set(sys.argv)
+            ):
                 return
+            if not lines:
+                print(
+                    "error: the sweep has no jobs: one of its choices is empty; see the overrides with commas or range()", file=sys.stderr
+                )
         if failed:
             print(f"{len(failed)} job(s) failed: " + "; ".join(failed), file=sys.stderr)
     sys.exit(1)
+
+
+def _note(line: str) -> None:
+    """A job has begun (an empty line) or failed (its overrides)."""
+    with open(os.environ.get(FAILED, os.devnull), "a") as file:
+        file.write(line + "\n")
 
 
 def _with_near_names(error: Exception) -> str:
@@ -129,7 +144,7 @@ def run_stage(run: Run, cfg: DictConfig) -> Any:
 @contextmanager
 def session(cfg: DictConfig) -> Iterator[None]:
     """Seeds every generator, keeps other libraries' chatter down, and ends an open wandb run whatever happens."""
-    for name in ("httpx", "filelock", "fsspec", "datasets"):
+    for name in ("httpx", "httpx2", "filelock", "fsspec", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
@@ -84,6 +85,8 @@ def test_a_merge_search_ends_with_a_table_and_the_best_model(fresh: Mini, monkey
     made = trials(fresh)
     assert len({t["fingerprint"] for t in made}) == len(made) >= 2
     merged = fresh.experiment / "merged/search"
+    served = transformers.pipeline("text-generation", model=str(merged))([{"role": "user", "content": "Sort b a."}], max_new_tokens=2)
+    assert served[0]["generated_text"][-1]["role"] == "assistant"
     assert (
         json.loads((merged / "fusechat.json").read_text())["fingerprint"] == min(made, key=lambda t: t[merge_search.COLUMN])["fingerprint"]
     )
@@ -116,3 +119,9 @@ def test_a_search_without_held_out_chats_is_refused(fresh: Mini) -> None:
         fresh.run("merge_search", "data.validation_fraction=0.0")
     with pytest.raises(UserError, match=r"search\.methods='best' is unknown; use one of: varm, sce, ties"):
         fresh.run("merge_search", "search.methods=[best]")
+
+
+def test_a_sweep_without_jobs_is_an_error(fresh: Mini, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep(monkeypatch, fresh, "seed=range(0,0)")
+    assert "the sweep has no jobs: one of its choices is empty" in capsys.readouterr().err
