@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fusechat.errors import one_of
-from fusechat.runtime import entry
+from fusechat.runtime import entry, experiment_of
 from fusechat.tracking import log_made, wandb_run
 
 LOG = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def run(cfg: DictConfig) -> None:
     one_of(cfg.token_map.name, MAPS, "token_map")
     one_of(cfg.alignment.sequence, ("dtw", "offsets"), "alignment.sequence")
     one_of(cfg.alignment.unmatched, ("gold", "skip"), "alignment.unmatched")
-    command = f"python -m fusechat.extract experiment={cfg.experiment_name} source="
+    command = f"python -m fusechat.extract {experiment_of(cfg)} source="
     pivot = store.DistributionStore(Path(cfg.paths.experiment) / "distributions/pivot", command + "pivot")
     source = store.DistributionStore(Path(cfg.paths.experiment) / "distributions" / cfg.source.name, command + cfg.source.name)
     stores.check_chats(pivot, source)

@@ -15,7 +15,7 @@ from fusechat.checkpoints import LazyCheckpoint, whole_directory
 from fusechat.errors import UserError, one_of
 from fusechat.merging.delta import compress, open_checkpoint
 from fusechat.merging.model import NAMES, Merge, check_shapes, copy_companions, describe
-from fusechat.runtime import plain, provenance
+from fusechat.runtime import experiment_of, plain, provenance
 from fusechat.store import fingerprint
 from fusechat.tracking import log_made, wandb_run
 
@@ -35,9 +35,7 @@ class MergeRun:
         self.pivot, self.targets = Path(cfg.pivot.path), [Path(p) for p in ([cfg.target] if self.compressing else cfg.targets)]
         for path in self.targets:
             if not path.is_dir():
-                raise UserError(
-                    f"the target {path} does not exist; make it with: python train.py experiment={cfg.experiment_name} source={path.name}"
-                )
+                raise UserError(f"the target {path} does not exist; make it with: python train.py {experiment_of(cfg)} source={path.name}")
             if self.output.resolve() == path.resolve() or path.resolve() in self.output.resolve().parents:
                 raise UserError(f"output_dir={self.output} lies inside the input {path}; choose another")
         if not self.pivot.is_dir():

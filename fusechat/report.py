@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fusechat.errors import UserError
-from fusechat.runtime import entry
+from fusechat.runtime import entry, experiment_of
 from fusechat.tracking import wandb_run
 
 LOG = logging.getLogger(__name__)
@@ -26,9 +26,7 @@ def run(cfg: DictConfig) -> None:
     folders = [Path(folder) for folder in (cfg.runs or [cfg.paths.experiment])]
     rows = results.collect(folders)
     if not rows:
-        raise UserError(
-            f"{folders[0]} holds no evaluations; make one with: python -m fusechat.evaluate experiment={cfg.experiment_name} model=DIR"
-        )
+        raise UserError(f"{folders[0]} holds no evaluations; make one with: python -m fusechat.evaluate {experiment_of(cfg)} model=DIR")
     rows = results.ordered(rows, cfg.report.metric)
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)

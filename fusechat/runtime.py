@@ -205,6 +205,13 @@ def write_text_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def experiment_of(cfg: DictConfig) -> str:
+    """``experiment=...`` as the commands in error messages must have it: the config's file, and another name where one was given."""
+    chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else cfg.experiment_name
+    own = "" if chosen == cfg.experiment_name else f" experiment_name={cfg.experiment_name}"
+    return f"experiment={chosen}{own}"
+
+
 def whole_lines(path: Path) -> list[Any]:
     """The JSON lines that a killed run has left; one that was cut short is removed from the file."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from fusechat.errors import UserError
 from fusechat.fusion.callbacks import SavePretrained, latest_checkpoint, make_callbacks, step_of
 from fusechat.fusion.data import FusionDataModule
 from fusechat.fusion.module import FusionModule
-from fusechat.runtime import make_trainer, plain, provenance, seed_everything, write_text_json
+from fusechat.runtime import experiment_of, make_trainer, plain, provenance, seed_everything, write_text_json
 from fusechat.store import DistributionStore, fingerprint
 from fusechat.tracking import log_made, make_logger, wandb_run
 
@@ -33,7 +33,7 @@ class Training:
         self.sources = [] if self.sft else [str(name) for name in cfg.sources]
         self.pivot_store = Path(cfg.paths.experiment) / "distributions/pivot"
         self.aligned = [Path(cfg.paths.experiment) / "aligned" / name for name in self.sources]
-        stage = f"experiment={cfg.experiment_name}"
+        stage = experiment_of(cfg)
         self.remedies = [f"python -m fusechat.extract {stage} source=pivot"]
         self.remedies += [f"python -m fusechat.align {stage} source={name}" for name in self.sources]
 

@@ -1,6 +1,8 @@
 """The alignment stage: pass-through, kinds, the independence of processes, resumption, and bad input."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -130,3 +132,23 @@ def test_texts_that_differ_after_rendering_are_told_with_excerpts(fresh: Mini) -
         UserError, match=r"4 chats read differently after rendering; the first is row 0, character \d+: .* / .* \(pivot / source\)"
     ):
         fresh.run("align", "source=a", "overwrite=true")
+
+
+def test_the_command_that_mends_it_names_the_experiment_it_was_given(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fusechat.align",
+        "experiment=fusechat_7b_varm",
+        "experiment_name=mine",
+        f"paths.root={tmp_path}",
+        "source=nh2_solar",
+    ]
+    done = subprocess.run(
+        [*command, f"hydra.run.dir={tmp_path}/hydra"], cwd=Path(__file__).parent.parent, text=True, capture_output=True, timeout=100
+    )
+    assert (
+        "make it with: python -m fusechat.extract experiment=fusechat_7b_varm experiment_name=mine source=pivot"
+        in done.stdout + done.stderr
+    )
+    assert "Traceback" not in done.stderr
