@@ -13,6 +13,7 @@ from fusechat.encoding import decode_logprobs
 from fusechat.errors import UserError
 from fusechat.store import DistributionStore
 from tests.conftest import Mini
+from tests.spoiling import replaced, spoil
 
 
 def aligned(world: Mini, name: str = "a") -> DistributionStore:
@@ -132,6 +133,31 @@ def test_texts_that_differ_after_rendering_are_told_with_excerpts(fresh: Mini) -
         UserError, match=r"4 chats read differently after rendering; the first is row 0, character \d+: .* / .* \(pivot / source\)"
     ):
         fresh.run("align", "source=a", "overwrite=true")
+
+
+def test_ids_beyond_the_tokenizer_are_refused(fresh: Mini) -> None:
+    spoil(fresh.experiment / "distributions/a", lambda table: replaced(table, "ids", 65_000))
+    with pytest.raises(
+        UserError, match=r"distributions/a, row \d+: token id 65000 is beyond the tokenizer's \d+ tokens; give the tokenizer"
+    ):
+        fresh.run("align", "source=a", "overwrite=true", "token_map=em")
+
+
+def test_empty_answers_and_tokens_without_a_text(fresh: Mini) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]}
+        for text in ("", "a \u200b b", "\x00", "a b")
+    ]
+    chats = fresh.root / "odd.jsonl"
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for sequence in ("offsets", "dtw"):
+        for name in ("pivot", "a"):
+            fresh.run("extract", f"source={name}", f"chat.path={chats}", "overwrite=true")
+        fresh.run("align", "source=a", f"alignment.sequence={sequence}", "overwrite=true")
+        store, pivot = aligned(fresh, "a"), DistributionStore(fresh.experiment / "distributions/pivot")
+        for row in range(4):
+            assert len(store.row(row, "counts")[0]) == len(pivot.row(row, "positions")[0])
+        assert len(store.row(3, "ids")[0]) > 0
 
 
 def test_the_command_that_mends_it_names_the_experiment_it_was_given(tmp_path: Path) -> None:

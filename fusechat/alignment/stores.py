@@ -94,6 +94,11 @@ class Alignment:
         source = Ragged(counts.astype(np.int64), ids, decode_logprobs(logprobs), gold_logprob.astype(np.float32))
         if self.table is None:
             return _ranked(source, match), kind
+        if len(ids) and int(ids.max()) >= len(self.table):
+            raise UserError(
+                f"{self.source.path}, row {row}: token id {int(ids.max())} is beyond the tokenizer's {len(self.table)} tokens; "
+                "give the tokenizer that the store was extracted with (source.path)"
+            )
         gold, chain = _gold(self.pivot, row), np.full((len(match), 3), -1, np.int64)
         if self.chained:
             (theirs,), (own,) = self.pivot.row(row, "boundaries"), self.source.row(row, "boundaries")

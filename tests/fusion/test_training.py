@@ -23,8 +23,8 @@ from fusechat import training
 from fusechat.errors import UserError
 from fusechat.fusion.data import Plan
 from fusechat.fusion.module import FusionModule
-from fusechat.store import DistributionStore, StoreWriter
 from tests.conftest import Mini
+from tests.spoiling import replaced, spoil
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -241,24 +241,6 @@ def test_stores_of_another_pivot_are_refused(fresh: Mini) -> None:
     fresh.run("extract", "source=pivot", "extract.top_k=5", "overwrite=true")
     with pytest.raises(UserError, match=r"was aligned with other pivot distributions .*run: python -m fusechat\.align .* overwrite=true"):
         fresh.run("train", "source=a")
-
-
-def spoil(path: Path, change: Callable[[pa.Table], pa.Table], **about: Any) -> None:
-    """Rewrites a store's first shard, records and all."""
-    store = DistributionStore(path)
-    tables = [change(store._tables[0]), *store._tables[1:]]
-    shutil.rmtree(path)
-    writer = StoreWriter(path, store.fingerprint, len(tables))
-    for index, (table, entry) in enumerate(zip(tables, store.manifest["shards"], strict=True)):
-        writer.write(index, table, entry["statistics"])
-    writer.finish(**{k: v for k, v in store.manifest.items() if k not in ("format", "fingerprint", "shards")} | about)
-
-
-def replaced(table: pa.Table, name: str, value: float) -> pa.Table:
-    """The column with the given value in all its entries."""
-    old = table.column(name).combine_chunks()
-    new = pa.ListArray.from_arrays(old.offsets, pa.array(np.full(len(old.values), value, old.values.to_numpy().dtype)))
-    return table.set_column(table.column_names.index(name), name, new)
 
 
 @pytest.mark.parametrize(
