@@ -33,15 +33,15 @@ def weight_heatmap(groups: Mapping[str, Sequence[float] | None], names: Sequence
     rows = sorted({r for r, _ in cells}, key=lambda r: (r == "outside", int(r.split()[-1]) if r != "outside" else 0))
     columns = list(dict.fromkeys(c for _, c in cells))
     top = max((w for weights in cells.values() for w in weights if w == w), default=1.0)
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(1.5 + len(names) * (1.2 + 0.32 * len(columns)), 2.6 + 0.28 * len(rows)), squeeze=False
-    )
+    size = (1.5 + len(names) * (1.2 + 0.32 * len(columns)), min(12.0, 2.6 + 0.28 * len(rows)))  # a deep model's picture stays one
+    every = -(-len(rows) // 34)
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False)
     for j, (axis, name) in enumerate(zip(axes[0], names, strict=True)):
         grid = np.array([[cells.get((r, c), [np.nan] * len(names))[j] for c in columns] for r in rows], float)
         image = axis.imshow(grid, vmin=0, vmax=top, cmap="viridis", aspect="auto")
         axis.set_title(name)
         axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(rows)), rows if j == 0 else [""] * len(rows), fontsize=7)
+        axis.set_yticks(range(0, len(rows), every), rows[::every] if j == 0 else [""] * len(rows[::every]), fontsize=7)
     figure.colorbar(image, ax=axes[0].tolist(), label="merge weight", shrink=0.8)
     return _save(figure, path)
 
