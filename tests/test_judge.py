@@ -1,9 +1,7 @@
 """Judging against a local HTTP server that plays the API: grades, pairs, garbage, 429 and 500, refusals, resumption."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from fusechat.compare import read
 from fusechat.errors import UserError
 from fusechat.evaluation.judge import Judge, Task
 from tests.conftest import run_entry
+from tests.serving import serve, url
 
 Answer = Callable[[str, int], tuple[int, str]]
 
@@ -24,36 +23,16 @@ class Server:
         self.answer: Answer = lambda prompt, call: (200, "Fine. [[7]]")
         self.prompts: list[str] = []
         self.keys: set[str] = set()
-        outer, lock = self, threading.Lock()
+        self.server = serve(self.take)
+        self.url = f"{url(self.server)}/v1"
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.prompts.append(body["messages"][0]["content"])
-                    outer.keys.add(self.headers["Authorization"])
-                    status, text = outer.answer(outer.prompts[-1], len(outer.prompts))
-                message = {"role": "assistant", "content": text}
-                reply = {
-                    "id": "x",
-                    "object": "chat.completion",
-                    "created": 0,
-                    "model": body["model"],
-                    "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-                }
-                data = json.dumps(reply if status == 200 else {"error": text}).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None:
-                """Silent."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    def take(self, path: str, headers: Any, body: bytes) -> tuple[int, Any]:
+        assert path == "/v1/chat/completions"
+        self.prompts.append(json.loads(body)["messages"][0]["content"])
+        self.keys.add(headers["Authorization"])
+        status, text = self.answer(self.prompts[-1], len(self.prompts))
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        return status, {"id": "x", "object": "chat.completion", "choices": [choice]} if status == 200 else {"error": text}
 
 
 @pytest.fixture
@@ -98,15 +77,14 @@ def result(folder: Path) -> dict[str, Any]:
 
 def test_grades_with_a_spread(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    server.answer = lambda prompt, call: (200, f"Well. [[{8 if 'second' in prompt else 6}]] is my grade, or rather [[{7 + call % 2}]]")
-    value = judge(tmp_path, server, "judge.repeats=3", "judge.parallel=2")
+    server.answer = lambda prompt, call: (200, f"Well. [[1]] would be unfair: my grade is [[{6 + (call - 1) % 3}]]")
+    value = judge(tmp_path, server, "judge.repeats=3", "judge.parallel=1")
     content = result(tmp_path)
     assert content["metrics"]["grade"]["all"]["value"] == value
     assert set(content["metrics"]["grade"]) == {"all", "math", "writing"}
     assert len(content["samples"]) == 8
     assert len(content["judgements"]) == len(server.prompts) == 24
-    assert 7 <= value <= 8
-    assert content["spread"] > 0
+    assert (value, content["spread"]) == (7, 1), "each answer was given 6, 7 and 8"
     assert server.keys == {"Bearer secret-key"}
     assert "secret-key" not in (tmp_path / "tiny/seed0/evaluation/judge/good.json").read_text()
     second = next(p for p in server.prompts if "good 1 second" in p)

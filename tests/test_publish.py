@@ -5,9 +5,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import yaml
 
 from fusechat.errors import UserError
 from tests.conftest import Mini
+from tests.serving import serve, url
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,37 +26,8 @@ class Hub:
         self.created: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
         self.status = 200
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                size = self.headers["Content-Length"]
-                body = self.rfile.read(int(size)) if size else b"".join(self.chunks())
-                self.reply(outer.take(self.path, body))
-
-            def do_GET(self) -> None:
-                self.reply({"name": "owner", "type": "user"})
-
-            def chunks(self) -> Iterator[bytes]:
-                while length := int(self.rfile.readline().strip() or b"0", 16):
-                    yield self.rfile.read(length)
-                    self.rfile.readline()
-                self.rfile.readline()
-
-            def reply(self, content: Any) -> None:
-                data = json.dumps(content).encode()
-                self.send_response(outer.status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None:
-                """Silent."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.server = serve(lambda path, headers, body: (self.status, self.take(path, body)))
+        self.url = url(self.server)
 
     def take(self, path: str, body: bytes) -> Any:
         if path.endswith("/repos/create"):
@@ -65,6 +35,8 @@ class Hub:
             return {"url": f"{self.url}/owner/name"}
         if "/preupload/" in path:
             return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]}
+        if not body:
+            return {"name": "owner", "type": "user"}
         if path.endswith("/validate-yaml"):
             return {"errors": [], "warnings": []}
         for line in map(json.loads, body.splitlines()):
