@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,8 +157,11 @@ def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already; add overwrite=true to replace it, or choose another output_dir")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
+    host = socket.gethostname()
+    for left in path.parent.glob(f".{path.name}.{host}-*.tmp"):
+        if not _alive(int(left.name.split("-")[-1].removesuffix(".tmp"))):
+            shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
+    temporary = path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")  # another job of a sweep may write the same name
     temporary.mkdir()
     try:
         yield temporary
@@ -166,6 +170,16 @@ def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()  # our own has ended with an error before, or the number was another's
 
 
 def bytes_of(text: str | int) -> int:

@@ -81,3 +81,19 @@ def test_sizes() -> None:
     assert (bytes_of("5GB"), bytes_of("200MB"), bytes_of(12)) == (5 * 10**9, 2 * 10**8, 12)
     with pytest.raises(UserError, match="max_shard_size='big' is not a size"):
         bytes_of("big")
+
+
+def test_two_writers_of_one_directory_do_not_meet(tmp_path: Path) -> None:
+    with whole_directory(tmp_path / "out", overwrite=True) as first:
+        (first / "a").write_text("first")
+        dead = first.with_name(first.name.replace(f"-{os.getpid()}", "-999999999"))
+        alive = first.with_name(first.name.replace(f"-{os.getpid()}", "-1"))
+        dead.mkdir()
+        alive.mkdir()
+        with whole_directory(tmp_path / "other"):
+            assert (first / "a").read_text() == "first"
+    with whole_directory(tmp_path / "out", overwrite=True) as again:
+        (again / "a").write_text("again")
+    assert (tmp_path / "out/a").read_text() == "again"
+    assert alive.exists(), "another process is still at work there"
+    assert not dead.exists()

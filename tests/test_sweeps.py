@@ -1,6 +1,7 @@
 """Sweeps: a grid, several processes, a search; failed jobs are named and the others finish."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,18 @@ def test_a_sweep_without_jobs_is_an_error(fresh: Mini, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit):
         sweep(monkeypatch, fresh, "seed=range(0,0)")
     assert "the sweep has no jobs: one of its choices is empty" in capsys.readouterr().err
+
+
+def test_the_slurm_sweep_submits_each_job(fresh: Mini) -> None:
+    """Through submitit's local executor, which takes the same settings as a cluster."""
+    pivot = fresh.experiment / "world/models/pivot"
+    for name in ("t1", "t2"):
+        shutil.copytree(pivot, fresh.root / name)
+    slurm = ["sweep=slurm", "hydra/launcher=submitit_local", "hydra.launcher.gpus_per_node=0", f"hydra.sweep.dir={fresh.root}/sweep"]
+    jobs = [f"targets=[{fresh.root}/t1,{fresh.root}/t2]", "merge=linear,task_arithmetic"]
+    done = subprocess.run(
+        [sys.executable, "merge.py", "-m", *fresh.base, *slurm, *jobs], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.parent.name for path in fresh.experiment.glob("merged/*/model.safetensors")} == {"linear", "task_arithmetic"}
+    assert len([*fresh.root.glob("sweep/.submitit/*/*_submitted.pkl")]) == 2
