@@ -7,6 +7,7 @@ files to FastChat's llm_judge or to alpaca_eval.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -131,11 +132,23 @@ def tasks(
 
 
 def judge_all(todo: Sequence[Task], judge: Callable[[Task], dict[str, Any]], parallel: int) -> Iterator[dict[str, Any]]:
-    """Judgements in the order of the tasks, several under way at a time."""
+    """Judgements in the order of the tasks, several under way at a time. After the first that fails none is begun."""
+    failed = threading.Event()
+
+    def one(task: Task) -> dict[str, Any] | None:
+        if failed.is_set():
+            return None  # never read: the failure before it ends the iteration
+        try:
+            return judge(task)
+        except BaseException:
+            failed.set()
+            raise
+
     with ThreadPoolExecutor(parallel) as pool:
         try:
-            yield from pool.map(judge, todo)
+            yield from (found for found in pool.map(one, todo) if found is not None)
         finally:
+            failed.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
