@@ -65,6 +65,8 @@ def test_a_training_run(fresh: Mini) -> None:
     assert wanted | {"coverage/a", "wins/all/a", "wins/all/pivot", "wins/sort/a", "trainer/global_step"} <= set(run.history)
     assert run.metrics["validation/bits_per_byte"].summary.min
     assert run.metrics["validation/bits_per_byte"].step_metric == "trainer/global_step"
+    header = next((fresh.experiment / "logs").rglob("train-a/*/metrics.csv")).read_text().splitlines()[0].split(",")
+    assert {"coverage/a", "wins/all/a", "train/sft"} <= set(header), "the CSV beside it has the same"
     made = run.artifacts["target-a"]
     record = json.loads((fresh.experiment / "targets/a/fusechat.json").read_text())
     assert json.loads(made.metadata) == {

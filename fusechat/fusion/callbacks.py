@@ -58,9 +58,9 @@ class FusionShares(Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Coverage is a property of the stores: logged once."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        shares = zip(pl_module.hparams.source_names, data.coverage(), strict=True)
+        shares = {f"coverage/{name}": share for name, share in zip(pl_module.hparams.source_names, data.coverage(), strict=True)}
         for logger in trainer.loggers:
-            logger.log_metrics({f"coverage/{name}": share for name, share in shares}, step=trainer.global_step)
+            logger.log_metrics(shares, step=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Shares since training began, among the chats of the first rank."""

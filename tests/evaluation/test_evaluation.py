@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,17 @@ def test_table_shows_the_overrides_that_differ(fresh: Mini) -> None:
     assert set(frame["loss.lm_weight"]) == {0.5, 0.9}
     assert "optimizer.lr" not in frame
     assert results.markdown(frame).count("\n") == 4
+
+
+def test_curves_put_the_rows_of_a_step_together(tmp_path: Path) -> None:
+    from fusechat.reporting import training_curves
+
+    for part, text in {
+        "from_step_0": "step,train/sft,validation/bits_per_byte,wins/all/a\n5,1.0,,\n9,0.8,,\n9,,0.5,\n9,,,0.7\n14,0.1,,\n",
+        "from_step_9": "step,train/sft,validation/bits_per_byte,wins/all/a\n14,0.6,,\n19,,0.4,\n",
+    }.items():
+        (tmp_path / "logs/train-a" / part).mkdir(parents=True)
+        (tmp_path / "logs/train-a" / part / "metrics.csv").write_text(text)
+    curve = training_curves(tmp_path)["a"].set_index("step")
+    assert curve["validation/bits_per_byte"].dropna().to_dict() == {9: 0.5, 19: 0.4}
+    assert curve["train/sft"].dropna().to_dict() == {5: 1.0, 9: 0.8, 14: 0.6}, "what the resumed run logged again counts"
