@@ -135,21 +135,20 @@ class Training:
             "steps": trainer.global_step, **provenance(self.cfg),
         }  # fmt: skip
         (directory / "fusechat.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
+        self._write_card(directory, metrics)
+
+    def _write_card(self, directory: Path, metrics: dict[str, float]) -> None:
         inputs = {"pivot": str(self.cfg.pivot.path)} | {f"source {n + 1}": name for n, name in enumerate(self.sources)}
-        made = (
-            "Supervised fine-tuning alone."
-            if self.sft
-            else f"A fusion target (rule {self.cfg.fusion.rule}, lambda {self.cfg.loss.lm_weight})."
-        )
+        made = f"A fusion target (rule {self.cfg.fusion.rule}, lambda {self.cfg.loss.lm_weight})."
         shown = {k: v for k, v in metrics.items() if k.startswith("validation/")}
-        write_card(directory, self.output.name, made, inputs, command_line(), shown)
+        write_card(directory, self.output.name, "Supervised fine-tuning alone." if self.sft else made, inputs, command_line(), shown)
 
     def close(self, trainer: Any) -> float | None:
         """Removes the checkpoints of a finished run unless they are to stay; returns the metric."""
         if trainer.interrupted:
             raise KeyboardInterrupt
         name, file = "validation/bits_per_byte", self.output / "fusechat.json"
-        if len(self._data.validation_rows) and name not in trainer.callback_metrics:  # a run shorter than an epoch
+        if len(self._data.validation_rows) and trainer.lightning_module.validated_at != trainer.global_step:  # ended in mid-epoch
             trainer.validate(trainer.lightning_module, self._data, verbose=False)
         if not file.exists():  # killed between the last checkpoint and the export
             self._saver.save(trainer, trainer.lightning_module, self.output)
@@ -157,6 +156,7 @@ class Training:
             content = json.loads(file.read_text())
             content["metrics"] |= {key: float(value) for key, value in trainer.callback_metrics.items()}
             write_text_json(file, content)
+            self._write_card(self.output, content["metrics"])
             if run := wandb_run(self.cfg, ""):
                 inputs = [("distributions", self.pivot_store), *(("aligned", path) for path in self.aligned)]
                 log_made(self.cfg, run, ("target", self.output), inputs)

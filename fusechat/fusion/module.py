@@ -51,6 +51,7 @@ class FusionModule(lightning.LightningModule):
         self.model: Any = None
         self.head: OutputHead | None = None
         self.wins: Counter[tuple[str, str]] = Counter()
+        self.validated_at = -1  # the optimizer step that the validation metrics are of
 
     def configure_model(self) -> None:
         """Loads the pivot once, in training mode (from_pretrained leaves dropout and gradient checkpointing off)."""
@@ -97,6 +98,10 @@ class FusionModule(lightning.LightningModule):
             self.log(f"validation/{name}", value, batch_size=int(count), sync_dist=True, add_dataloader_idx=False)
         bits = sft / n_bytes.clamp_min(1) / torch.log(torch.tensor(2.0))
         self.log("validation/bits_per_byte", bits, batch_size=int(n_bytes), sync_dist=True, prog_bar=True, add_dataloader_idx=False)
+
+    def on_validation_end(self) -> None:
+        """Notes which weights were validated."""
+        self.validated_at = self.global_step
 
     def targets(self, batch: FusionBatch) -> tuple[Targets, Tensor]:
         """What the rule makes of the batch's distributions; and each model's part in every position, [N, S]."""

@@ -145,6 +145,20 @@ def test_target_is_a_model_with_its_record(fresh: Mini) -> None:
     assert not list((fresh.experiment / "targets").glob(".*.tmp"))
 
 
+def test_the_metric_is_of_the_target_that_was_saved(fresh: Mini) -> None:
+    import json
+
+    from fusechat.merge_search import held_out
+    from tests.test_sweeps import scored_one_by_one
+
+    options = ["data.validation_fraction=0.3", "trainer.max_steps=12", "optimizer.lr=0.01"]  # ends in mid-epoch: nine steps each
+    value = fresh.run("train", "source=a", *options)
+    path = fresh.experiment / "targets/a"
+    assert value == pytest.approx(scored_one_by_one(path, held_out(fresh.cfg("train", *options))), rel=1e-3)
+    assert json.loads((path / "fusechat.json").read_text())["metrics"]["validation/bits_per_byte"] == value
+    assert f"validation/bits_per_byte | {value:.4f}" in (path / "README.md").read_text()
+
+
 def test_sft_needs_no_aligned_store(fresh: Mini) -> None:
     shutil.rmtree(fresh.experiment / "aligned")
     assert fresh.run("train", "fusion=sft", "run_name=sft") > 0
