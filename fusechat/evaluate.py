@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fusechat.errors import UserError, one_of
-from fusechat.runtime import entry, label, plain, provenance, seed_everything, whole_lines, write_text_json
+from fusechat.runtime import entry, label, plain, provenance, replace_lines, seed_everything, whole_lines, write_text_json
 from fusechat.tracking import log_made, wandb_run
 
 LOG = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def run(cfg: DictConfig) -> float | None:
     return kinds[cfg.evaluation.kind](cfg, Path(cfg.output_file), mark)
 
 
-def chats(cfg: DictConfig, output: Path, mark: str) -> float:
+def chats(cfg: DictConfig, output: Path, mark: str) -> float | None:
     """Bits per byte and exact match on held-out chats; returns bits per byte."""
     from fusechat import store
     from fusechat.chat_data import load_chats
@@ -56,12 +56,14 @@ def chats(cfg: DictConfig, output: Path, mark: str) -> float:
     return first_value(content)
 
 
-def lm_eval(cfg: DictConfig, output: Path, mark: str) -> float:
+def lm_eval(cfg: DictConfig, output: Path, mark: str) -> float | None:
     """Tasks of lm-evaluation-harness; returns the first metric over all samples."""
     from fusechat import store
     from fusechat.evaluation.harness import run_tasks
     from fusechat.evaluation.results import metrics
 
+    own_tasks = sorted(f for f in Path(cfg.evaluation.include_path or "").rglob("*") if f.is_file()) if cfg.evaluation.include_path else []
+    mark = store.fingerprint(mark=mark, own_tasks={str(f): store.file_hash(f) for f in own_tasks})
     if (held := finished(cfg, output, mark)) is not None:
         return held
     options = {key: value for key, value in plain(cfg.evaluation).items() if key not in ("kind", "file")}
@@ -90,7 +92,7 @@ def answers(cfg: DictConfig, output: Path, mark: str) -> None:
         return
     done = whole_lines(part)
     done = done[: len(done) - len(done) % writing.PART]  # questions are asked in parts: the same parts again
-    part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in done), encoding="utf-8")
+    replace_lines(part, [json.dumps(record) for record in done])
     tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=options.trust_remote_code)
     renderer = renderer_for(tokenizer, tokenizer, options.template, options.max_length)
     model = models.load_model(cfg.model, dtype=options.dtype, device_map=options.device_map, trust_remote_code=options.trust_remote_code)
@@ -105,12 +107,14 @@ def answers(cfg: DictConfig, output: Path, mark: str) -> None:
     made = writing.mt_bench(left, ask, name) if options.kind == "mt_bench" else writing.alpaca_eval(left, ask, name, options.temperature)
     with part.open("a", encoding="utf-8") as file:
         for record in made:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record) + "\n")
             file.flush()
-    lines = part.read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in lines.splitlines()]
-    part.write_text(lines if options.kind == "mt_bench" else json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(output)
+    rows = whole_lines(part)
+    if options.kind == "mt_bench":
+        part.replace(output)
+    else:
+        write_text_json(output, rows)
+        part.unlink()
     note.write_text(mark)
     LOG.info("%d questions answered by %s: %s", len(rows), cfg.model, output)
 
@@ -124,9 +128,10 @@ def finished(cfg: DictConfig, output: Path, mark: str) -> float | None:
     return first_value(held)
 
 
-def first_value(content: dict[str, Any]) -> float:
-    """The first metric over all samples."""
-    return float(next(iter(content["metrics"].values()))["all"]["value"])
+def first_value(content: dict[str, Any]) -> float | None:
+    """The first metric over all samples; None where the harness has only corpus metrics."""
+    first = next(iter(content["metrics"].values()), None)
+    return None if first is None else float(first["all"]["value"])
 
 
 def write(cfg: DictConfig, output: Path, found: dict[str, Any]) -> dict[str, Any]:

@@ -24,11 +24,11 @@ def run(cfg: DictConfig) -> float:
     """Writes ``output_file``: mean grade (or win rate) with intervals per category, its spread over repeats. Returns the mean."""
     from fusechat import store
     from fusechat.evaluation import judge as judging
-    from fusechat.evaluation.results import metrics
+    from fusechat.evaluation.results import metrics, read_result
 
     answers = turns_of(Path(cfg.answers), cfg.questions)
     others = turns_of(Path(cfg.baseline), cfg.questions) if cfg.baseline else None
-    if others is not None and set(others) != set(answers):
+    if others is not None and asked_of(others) != asked_of(answers):
         raise UserError(f"{cfg.answers} and {cfg.baseline} answer different questions; write both with the same evaluation.questions")
     known = _questions(cfg.questions)
     references = {name: [str(r) for r in q.get("reference") or []] for name, q in known.items()}
@@ -37,6 +37,13 @@ def run(cfg: DictConfig) -> float:
     asked = {k: v for k, v in plain(cfg.judge).items() if k in ("base_url", "model", "repeats", "temperature", "max_tokens")}
     mark = store.fingerprint(prompts=[task.prompt for task in todo], judge=asked)
     output = Path(cfg.output_file)
+    name = "win_rate" if others is not None else "grade"
+    if output.exists() and not cfg.overwrite:
+        held = read_result(output)
+        if held.get("fingerprint") != mark:
+            raise UserError(f"{output} holds other judgements; keep both with judge.suffix=_NAME, or add overwrite=true")
+        LOG.info("skip: %s is judged already (fingerprint %s)", cfg.answers, mark)
+        return float(held["metrics"][name]["all"]["value"])
     part = output.with_suffix(f".{mark}.part")
     done = {line["key"]: line for line in whole_lines(part)}
     options = {key: cfg.judge[key] for key in ("temperature", "max_tokens", "retries", "wait", "tries")}
@@ -47,7 +54,6 @@ def run(cfg: DictConfig) -> float:
             file.flush()
             done[judgement["key"]] = judgement
             check(list(done.values()), len(todo), cfg.judge.max_bad_fraction)
-    name = "win_rate" if others is not None else "grade"
     samples, spread = summed(done, [task.key for task in todo], name)
     content = {
         "fingerprint": mark, "stage": "judge", "kind": "judge", "name": output.stem, "answers": str(cfg.answers), "model": str(cfg.answers),
@@ -69,6 +75,11 @@ def run(cfg: DictConfig) -> float:
         output,
     )
     return value
+
+
+def asked_of(turns: dict[str, list[tuple[str, str]]]) -> dict[str, list[str]]:
+    """The questions alone."""
+    return {name: [question for question, _ in asked] for name, asked in turns.items()}
 
 
 def check(done: list[dict[str, Any]], total: int, fraction: float) -> None:
@@ -107,11 +118,14 @@ def turns_of(path: Path, questions: str | None) -> dict[str, list[tuple[str, str
     if text.lstrip().startswith("["):
         return {str(n): [(row["instruction"], row["output"])] for n, row in enumerate(json.loads(text))}
     known, found = _questions(questions), {}
-    for row in (json.loads(line) for line in text.splitlines() if line.strip()):
+    for row in (json.loads(line) for line in text.split("\n") if line.strip()):
         name = str(row["question_id"])
         if name not in known:
             raise UserError(f"{path} answers question {name}, which questions={questions} lacks; give the question file it was made with")
-        found[name] = [*zip(known[name]["turns"], row["choices"][0]["turns"], strict=True)]
+        given = row["choices"][0]["turns"]
+        if len(given) != len(known[name]["turns"]):
+            raise UserError(f"{path} has {len(given)} answers to the {len(known[name]['turns'])} turns of question {name}; write it again")
+        found[name] = [*zip(known[name]["turns"], given, strict=True)]
     return found
 
 

@@ -5,7 +5,6 @@ python -m fusechat.publish model=DIR repo=owner/name publish.dry_run=false
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,12 @@ def run(cfg: DictConfig) -> None:
 
 def results_of(experiment: Path, directory: Path) -> list[dict[str, Any]]:
     """Every result file of this model under the experiment."""
+    from fusechat.evaluation.results import read_result
+
     found = []
-    for file in sorted((experiment / "evaluation").rglob("*.json")):
-        content = json.loads(file.read_text())
-        if isinstance(content, dict) and content.get("model") and Path(content["model"]).resolve() == directory.resolve():
+    for file in sorted([*(experiment / "evaluation").glob("*.json"), *(experiment / "evaluation").glob("lm_eval/*.json")]):
+        content = read_result(file)
+        if Path(content["model"]).resolve() == directory.resolve():
             found.append(content)
     return found
 

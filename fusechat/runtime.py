@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -213,11 +213,20 @@ def experiment_of(cfg: DictConfig) -> str:
 
 
 def whole_lines(path: Path) -> list[Any]:
-    """The JSON lines that a killed run has left; one that was cut short is removed from the file."""
+    """The JSON lines that a killed run has left, those that end; one that was cut short is removed from the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    path.write_text("".join(json.dumps(line) + "\n" for line in done))
-    return done
+    whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n") if path.exists() else ("", "", "")
+    lines = whole.split("\n") if whole else []  # not splitlines: JSON strings may hold U+2028
+    if cut:
+        replace_lines(path, lines)
+    return [json.loads(line) for line in lines]
+
+
+def replace_lines(path: Path, lines: Sequence[str]) -> None:
+    """Writes lines under a temporary name, then renames it: a kill loses nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _git(*arguments: str) -> str:

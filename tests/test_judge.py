@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fusechat.compare import read
 from fusechat.errors import UserError
 from fusechat.evaluation.judge import Judge, Task
+from fusechat.evaluation.results import read_result
 from tests.conftest import run_entry
 from tests.serving import serve, url
 
@@ -72,7 +72,7 @@ def judge(folder: Path, server: Server, *overrides: str) -> float:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    return read(str(folder / "tiny/seed0/evaluation/judge/good.json"), "first")
+    return read_result(folder / "tiny/seed0/evaluation/judge/good.json")
 
 
 def test_grades_with_a_spread(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_garbage_is_asked_again_counted_and_too_much_of_it_refused(tmp_path: Pat
     assert sum("good 2 second" in prompt for prompt in server.prompts) == 3
     server.answer = lambda prompt, call: (200, "[[11]] [[ten]]")
     with pytest.raises(UserError, match=r"judgements hold no grade, more than judge\.max_bad_fraction=0\.05; the last began '\[\[11\]\]"):
-        judge(tmp_path, server, "judge.repeats=2")
+        judge(tmp_path, server, "judge.repeats=2", "judge.suffix=_again")
 
 
 def test_a_refusal_ends_at_once(tmp_path: Path, server: Server) -> None:
@@ -156,3 +156,32 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path, server: Server) 
     assert poor.read_text() == kept
     with pytest.raises(UserError, match=r"answers question 0, which questions=None lacks"):
         run_entry("judge", [options[0], *options[2:]])
+
+
+def test_judgements_are_kept_and_not_written_over(tmp_path: Path, server: Server) -> None:
+    assert judge(tmp_path, server) == 7
+    asked = len(server.prompts)
+    assert judge(tmp_path, server) == 7
+    assert len(server.prompts) == asked, "judged already"
+    with pytest.raises(UserError, match=r"good\.json holds other judgements; keep both with judge\.suffix=_NAME, or add overwrite=true"):
+        judge(tmp_path, server, f"baseline={tmp_path}/poor.jsonl")
+    server.answer = lambda prompt, call: (200, "[[C]]")
+    assert judge(tmp_path, server, f"baseline={tmp_path}/poor.jsonl", "judge.suffix=_pairs") == 0.5
+
+
+def test_outputs_of_other_instructions_are_refused(tmp_path: Path, server: Server) -> None:
+    for name, question in (("one", "Sort b a."), ("two", "Sort d c.")):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"instruction": question, "output": "x", "generator": name}]))
+    options = [f"judge.base_url={server.url}", "judge.model=m", f"paths.root={tmp_path}"]
+    with pytest.raises(UserError, match="answer different questions"):
+        run_entry("judge", [f"answers={tmp_path}/one.json", f"baseline={tmp_path}/two.json", *options])
+
+
+def test_an_answer_file_with_a_turn_missing_is_refused(tmp_path: Path, server: Server) -> None:
+    questions, good, _ = files(tmp_path)
+    good.write_text(json.dumps({"question_id": 0, "choices": [{"index": 0, "turns": ["only one"]}]}) + "\n")
+    with pytest.raises(UserError, match=r"has 1 answers to the 2 turns of question 0; write it again"):
+        run_entry(
+            "judge",
+            [f"answers={good}", f"questions={questions}", f"judge.base_url={server.url}", "judge.model=m", f"paths.root={tmp_path}"],
+        )

@@ -26,7 +26,7 @@ def load_questions(path: Path, kind: str) -> list[Question]:
         raise UserError(f"evaluation.questions={path} does not exist; download the question file of {kind} and name it here")
     text = path.read_text(encoding="utf-8")
     try:
-        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     needed = {"mt_bench": {"question_id", "turns"}, "alpaca_eval": {"instruction"}}[kind]

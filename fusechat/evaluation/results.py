@@ -17,19 +17,27 @@ SWEPT = {"train": ("loss", "fusion", "optimizer", "token_map", "alignment", "dat
 LOWER_IS_BETTER = ("bits_per_byte", "nats_per_token")
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """A result file of evaluate or judge. Raises `UserError` where it is half-written or something else."""
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is half-written; remove it and evaluate again") from error
+    if not isinstance(content, dict) or not {"samples", "metrics"} <= set(content):
+        raise UserError(f"{path} has no samples; give a file that python -m fusechat.evaluate has written")
+    return content
+
+
 def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Every evaluation under the folders. A file that is cut short is an error that names it."""
     rows = []
     for folder in folders:
         for file in sorted((folder / "evaluation").glob("*.json")):
-            try:
-                content = json.loads(file.read_text())
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file} is half-written; remove it and evaluate again") from error
+            content = read_result(file)
             rows.append({**content, "folder": folder, "kind": content["name"].split("-")[0]})
-        for file in sorted((folder / "evaluation").glob("*/*.json")):  # lm_eval's and judges' results, beside the model's own
-            content = json.loads(file.read_text())
-            row = next((r for r in rows if isinstance(content, dict) and r["model"] == content.get("model")), None)
+        for file in sorted((folder / "evaluation").glob("lm_eval/*.json")):  # shown beside the model's own
+            content = read_result(file)
+            row = next((r for r in rows if r["model"] == content["model"]), None)
             if row is not None:
                 row["others"] = row.get("others", {}) | content["metrics"]
     return rows

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from fusechat.compare import read
 from fusechat.errors import UserError
 from fusechat.evaluation import answers
-from fusechat.evaluation.results import compared
+from fusechat.evaluation.results import compared, read_result
 from tests.conftest import Mini
 
 QUESTIONS = [
@@ -79,6 +78,20 @@ def test_alpaca_eval_outputs(fresh: Mini) -> None:
     assert rows[0]["generator"] == "models-a"
 
 
+def test_lines_end_at_newlines_alone_and_a_cut_one_is_dropped(tmp_path: Path) -> None:
+    """Answers may hold U+2028, which Python counts as a line's end; a cut may leave a closing brace behind."""
+    from fusechat.runtime import whole_lines
+
+    rows = [{"answer": "a\u2028b\x85c"}, {"nested": {"x": 1}}]
+    file = tmp_path / "x.part"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"nested": {"x": 1}', encoding="utf-8")
+    assert whole_lines(file) == rows
+    assert whole_lines(file) == rows
+    assert file.read_text(encoding="utf-8").count("\n") == 2
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "turns": ["a\u2028b"]}\n', encoding="utf-8")
+    assert answers.load_questions(tmp_path / "q.jsonl", "mt_bench")[0]["turns"] == ["a\u2028b"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -116,10 +129,17 @@ def test_a_local_task_of_the_harness(fresh: Mini) -> None:
     for model in ("pivot", "a"):
         fresh.run("evaluate", f"model={fresh.experiment}/world/models/{model}", *options)
     files = [fresh.experiment / f"evaluation/lm_eval/models-{model}.json" for model in ("pivot", "a")]
-    content = read(str(files[0]), "first")
+    content = read_result(files[0])
+    before = files[0].stat().st_mtime_ns
+    fresh.run("evaluate", f"model={fresh.experiment}/world/models/pivot", *options)
+    assert files[0].stat().st_mtime_ns == before, "evaluated already"
+    task = fresh.root / "tasks/letters.yaml"
+    task.write_text(task.read_text() + "# edited\n")
+    fresh.run("evaluate", f"model={fresh.experiment}/world/models/pivot", *options)
+    assert files[0].stat().st_mtime_ns > before, "an edited task is another one"
     assert len(content["samples"]) == 8
     assert content["metrics"]["acc"]["all"]["value"] == content["harness"]["letters"]["acc,none"]
-    frame = compared(content, read(str(files[1]), "second"))
+    frame = compared(content, read_result(files[1]))
     assert set(frame.metric) == {"acc", "acc_norm"}
     assert set(frame.skill) == {"all", "letters"}
     with pytest.raises(UserError, match=r"evaluation\.tasks: the harness knows no task 'arc_chalenge'; near: .*arc_challenge"):
