@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from fusechat.runtime import entry
+from fusechat.app.command import entry
 
 
 def run(cfg: DictConfig) -> None:
     """config -> objects -> run."""
-    from fusechat import merge_run
+    from fusechat.merging import run as merge_run
 
     plan = merge_run.plan(cfg)
     if plan.finished:

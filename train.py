@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from fusechat.runtime import entry
+from fusechat.app.command import entry
 
 
 def run(cfg: DictConfig) -> float | None:
     """config -> objects -> run; returns the validation bits per byte, which searches minimise."""
-    from fusechat import training
+    from fusechat.fusion import run as training
 
     plan = training.plan(cfg)
     if plan.finished:

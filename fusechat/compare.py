@@ -10,15 +10,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from fusechat.errors import UserError
-from fusechat.runtime import entry
+from fusechat.app.command import entry
+from fusechat.app.errors import UserError
 
 LOG = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> None:
     """Prints second - first with interval and p for every metric both files have; writes CSV where ``output_file`` says so."""
-    from fusechat.evaluation.results import compared, markdown, read_result
+    from fusechat.report.results import compared, markdown, read_result
 
     for key in ("first", "second"):
         if not cfg[key] or not Path(cfg[key]).is_file():

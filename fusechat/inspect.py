@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import Any
 
-from fusechat.errors import UserError
+from fusechat.app.errors import UserError
 
 
 def describe(path: str, samples: int, tokenizer_path: str | None) -> None:
@@ -17,7 +17,7 @@ def describe(path: str, samples: int, tokenizer_path: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fusechat.store import DistributionStore
+    from fusechat.stores.store import DistributionStore
 
     store, console = DistributionStore(path), Console()
     store.verify()
@@ -54,7 +54,7 @@ def describe(path: str, samples: int, tokenizer_path: str | None) -> None:
 def _likely(tokenizer: Any, ids: Any, logprobs: Any, start: int, count: int) -> str:
     import numpy as np
 
-    from fusechat.encoding import decode_logprobs
+    from fusechat.stores.encoding import decode_logprobs
 
     part = slice(start, start + min(count, 5))
     pairs = zip(ids[part], np.exp(decode_logprobs(logprobs[part])), strict=True)
@@ -62,7 +62,7 @@ def _likely(tokenizer: Any, ids: Any, logprobs: Any, start: int, count: int) -> 
 
 
 def _tokenizer(path: str | None) -> Any:
-    from fusechat.models import load_tokenizer
+    from fusechat.models.load import load_tokenizer
 
     try:
         return load_tokenizer(path) if path else None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusechat.store import DistributionStore, StoreWriter
+from fusechat.stores.store import DistributionStore, StoreWriter
 
 
 def spoil(path: Path, change: Callable[[pa.Table], pa.Table], **about: Any) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from fusechat.pipeline import ENTRIES, expand
-from fusechat.runtime import CONF
+from fusechat.app.command import CONF
+from fusechat.pipeline.__main__ import ENTRIES, expand
 from tests.conftest import composed
 
 FILES = sorted(Path(CONF).rglob("*.yaml"))

@@ -1,4 +1,4 @@
-"""Imports point down only, and entries import nothing heavy before they run."""
+"""Imports point down only, steps do not know each other, and commands import nothing heavy before they run."""
 
 import ast
 import subprocess
@@ -7,14 +7,27 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT
+
+LAYERS = [  # the floor first; a room imports from the layers below its own, never from its neighbours
+    {"app"},
+    {"models", "chats"},
+    {"stores"},
+    {"report"},
+    {"evaluate", "tiny"},
+    {"extract", "align", "fusion", "merging", "judge", "publish", "compare", "inspect"},
+    {"train", "merge", "pipeline", "merge_search"},
+]
 PACKAGE = ROOT / "fusechat"
-FAMILIES = ("alignment", "fusion", "merging", "evaluation", "tiny")
-ENTRIES = {
-    "train", "merge", "extract", "align", "evaluate", "report", "pipeline", "inspect", "publish", "merge_search", "judge", "compare",
-    "training", "merge_run", "tracking",
-}  # fmt: skip
 FILES = [*PACKAGE.rglob("*.py"), ROOT / "train.py", ROOT / "merge.py"]
+COMMANDS = ["train", "merge", "fusechat.compare", "fusechat.inspect", "fusechat.merge_search"]
+COMMANDS += [f"fusechat.{f.parent.name}.__main__" for f in PACKAGE.glob("*/__main__.py")]
+
+
+def room(file: Path) -> str:
+    """The folder of a file below fusechat/, or the file itself."""
+    parts = file.relative_to(PACKAGE if file.is_relative_to(PACKAGE) else ROOT).parts
+    return parts[0].removesuffix(".py")
 
 
 def imports(file: Path) -> set[str]:
@@ -24,38 +37,27 @@ def imports(file: Path) -> set[str]:
     return named | {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
 
 
-def is_entry(file: Path) -> bool:
-    return (file.stem in ENTRIES and file.parent in (PACKAGE, ROOT)) or file.name == "__main__.py"
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_point_down(file: Path) -> None:
+    own = room(file)
+    if own == "__init__":
+        return
+    height = {name: n for n, layer in enumerate(LAYERS) for name in layer}
+    used = {name.split(".")[1] for name in imports(file) if name.startswith("fusechat.")} - {own}
+    upward = {name for name in used if height[name] >= height[own]}
+    assert not upward, f"{file.name} reaches up or sideways into {upward}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_layers(file: Path) -> None:
-    used = imports(file)
-    if is_entry(file):
+def test_hydra_stays_at_the_door(file: Path) -> None:
+    if file.stem in ("__main__", "run", "search") or room(file) in ("app", "compare", "merge_search", "pipeline", "train", "merge"):
         return
-    assert not any(name.split(".")[0] == "hydra" for name in used) or file.stem == "runtime", "only entries know hydra"
-    assert not any(name.startswith("fusechat.runtime") for name in used), "only entries use the runtime"
-    family = file.parent.name if file.parent != PACKAGE and file.parent != ROOT else None
-    others = [f for f in FAMILIES if f != family]
-    if file.stem not in ("reporting",):
-        crossing = [name for name in used for other in others if name.startswith(f"fusechat.{other}")]
-        assert not crossing, f"{file.name} reaches into {crossing}"
+    known = {name.split(".")[0] for name in imports(file)}
+    assert not known & {"hydra", "omegaconf"}, "only commands know Hydra"
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "train",
-        "merge",
-        "fusechat.extract",
-        "fusechat.align",
-        "fusechat.evaluate",
-        "fusechat.report",
-        "fusechat.pipeline",
-        "fusechat.merge_search",
-    ],
-)
-def test_entries_start_light(module: str) -> None:
+@pytest.mark.parametrize("module", COMMANDS)
+def test_commands_start_light(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('torch', 'transformers', 'lightning', 'datasets', 'wandb', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

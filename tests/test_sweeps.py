@@ -14,9 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 
 import train
 from fusechat import merge_search
-from tests.conftest import Mini
+from fusechat.merging.search import COLUMN, held_out
+from tests.conftest import ROOT, Mini
 
-ROOT = Path(__file__).parent.parent
 QUIET = ["hydra/job_logging=stdout", "hydra/hydra_logging=disabled"]
 
 
@@ -34,7 +34,7 @@ def search(monkeypatch: pytest.MonkeyPatch, world: Mini, *overrides: str) -> flo
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(sys, "argv", ["merge_search", *world.base, *QUIET, f"hydra.run.dir={world.root}/hydra", *overrides])
     merge_search.main()
-    return min(t[merge_search.COLUMN] for t in trials(world))
+    return min(t[COLUMN] for t in trials(world))
 
 
 def trials(world: Mini) -> list[dict[str, Any]]:
@@ -88,12 +88,10 @@ def test_a_merge_search_ends_with_a_table_and_the_best_model(fresh: Mini, monkey
     merged = fresh.experiment / "merged/search"
     served = transformers.pipeline("text-generation", model=str(merged))([{"role": "user", "content": "Sort b a."}], max_new_tokens=2)
     assert served[0]["generated_text"][-1]["role"] == "assistant"
-    assert (
-        json.loads((merged / "fusechat.json").read_text())["fingerprint"] == min(made, key=lambda t: t[merge_search.COLUMN])["fingerprint"]
-    )
+    assert json.loads((merged / "fusechat.json").read_text())["fingerprint"] == min(made, key=lambda t: t[COLUMN])["fingerprint"]
     assert (fresh.experiment / "merge_search/results.md").read_text().count("\n") == len(made) + 2
     assert not (fresh.experiment / "merge_search/candidate").exists()
-    assert len(held := merge_search.held_out(fresh.cfg("merge_search", "data.validation_fraction=0.3"))) > 5
+    assert len(held := held_out(fresh.cfg("merge_search", "data.validation_fraction=0.3"))) > 5
     assert scored_one_by_one(merged, held) == pytest.approx(best)
     (fresh.experiment / "merge_search/trials.jsonl").write_text("".join(json.dumps(t) + "\n" for t in made[:1]) + '{"cut')
     assert search(monkeypatch, fresh, *options) == best
@@ -105,8 +103,8 @@ def scored_one_by_one(path: Path, held: list[Any]) -> float:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fusechat.chat import ChatRenderer
-    from fusechat.evaluation.perplexity import score
+    from fusechat.chats.render import ChatRenderer
+    from fusechat.evaluate.perplexity import score
 
     renderer = ChatRenderer(AutoTokenizer.from_pretrained(path), max_length=256)
     found = [score(AutoModelForCausalLM.from_pretrained(path), renderer, [chat], 1)[0] for chat in held]
@@ -114,7 +112,7 @@ def scored_one_by_one(path: Path, held: list[Any]) -> float:
 
 
 def test_a_search_without_held_out_chats_is_refused(fresh: Mini) -> None:
-    from fusechat.errors import UserError
+    from fusechat.app.errors import UserError
 
     with pytest.raises(UserError, match=r"data\.validation_fraction=0\.0 holds out no chat of .*; a search needs some"):
         fresh.run("merge_search", "data.validation_fraction=0.0")

@@ -13,7 +13,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from torch.nn.utils import get_total_norm
 
-from fusechat.checkpoints import whole_directory
+from fusechat.models.checkpoints import whole_directory
 
 LOG = logging.getLogger(__name__)
 

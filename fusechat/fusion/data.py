@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fusechat.chat_data import in_validation
-from fusechat.distributions import NEG_INF
-from fusechat.encoding import Array, decode_logprobs
-from fusechat.errors import UserError
-from fusechat.store import DistributionStore
+from fusechat.app.errors import UserError
+from fusechat.chats.formats import in_validation
+from fusechat.stores.distributions import NEG_INF
+from fusechat.stores.encoding import Array, decode_logprobs
+from fusechat.stores.store import DistributionStore
 
 LOG = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]

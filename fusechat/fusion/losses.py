@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusechat.errors import one_of
+from fusechat.app.errors import one_of
 
 KINDS = ("ce", "forward_kl", "reverse_kl", "jsd", "uld")
 MISSING = ("renormalize", "tail", "zero")
@@ -47,7 +47,7 @@ class FusionLoss:
     (arXiv 2402.12030), where ids do not count. missing_mass: ``renormalize`` p to sum to one (published); ``tail``:
     one more outcome stands for all other tokens, in p and in q; ``zero``: other tokens contribute nothing.
     reverse_kl under ``renormalize`` renormalises q over the kept ids too, for it would be infinite otherwise.
-    Raises `fusechat.errors.UserError` for unknown names.
+    Raises `fusechat.app.errors.UserError` for unknown names.
     """
 
     kind: str = "ce"
@@ -101,7 +101,7 @@ def _term(p: Tensor, q: Tensor, entropy: bool) -> Tensor:
 
 
 def fused_loss(hidden: Tensor, head: Any, targets: Targets, loss: FusionLoss) -> tuple[Tensor, Tensor]:
-    """Loss from hidden states [N, D] through ``head`` (a `fusechat.heads.OutputHead`), never holding [N, V].
+    """Loss from hidden states [N, D] through ``head`` (a `fusechat.models.heads.OutputHead`), never holding [N, V].
 
     Returns the weighted sum, and the unweighted sft and divergence of each position [2, N] (detached).
     """

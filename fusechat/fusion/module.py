@@ -11,12 +11,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from fusechat import models
-from fusechat.errors import UserError
+from fusechat.app.errors import UserError
 from fusechat.fusion.data import FusionBatch
 from fusechat.fusion.losses import FusionLoss, Targets, fused_loss, loss_from_logits, schedule_weight
 from fusechat.fusion.rules import FusionRule, cross_entropy
-from fusechat.heads import OutputHead
+from fusechat.models import load as models
+from fusechat.models.heads import OutputHead
 
 SCHEDULES = ("hard", "hard_and_decay", "soft")
 

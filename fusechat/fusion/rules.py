@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusechat.distributions import merge_duplicates
-from fusechat.errors import one_of
+from fusechat.app.errors import one_of
+from fusechat.stores.distributions import merge_duplicates
 
 RULES, LEVELS, METRICS, EMPTY = ("min_ce", "avg_ce"), ("sequence", "token"), ("bits_per_byte", "nats_per_token"), ("skip", "pivot")
 

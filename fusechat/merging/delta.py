@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusechat.checkpoints import LazyCheckpoint, TensorInfo
-from fusechat.errors import UserError
-from fusechat.merging.variation import BLOCK
-from fusechat.models import model_identity
+from fusechat.app.errors import UserError
+from fusechat.merging.varm import BLOCK
+from fusechat.models.checkpoints import LazyCheckpoint, TensorInfo
+from fusechat.models.load import model_identity
 
 FILE, RECORD = "delta.safetensors", "delta.json"
 GROUP = 128

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusechat.errors import UserError
+from fusechat.app.errors import UserError
 from fusechat.merging.slices import Slices
 
 Weights = Sequence[float]

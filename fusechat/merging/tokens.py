@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusechat.checkpoints import LazyCheckpoint
-from fusechat.errors import UserError
+from fusechat.app.errors import UserError
+from fusechat.models.checkpoints import LazyCheckpoint
 
 
 def vocabulary(path: Path) -> dict[str, int] | None:

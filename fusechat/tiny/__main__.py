@@ -12,14 +12,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fusechat.runtime import entry, make_trainer, plain, seed_everything
+from fusechat.app.command import entry, make_trainer, plain, seed_everything
 
 LOG = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> None:
     """Writes ``world/chats/*.jsonl`` and ``world/models/*``; what is there and fits is kept."""
-    from fusechat.store import fingerprint
+    from fusechat.stores.store import fingerprint
     from fusechat.tiny.chats import World, generate
 
     tiny, root = cfg.tiny, Path(cfg.output_dir)
@@ -45,8 +45,8 @@ def run(cfg: DictConfig) -> None:
 
 
 def _train(cfg: DictConfig, name: str, rows: list[Any], target: Path, mark: str) -> None:
-    from fusechat.chat import ChatRenderer
-    from fusechat.checkpoints import whole_directory
+    from fusechat.chats.render import ChatRenderer
+    from fusechat.models.checkpoints import whole_directory
     from fusechat.tiny import models
 
     spec, tiny = cfg.tiny.models[name], cfg.tiny
@@ -69,7 +69,7 @@ def _train(cfg: DictConfig, name: str, rows: list[Any], target: Path, mark: str)
 
 
 def _write(path: Path, rows: list[dict[str, object]]) -> None:
-    from fusechat.store import write_durably
+    from fusechat.stores.store import write_durably
 
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()

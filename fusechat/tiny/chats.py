@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fusechat.chat import Message
+from fusechat.chats.render import Message
 
 SKILLS = ("sort", "reverse", "shift", "knowledge", "lexicon", "calendar")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")

@@ -16,7 +16,7 @@ from tokenizers import models as token_models
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from fusechat.chat import ChatRenderer
+from fusechat.chats.render import ChatRenderer
 
 TEMPLATES = {
     "llama": "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from fusechat.alignment import vocabulary
-from fusechat.alignment.projection import Ragged, gold_path, project
-from fusechat.alignment.sequence import KINDS, align_offsets, dtw
-from fusechat.chat import PLAIN_TEMPLATE, ChatRenderer
+from fusechat.align import maps as vocabulary
+from fusechat.align.projection import Ragged, gold_path, project
+from fusechat.align.sequence import KINDS, align_offsets, dtw
+from fusechat.chats.render import PLAIN_TEMPLATE, ChatRenderer
 from tests.benchmarks import tokenizers
 from tests.benchmarks.measure import table
 from tests.conftest import GOLDEN

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusechat.alignment import vocabulary
-from fusechat.alignment.stores import Alignment, write_aligned
-from fusechat.chat import PLAIN_TEMPLATE, ChatRenderer
-from fusechat.distributions import TopK
-from fusechat.extraction_writer import _row, _statistics, _table
-from fusechat.store import DistributionStore, StoreWriter
+from fusechat.align import maps as vocabulary
+from fusechat.align.stage import Alignment, write_aligned
+from fusechat.chats.render import PLAIN_TEMPLATE, ChatRenderer
+from fusechat.extract.writer import _row, _statistics, _table
+from fusechat.stores.distributions import TopK
+from fusechat.stores.store import DistributionStore, StoreWriter
 from tests.benchmarks import tokenizers
 from tests.benchmarks.measure import table
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fusechat.encoding import encode_logprobs
 from fusechat.fusion.data import Draw, FusionRows
-from fusechat.store import DistributionStore, StoreWriter, list_column
+from fusechat.stores.encoding import encode_logprobs
+from fusechat.stores.store import DistributionStore, StoreWriter, list_column
 from tests.benchmarks.measure import table
 
 CHATS, TOKENS, K, V = 400, 512, 10, 32_000

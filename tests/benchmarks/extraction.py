@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from fusechat.chat import ChatRenderer
-from fusechat.extraction import ExtractionModule
+from fusechat.chats.render import ChatRenderer
+from fusechat.extract.module import ExtractionModule
 from fusechat.tiny.chats import World, generate
 from fusechat.tiny.models import make_tokenizer
 from tests.benchmarks.measure import table
@@ -48,7 +48,7 @@ def overhead() -> list[list[object]]:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     tokenizer = make_tokenizer("llama", 600, [m["content"] for row in generate(World(0), 500, "x") for m in row["messages"]])  # type: ignore[index,union-attr]
     rendered = ChatRenderer(tokenizer)(chats(4))
-    from fusechat.heads import OutputHead
+    from fusechat.models.heads import OutputHead
 
     module = ExtractionModule("", "float32", None, False, None, None, None, "top_k", 10, 0.99, 50, 0)
     module.head, module.vocab_size = OutputHead(model), 32_000

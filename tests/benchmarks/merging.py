@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fusechat.checkpoints import CheckpointWriter
+from fusechat.models.checkpoints import CheckpointWriter
 from tests.benchmarks.measure import table
 
 METHODS = ["merge=linear", "merge=task_arithmetic", *(f"merge=varm merge.granularity={g}" for g in ("matrix", "layer", "model"))]

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusechat.fusion.data import FusionBatch
 from fusechat.fusion.module import FusionModule
-from fusechat.heads import OutputHead
+from fusechat.models.heads import OutputHead
 from tests.benchmarks.measure import measure, table
 
 TOKENS, K, V = 2048, 10, 32_000

@@ -10,10 +10,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from fusechat.errors import UserError
+from fusechat.app.errors import UserError
 from fusechat.fusion.losses import KINDS, MISSING, FusionLoss, Targets, fused_loss, loss_from_logits, schedule_weight
 from fusechat.fusion.rules import FusionRule
-from fusechat.heads import OutputHead
+from fusechat.models.heads import OutputHead
 from tests.conftest import GOLDEN
 
 MANIFEST = json.loads((GOLDEN / "loss" / "manifest.json").read_text())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusechat.errors import UserError
+from fusechat.app.errors import UserError
 from fusechat.fusion.rules import FusionRule, cross_entropy
 
 IDS = torch.tensor([[[1, 2], [3, 4]], [[2, 5], [0, 0]]])  # [S=2, N=2, K=2]; the second model is silent at position 1

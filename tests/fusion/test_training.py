@@ -19,14 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fusechat import training
-from fusechat.errors import UserError
+from fusechat.app.errors import UserError
+from fusechat.fusion import run as training
 from fusechat.fusion.data import Plan
 from fusechat.fusion.module import FusionModule
-from tests.conftest import Mini
+from tests.conftest import ROOT, Mini
 from tests.spoiling import replaced, spoil
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def weights(world: Mini, name: str) -> dict[str, torch.Tensor]:
@@ -148,7 +146,7 @@ def test_target_is_a_model_with_its_record(fresh: Mini) -> None:
 def test_the_metric_is_of_the_target_that_was_saved(fresh: Mini) -> None:
     import json
 
-    from fusechat.merge_search import held_out
+    from fusechat.merging.search import held_out
     from tests.test_sweeps import scored_one_by_one
 
     options = ["data.validation_fraction=0.3", "trainer.max_steps=12", "optimizer.lr=0.01"]  # ends in mid-epoch: nine steps each

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusechat.checkpoints import LazyCheckpoint
-from fusechat.errors import UserError
+from fusechat.app.errors import UserError
 from fusechat.merging.delta import dequantize, open_checkpoint, quantize, ranks_of
+from fusechat.models.checkpoints import LazyCheckpoint
 from tests.conftest import Mini
 
 

@@ -1,0 +1,1 @@
+"""What every command shares; knows nothing of the steps."""

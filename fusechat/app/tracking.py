@@ -1,0 +1,98 @@
+"""Where runs are followed: CSV files and wandb, and the lineage of what they make. Nothing heavy at import."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from fusechat.app.errors import UserError
+
+SUMMARIES = {"validation/bits_per_byte": "min", "validation/loss": "min", "train/tokens_per_second": "max"}
+Made = tuple[str, Path]  # kind (distributions, aligned, target, merged) and folder
+
+
+def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
+    """The Lightning loggers that the ``logger`` group names: CSV always, wandb beside it, or none.
+
+    In wandb: group = experiment, job_type = stage, the flat config as columns. A resumed run's CSV goes on in a file of its own.
+    """
+    if cfg.logger.kind == "none":
+        return False
+    from lightning.pytorch.loggers import CSVLogger
+
+    csv = CSVLogger(cfg.paths.logs, name=name, version=f"from_step_{resumed_at}")
+    if cfg.logger.kind == "csv":
+        return [csv]
+    if not cfg.logger.offline and not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
+        raise UserError("logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline")
+    from lightning.pytorch.loggers import WandbLogger
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    Path(cfg.paths.logs).mkdir(parents=True, exist_ok=True)
+    own = {"extract": cfg.source.name, "align": cfg.source.name, "train": cfg.source.name, "merge": cfg.merge.method}
+    tags = [cfg.experiment_name, cfg.stage, *([own[cfg.stage]] if cfg.stage in own else []), *cfg.logger.tags]
+    flat: Any = flatten(OmegaConf.to_container(cfg, resolve=True))
+    wandb = WandbLogger(
+        name=name, project=cfg.logger.project, entity=cfg.logger.entity, save_dir=cfg.paths.logs, offline=cfg.logger.offline,
+        group=cfg.experiment_name, job_type=cfg.stage, tags=tags, config=flat,
+    )  # fmt: skip
+    for metric, best in SUMMARIES.items():
+        wandb.experiment.define_metric(metric, step_metric="trainer/global_step", summary=best)
+    return [wandb, csv]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested config -> one level with dotted keys, the columns that wandb compares."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    pairs = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
+    return {key: value for pair in pairs for key, value in pair.items()}
+
+
+def wandb_run(cfg: DictConfig, name: str) -> Any:
+    """The run that is open, or a new one; None where the ``logger`` group names another logger."""
+    if cfg.logger.kind != "wandb":
+        return None
+    import wandb
+
+    return wandb.run or make_logger(cfg, name)[0].experiment
+
+
+def log_made(cfg: DictConfig, run: Any, made: Made | None, inputs: Sequence[Made]) -> None:
+    """Lineage in wandb: the run used ``inputs`` and made ``made``; files by reference, or uploaded with logger.upload=true.
+
+    wandb cannot note a use while offline; the inputs' fingerprints are in the artifact's metadata in any case.
+    """
+    used = {f"{kind}-{path.name}": _fingerprint(path) for kind, path in inputs}
+    if not run.offline:
+        for entry in inputs:
+            run.use_artifact(_artifact(entry, {}, upload=False))
+    if made is not None:
+        run.log_artifact(_artifact(made, used, cfg.logger.upload))
+
+
+def _artifact(made: Made, inputs: dict[str, str | None], upload: bool) -> Any:
+    import wandb
+
+    kind, path = made
+    artifact = wandb.Artifact(f"{kind}-{path.name}", type=kind, metadata={"fingerprint": _fingerprint(path), "inputs": inputs})
+    if upload:
+        artifact.add_dir(str(path))
+    else:
+        artifact.add_reference(f"file://{path.resolve()}", checksum=False)
+    return artifact
+
+
+def _fingerprint(path: Path) -> str | None:
+    file = next((f for f in (path / "manifest.json", path / "fusechat.json") if f.exists()), None)
+    return json.loads(file.read_text())["fingerprint"] if file else None
+
+
+def _netrc_has_wandb() -> bool:
+    file = Path.home() / ".netrc"
+    return file.exists() and "wandb" in file.read_text()

@@ -1,0 +1,1 @@
+"""Chats in any format -> tokens, spans and masks."""

@@ -1,0 +1,196 @@
+"""Chats: from files in the formats people have, through the tokenizer's own chat template, to token ids with masks."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusechat.app.errors import UserError
+from fusechat.chats import slow_tokenizers
+
+Ints = npt.NDArray[np.int64]
+Spans = list[tuple[int, int, int]]
+Message = dict[str, str]
+PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
+SENTINEL = re.compile("\ue000(\\d+)\ue001")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One chat as a model reads it. T tokens, R response positions.
+
+    input_ids [T]; char_spans [T, 2], where each token lies in ``text``; assistant_mask [T], the tokens to train on.
+    positions [R]: every t whose *next* token is the assistant's. boundaries [R]: how many characters of assistant
+    text lie before that next token (turns are one character apart), or -1 inside a character: the coordinate on which
+    two tokenizations of the same chat meet. n_bytes: UTF-8 bytes of the assistant text that the tokens cover; text_hash: of all of it.
+    """
+
+    text: str
+    input_ids: Ints
+    char_spans: Ints
+    assistant_mask: npt.NDArray[np.bool_]
+    positions: Ints
+    boundaries: Ints
+    n_bytes: int
+    text_hash: str
+    truncated: bool
+
+
+class ChatRenderer:
+    """Renders chats with a chat template and finds the assistant's text in the result, for any template.
+
+    template: ``native`` (this tokenizer's own), or a Jinja text. ``host`` is the tokenizer whose special tokens
+    the template names (the pivot, when every source reads the pivot's format). end_of_turn: train on the special
+    token that closes an assistant's turn. A slow tokenizer knows no boundaries inside a turn (`fusechat.chats.slow_tokenizers`).
+    Raises `UserError` for a missing template.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, template: str = "native", host: Any = None, max_length: int = 2048, end_of_turn: bool = True
+    ) -> None:
+        self.tokenizer, self.host = tokenizer, host or tokenizer
+        self.template = self.host.chat_template if template == "native" else template
+        if not self.template:
+            raise UserError(
+                f"the tokenizer {self.host.name_or_path!r} has no chat template; give one with chat.template='<jinja>', "
+                "chat.template=pivot or chat.template=plain"
+            )
+        self.max_length, self.end_of_turn = max_length, end_of_turn
+        self._pieces: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+
+    def __call__(self, chats: Sequence[Sequence[Message]]) -> list[Rendered]:
+        """Renders and tokenizes a batch of chats."""
+        texts = self._apply(chats)
+        if not self.tokenizer.is_fast:
+            return [self._without_offsets(*pair) for pair in zip(chats, texts, strict=True)]
+        encodings = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False).encodings
+        return [self._with_offsets(*three) for three in zip(chats, texts, encodings, strict=True)]
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text that asks the model for its next answer."""
+        return str(self._call([dict(m) for m in messages], add_generation_prompt=True))
+
+    def content_spans(self, chat: Sequence[Message], text: str) -> Spans:
+        """(message index, first character, end) of every message's content in the rendered text.
+
+        The template is rendered once per sequence of roles with sentinels as contents; what lies between them is
+        literal and is found again in ``text``, with the content in between, as it is or stripped by the template.
+        Raises `UserError` where a template rewrites a content beyond recognition.
+        """
+        pieces = self._literals(chat)
+        spans: Spans = []
+        at = 0
+        for (literal, index), (following, _) in pairwise(pieces):
+            start = at + len(literal)
+            content = chat[index]["content"]
+            end = _content_end(text, start, content, following, last=len(spans) + 2 == len(pieces))
+            if not text.startswith(literal, at) or end is None:
+                raise UserError(
+                    f"the chat template rewrites message {index} ({chat[index]['role']}: {content[:40]!r}) so that it is not "
+                    "found in the rendered text; give another with chat.template='<jinja>'"
+                )
+            spans.append((index, start, end))
+            at = end
+        return spans
+
+    def _with_offsets(self, chat: Sequence[Message], text: str, encoding: Any) -> Rendered:
+        ids = np.array(encoding.ids, np.int64)
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
+        truncated, kept = len(ids) > self.max_length, slice(self.max_length)
+        return self._rendered(chat, text, self.content_spans(chat, text), ids[kept], offsets[kept], truncated)
+
+    def _without_offsets(self, chat: Sequence[Message], text: str) -> Rendered:
+        spans = self.content_spans(chat, text)
+        return self._rendered(chat, text, spans, *slow_tokenizers.encode(self.tokenizer, text, spans, self.max_length))
+
+    def _rendered(self, chat: Sequence[Message], text: str, spans: Spans, ids: Ints, offsets: Ints, truncated: bool) -> Rendered:
+        ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else offsets[:, 1]
+        starts = offsets[:, 0].copy()
+        np.minimum(starts[1:], ends[:-1], out=starts[1:])
+        starts = np.maximum.accumulate(starts) if len(ids) else starts
+        mask, before = np.zeros(len(ids), bool), np.full(len(ids), -1, np.int64)
+        turn_start = n_bytes = 0
+        contents = hashlib.sha256()
+        for index, first, end in spans:
+            if chat[index]["role"] != "assistant":
+                continue
+            contents.update(text[first:end].encode())
+            inside = np.arange(np.searchsorted(ends, first, side="right"), np.searchsorted(starts, end))  # both never decrease
+            if len(inside):
+                mask[inside] = True
+                before[inside] = np.minimum(np.maximum(ends[inside - 1] - first, 0), end - first) + turn_start
+                before[inside[0]] = turn_start
+                n_bytes += len(text[first : min(end, int(ends[inside[-1]]))].encode())
+            stop = int(np.searchsorted(ends, end, side="right"))
+            if self.end_of_turn and stop < len(ids) and (close := self._closing(ids, offsets, text, stop, end)) is not None:
+                mask[close] = True
+                before[close] = turn_start + end - first
+            turn_start += end - first + 1
+        positions = np.flatnonzero(mask[1:])
+        inside_character = np.concatenate([ends[1:] == ends[:-1], [False]])[positions] if len(ids) else positions
+        boundaries = np.where(inside_character, -1, before[positions + 1])
+        return Rendered(text, ids, offsets, mask, positions, boundaries, n_bytes, contents.hexdigest()[:8], truncated)
+
+    def _closing(self, ids: Ints, offsets: Ints, text: str, at: int, end: int) -> int | None:
+        """Index of the special token that closes the turn: the first one after the content, white space between allowed."""
+        while at < len(ids) and int(ids[at]) not in self._special_ids:
+            if text[end : offsets[at, 1]].strip():
+                return None
+            at += 1
+        return at if at < len(ids) and not text[end : offsets[at, 0]].strip() else None
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+
+    def _literals(self, chat: Sequence[Message]) -> list[tuple[str, int]]:
+        roles = tuple(message["role"] for message in chat)
+        if roles not in self._pieces:
+            marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(chat)]
+            parts = SENTINEL.split(self._apply([marked])[0])
+            indices = [int(part) for part in parts[1::2]]
+            if len(set(indices)) != len(indices):
+                raise UserError("the chat template prints a message twice; give another with chat.template='<jinja>'")
+            self._pieces[roles] = [*zip(parts[::2], [*indices, -1], strict=True)]
+        return self._pieces[roles]
+
+    def _apply(self, chats: Sequence[Sequence[Message]]) -> list[str]:
+        return list(self._call([[dict(message) for message in chat] for chat in chats]))
+
+    def _call(self, conversation: list[Any], **options: Any) -> Any:
+        try:
+            return self.host.apply_chat_template(conversation, tokenize=False, chat_template=self.template, **options)
+        except Exception as error:  # a template is a stranger's program: it may raise anything
+            raise UserError(f"the chat template of {self.host.name_or_path!r} fails: {error}; see chat.template") from error
+
+
+def _content_end(text: str, start: int, content: str, following: str, last: bool) -> int | None:
+    fits: Callable[[int], bool] = lambda end: text.startswith(following, end) and (not last or end + len(following) == len(text))
+    for kept in (content, content.strip(), content.rstrip(), content.lstrip()):
+        if text.startswith(kept, start) and fits(start + len(kept)):
+            return start + len(kept)
+    end = text.find(following, start) if following else len(text)
+    return end if end >= 0 and text[start:end] in content and fits(end) else None
+
+
+def render_chat(messages: Sequence[Message], tokenizer: Any, **options: Any) -> Rendered:
+    """One chat through `ChatRenderer`; options as there."""
+    return ChatRenderer(tokenizer, **options)([messages])[0]
+
+
+def renderer_for(tokenizer: Any, pivot_tokenizer: Any, template: str, max_length: int, end_of_turn: bool = True) -> ChatRenderer:
+    """The renderer that ``chat.template`` names: ``pivot``, ``native``, ``plain`` (text as it is) or a Jinja text."""
+    host = None
+    if template == "pivot":
+        host, template = pivot_tokenizer, "native"
+    elif template == "plain":
+        template = PLAIN_TEMPLATE
+    return ChatRenderer(tokenizer, template=template, host=host, max_length=max_length, end_of_turn=end_of_turn)

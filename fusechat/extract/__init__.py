@@ -1,0 +1,1 @@
+"""Extraction: chats and a source -> its next-token distributions, stored."""

@@ -1,0 +1,138 @@
+"""What extraction writes: rows of a shard as Arrow, counts of what was dropped, and the closing summary."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fusechat.app.errors import UserError
+from fusechat.chats.render import Rendered
+from fusechat.extract.module import Batch
+from fusechat.stores.distributions import TopK
+from fusechat.stores.encoding import encode_counts, encode_logprobs, encode_runs, encode_steps, narrowest
+from fusechat.stores.store import StoreWriter, list_column
+
+LOG = logging.getLogger(__name__)
+
+
+class ShardWriter(BasePredictionWriter):
+    """Collects a shard's chats and writes it when it is whole; counts what was dropped and why."""
+
+    def __init__(self, writer: StoreWriter, vocab_size: int, logprobs: str, max_length: int, max_bad_fraction: float, total: int) -> None:
+        super().__init__("batch")
+        self.writer, self.vocab_size, self.logprobs = writer, vocab_size, logprobs
+        self.max_length, self.max_bad, self.total = max_length, max_bad_fraction, total
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.bad: list[str] = []
+        columns = (TextColumn("extract"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        self.progress = Progress(*columns, transient=True)
+        self.task = self.progress.add_task("chats", total=total, rate="")
+        self.tokens = 0
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Counts what an earlier run has left."""
+        whole = [entry for i in range(self.writer.total) if (entry := self.writer.done(i))]
+        if whole:
+            LOG.info("going on after %d whole shards of %d", len(whole), self.writer.total)
+        self.progress.update(self.task, completed=sum(entry["rows"] for entry in whole))
+        self.bad = [identity for entry in whole for identity in entry["statistics"]["bad"]]
+        self.progress.start()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Ends the progress bar, also after an error."""
+        self.progress.stop()
+
+    def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Any, batch: Batch, *args: Any) -> None:
+        """Keeps the batch's rows; writes the shard with its last batch."""
+        for place, chat, rendered, top in zip(batch.rows, batch.chats, batch.rendered, prediction, strict=True):
+            self.rows[place] = _row(chat, rendered, top)
+            self.tokens += len(rendered.input_ids)
+            if top is None:
+                self.bad.append(chat["id"])
+        if len(self.bad) > self.max_bad * self.total:
+            raise UserError(
+                f"{len(self.bad)} of {self.total} chats gave NaN or inf (first: {self.bad[0]}), more than extract.max_bad_fraction="
+                f"{self.max_bad}; try source.dtype=float32 or bfloat16"
+            )
+        elapsed = self.progress.tasks[0].elapsed or 1e-9
+        self.progress.update(self.task, advance=len(batch.rows), rate=f"{self.tokens / elapsed:,.0f} tokens/s")
+        if batch.last:
+            rows = [self.rows[i] for i in range(len(self.rows))]
+            self.writer.write(batch.shard, _table(rows, self.vocab_size, self.logprobs, self.max_length), _statistics(rows))
+            self.rows = {}
+
+
+def _row(chat: dict[str, Any], rendered: Rendered, top: TopK | None) -> dict[str, Any]:
+    kept = top is not None and len(rendered.positions) > 0
+    keep = slice(None) if kept else slice(0, 0)
+    positions = rendered.positions[keep]
+    top = top if top is not None and kept else TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
+    present = ~top.logprobs.isneginf()
+    return {
+        "id": chat["id"], "tag": chat["tag"], "text_hash": rendered.text_hash, "input_ids": rendered.input_ids,
+        "positions": encode_runs(positions), "boundaries": encode_steps(rendered.boundaries[keep]),
+        "counts": encode_counts(present.sum(-1).numpy()), "ids": top.ids[present].numpy(),
+        "logprobs": top.logprobs[present].numpy(), "gold_logprob": top.gold_logprob.numpy(),
+        "nats": float(-top.gold_logprob.double().sum()), "bytes": rendered.n_bytes if kept else 0, "tokens": len(positions),
+        "truncated": rendered.truncated, "bad": not kept and len(rendered.positions) > 0,
+    }  # fmt: skip
+
+
+def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_length: int) -> pa.Table:
+    def column(key: str, dtype: Any) -> pa.Array:
+        return list_column([row[key] for row in rows], dtype)
+
+    ids = narrowest(vocab_size - 1)
+    return pa.table({
+        "id": [row["id"] for row in rows], "tag": [row["tag"] for row in rows], "text_hash": [row["text_hash"] for row in rows],
+        "nats": pa.array([row["nats"] for row in rows], pa.float64()), "bytes": pa.array([row["bytes"] for row in rows], pa.int32()),
+        "tokens": pa.array([row["tokens"] for row in rows], pa.int32()),
+        "input_ids": column("input_ids", ids), "positions": column("positions", narrowest(max_length)),
+        "boundaries": column("boundaries", np.uint8), "counts": column("counts", np.uint16), "ids": column("ids", ids),
+        "logprobs": list_column([encode_logprobs(row["logprobs"], logprobs) for row in rows], np.dtype(logprobs)),
+        "gold_logprob": column("gold_logprob", np.float16),
+    })  # fmt: skip
+
+
+def _statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    empty = [row["id"] for row in rows if not len(row["positions"]) and not row["bad"]]
+    return {
+        "tokens": sum(len(row["input_ids"]) for row in rows), "positions": sum(row["tokens"] for row in rows),
+        "nats": sum(row["nats"] for row in rows), "text_bytes": sum(row["bytes"] for row in rows),
+        "truncated": sum(row["truncated"] for row in rows), "no_response": empty, "bad": [r["id"] for r in rows if r["bad"]],
+    }  # fmt: skip
+
+
+def totals(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Sums of the shards' statistics; lists are joined."""
+    parts = [entry["statistics"] for entry in manifest["shards"]]
+    return {key: sum((p[key] for p in parts), type(value)()) for key, value in parts[0].items()}
+
+
+def numbers(manifest: dict[str, Any]) -> dict[str, float]:
+    """What people look at first: sizes, what was dropped, bits per byte of this source, bytes on disk."""
+    sums = totals(manifest)
+    size = sum(entry["bytes"] for entry in manifest["shards"])
+    return {
+        "chats": sum(entry["rows"] for entry in manifest["shards"]), "tokens": sums["tokens"], "positions": sums["positions"],
+        "no_response": len(sums["no_response"]), "bad": len(sums["bad"]), "truncated": sums["truncated"],
+        "bits_per_byte": float(sums["nats"] / np.log(2) / max(1, sums["text_bytes"])), "megabytes": size / 1e6,
+        "bytes_per_token": size / max(1, sums["tokens"]),
+    }  # fmt: skip
+
+
+def summary(manifest: dict[str, Any], path: Path) -> str:
+    """The closing line."""
+    n = numbers(manifest)
+    return (
+        f"{manifest['model']}: {n['chats']} chats, {n['tokens']:,} tokens ({n['positions']:,} predicted), dropped: {n['no_response']} "
+        f"without an assistant token, {n['bad']} with NaN/inf; truncated: {n['truncated']}; {n['bits_per_byte']:.4f} bits per byte; "
+        f"{n['megabytes']:.1f} MB ({n['bytes_per_token']:.1f} B/token) in {path}"
+    )

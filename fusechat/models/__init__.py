@@ -1,0 +1,1 @@
+"""Hugging Face models: reading, writing, what their heads do, their cards."""

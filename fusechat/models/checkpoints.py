@@ -1,0 +1,234 @@
+"""Checkpoints tensor by tensor: read lazily from safetensors (or torch .bin), written as a stream of shards.
+
+Neither side ever holds a model in memory. Writing goes to a temporary directory that takes its name at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fusechat.app.errors import UserError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor is without reading it. start: byte offset of its data in ``file`` (-1 for .bin checkpoints)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    start: int
+
+    @property
+    def bytes(self) -> int:
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+class LazyCheckpoint:
+    """Read access to the tensors of a model directory by name. Raises `UserError` for a missing or truncated file."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.infos: dict[str, TensorInfo] = {}
+        self._open: dict[Path, Any] = {}
+        self._bin: dict[str, Tensor] = {}
+        files = _weight_files(self.path)
+        for file in files:
+            if file.suffix == ".bin":  # weights_only: a pickle from a stranger must not run code
+                self._bin |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                self.infos |= _read_header(file)
+        self.infos |= {name: TensorInfo(tuple(t.shape), t.dtype, self.path, -1) for name, t in self._bin.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.infos
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, memory-mapped where the format allows."""
+        if name in self._bin:
+            return self._bin[name]
+        return self._handle(self.infos[name].file).get_tensor(name)  # type: ignore[no-any-return]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor's first dimension; a scalar comes whole."""
+        whole = self.tensor(name)
+        return whole[start:stop] if whole.dim() else whole
+
+    def read_ahead(self, name: str) -> None:
+        """Asks the kernel to have the tensor's pages in memory soon."""
+        info = self.infos[name]
+        if info.start >= 0 and hasattr(os, "posix_fadvise"):
+            with info.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), info.start, info.bytes, os.POSIX_FADV_WILLNEED)
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file]
+
+
+class CheckpointWriter:
+    """Streams tensors of known shapes into safetensors shards with an index, in the order of ``plan``.
+
+    plan: name -> (shape, dtype). Tensors must be given in the plan's order; a tensor may be given in slices of rows.
+    """
+
+    def __init__(self, path: Path, plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_shard_size: int) -> None:
+        self.path, self.plan = path, dict(plan)
+        self.shards = _shards(self.plan, max_shard_size)
+        self.total = sum(_size(*entry) for entry in self.plan.values())
+        self._queue = iter([(shard, name) for shard in range(len(self.shards)) for name in self.shards[shard]])
+        self._current: tuple[int, str] | None = None
+        self._left = 0
+        self._file: Any = None
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Appends a tensor, or the next rows of the one being written."""
+        if self._left == 0:
+            self._advance(name)
+        assert self._current is not None and self._current[1] == name, f"{name} is out of the plan's order"
+        data = tensor.to(self.plan[name][1]).contiguous()
+        self._left -= data.numel() * data.element_size()
+        assert self._left >= 0, f"{name}: more rows than planned"
+        self._file.write(data.view(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> list[Path]:
+        """Ends the last shard and writes the index; returns the files."""
+        self._end_shard()
+        assert self._left == 0 and next(self._queue, None) is None, "tensors of the plan are missing"
+        names = [self._shard_name(i) for i in range(len(self.shards))]
+        if len(names) > 1:
+            where = {name: names[i] for i, shard in enumerate(self.shards) for name in shard}
+            content = {"metadata": {"total_size": self.total}, "weight_map": where}
+            (self.path / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        return [self.path / name for name in names]
+
+    def _advance(self, name: str) -> None:
+        shard, expected = next(self._queue)
+        if self._current is None or self._current[0] != shard:
+            self._end_shard()
+            self._file = (self.path / self._shard_name(shard)).open("wb", buffering=1 << 20)
+            header, at = {"__metadata__": {"format": "pt"}}, 0
+            for key in self.shards[shard]:
+                shape, dtype = self.plan[key]
+                size = _size(shape, dtype)
+                header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}  # type: ignore[dict-item]
+                at += size
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            self._file.write(len(text).to_bytes(8, "little") + text)
+        self._current, self._left = (shard, expected), _size(*self.plan[expected])
+
+    def _end_shard(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def _shard_name(self, index: int) -> str:
+        count = len(self.shards)
+        return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+@contextmanager
+def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A directory that appears under its name only when the block has ended without an error."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; add overwrite=true to replace it, or choose another output_dir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname()
+    for left in path.parent.glob(f".{path.name}.{host}-*.tmp"):
+        if not _alive(int(left.name.split("-")[-1].removesuffix(".tmp"))):
+            shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
+    temporary = path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")  # another job of a sweep may write the same name
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()  # our own has ended with an error before, or the number was another's
+
+
+def bytes_of(text: str | int) -> int:
+    """``5GB``, ``200MB`` or a number, in bytes (decimal units, as transformers reads ``max_shard_size``)."""
+    for unit, factor in {"GB": 10**9, "MB": 10**6, "KB": 10**3}.items():
+        if isinstance(text, str) and text.upper().endswith(unit):
+            return int(float(text[: -len(unit)]) * factor)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"max_shard_size={text!r} is not a size; write 5GB, 200MB or a number of bytes") from error
+
+
+def _shards(plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, entry in plan.items():
+        if shards[-1] and filled + _size(*entry) > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += _size(*entry)
+    return shards
+
+
+def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return int(torch.Size(shape).numel()) * dtype.itemsize
+
+
+def _weight_files(path: Path) -> list[Path]:
+    for single, index in ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if (path / index).exists():
+            names = sorted(set(json.loads((path / index).read_text())["weight_map"].values()))
+            if absent := [name for name in names if not (path / name).exists()]:
+                raise UserError(f"{path / index} names {absent[0]}, which is missing; copy the model again")
+            return [path / name for name in names]
+        if (path / single).exists():
+            return [path / single]
+    raise UserError(f"{path} holds no model ({SINGLE} or {INDEX} expected); give a Hugging Face model directory")
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(file, framework="np"):  # the library's own check that header and length fit
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{file} is truncated or not safetensors ({error}); copy it again") from error
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return {name: TensorInfo(tuple(e["shape"]), DTYPES[e["dtype"]], file, 8 + length + e["data_offsets"][0]) for name, e in entries.items()}

@@ -1,0 +1,60 @@
+"""The output head of a causal LM: hidden states -> logits, including what some architectures do to their logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusechat.app.errors import UserError
+
+
+class OutputHead:
+    """Splits a causal LM into backbone and lm_head, so that logits are computed only where they are needed.
+
+    Covers scaled (Cohere, Granite) and soft-capped (Gemma-2) logits and tied embeddings; `verify` compares with the
+    model's own logits and refuses whatever else an architecture may do. B batch, T tokens, D hidden size, V vocabulary.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        whole: Any = model
+        self.model: Any = whole.get_base_model() if hasattr(model, "get_base_model") else whole
+        config = self.model.config.get_text_config()
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"{type(self.model).__name__} has no linear lm_head; set loss.chunked=false")
+        self.head: nn.Linear = head
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Last hidden states, [B, T, D]."""
+        output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of any hidden states [..., D] -> [..., V]."""
+        return self.transform(self.head(hidden))
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """What the architecture does to the lm_head's output."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    @torch.no_grad()
+    def verify(self, input_ids: Tensor) -> None:
+        """Raises `UserError` unless backbone + head give the model's own logits on the first tokens of ``input_ids``."""
+        probe = input_ids[:1, :16]
+        training = self.model.training
+        self.model.eval()
+        own = self.model(input_ids=probe, use_cache=False).logits.float()
+        ours = self.logits(self.hidden(probe)).float()
+        self.model.train(training)
+        tolerance = 1e-4 if self.head.weight.dtype == torch.float32 else 0.05
+        if own.shape != ours.shape or (own - ours).abs().max() > tolerance * own.abs().max().clamp_min(1.0):
+            raise UserError(
+                f"{type(self.model).__name__} computes its logits in a way that backbone and lm_head do not show; "
+                "set loss.chunked=false to use the model's own logits"
+            )

@@ -1,0 +1,113 @@
+"""Loading models and tokenizers with transformers, and knowing which model it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusechat.app.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SMALL = 64 << 20  # bytes: weight files up to this are hashed whole, larger ones by samples
+LICENSED = "pass source.trust_remote_code=true only if you trust its authors"
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A tokenizer by directory or Hub id. Raises `UserError` where there is none."""
+    from transformers import AutoTokenizer
+
+    if path.count("/") != 1 and not Path(path).is_dir():
+        raise UserError(
+            f"no tokenizer at {path!r}: no such directory; see pivot.path and source.path (experiment=tiny: python -m fusechat.tiny)"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer at {path!r}: {_first_line(error)}") from error
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
+    load_in: str | None = None,
+) -> PreTrainedModel:
+    """Any `AutoModelForCausalLM`. ``load_in`` is ``8bit`` or ``4bit`` (bitsandbytes). Raises `UserError` with the reason."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision, "trust_remote_code": trust_remote_code}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if device_map:
+        options["device_map"] = device_map
+    if load_in:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit")
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the model {path!r} cannot be loaded: {_first_line(error)}") from error
+    return model
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
+    """Raises `UserError` where the tokenizer has ids beyond the model's embedding; a padded embedding is fine."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; "
+            "give the tokenizer the model was trained with, or resize the embedding"
+        )
+
+
+def model_identity(path: str, revision: str | None = None) -> str:
+    """A hash of what the weights, config and tokenizer of a local directory are; ``id@revision`` for a Hub id.
+
+    Weight files above 64 MiB count by header, size and sixteen samples of 1 MiB, so that it stays a matter of moments.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        return f"{path}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if (
+            file.suffix in {".safetensors", ".bin", ".model", ".json", ".jinja"}
+            and file.name != "fusechat.json"
+            and not file.name.startswith(".")
+        ):
+            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+            for chunk in _samples(file):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A hash of the vocabulary by id and of the chat template."""
+    ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps([ordered, tokenizer.chat_template]).encode()).hexdigest()[:16]
+
+
+def _samples(file: Path) -> Sequence[bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= SMALL:
+            return [stream.read()]
+        chunks = []
+        for part in range(16):
+            stream.seek(part * (size - (1 << 20)) // 15)
+            chunks.append(stream.read(1 << 20))
+        return chunks
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

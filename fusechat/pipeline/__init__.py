@@ -1,0 +1,1 @@
+"""The pipeline: all stages of an experiment in order."""

@@ -1,0 +1,1 @@
+"""Publishing: a finished model to the Hub."""

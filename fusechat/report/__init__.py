@@ -1,0 +1,1 @@
+"""Results: tables, intervals, figures and one page."""

@@ -1,0 +1,55 @@
+"""Metrics with bootstrap intervals, and paired comparison of two models on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusechat.app.errors import UserError
+
+DRAWS = 2000
+Sample = Mapping[str, Any]
+Floats = npt.NDArray[np.float64]
+
+
+def metric(samples: Sequence[Sample], name: str) -> tuple[Floats, Floats]:
+    """Numerator and denominator per sample; a metric is the ratio of their sums, so that it resamples honestly."""
+    if name == "bits_per_byte":
+        return np.array([s["nats"] / np.log(2) for s in samples]), np.array([s["bytes"] for s in samples])
+    if name == "nats_per_token":
+        return np.array([s["nats"] for s in samples]), np.array([s["tokens"] for s in samples])
+    key = "correct" if name == "accuracy" else name
+    return np.array([float(s[key]) for s in samples]), np.ones(len(samples))
+
+
+def interval(samples: Sequence[Sample], name: str, seed: int = 0) -> dict[str, float]:
+    """value with its 95 % percentile bootstrap interval: low, high."""
+    top, bottom = metric(samples, name)
+    picks = _picks(len(top), seed)
+    values = top[picks].sum(1) / bottom[picks].sum(1)
+    low, high = np.percentile(values, [2.5, 97.5])
+    return {"value": float(top.sum() / bottom.sum()), "low": float(low), "high": float(high), "count": len(top)}
+
+
+def compare(first: Sequence[Sample], second: Sequence[Sample], name: str, seed: int = 0) -> dict[str, float]:
+    """Paired bootstrap of second - first: difference, 95 % interval, two-sided p. Raises `UserError` for other test sets."""
+    if [s["id"] for s in first] != [s["id"] for s in second]:
+        raise UserError("the two results are of different test sets; evaluate both models with the same evaluation.chats")
+    (a, na), (b, nb) = metric(first, name), metric(second, name)
+    picks = _picks(len(a), seed)
+    values = b[picks].sum(1) / nb[picks].sum(1) - a[picks].sum(1) / na[picks].sum(1)
+    low, high = np.percentile(values, [2.5, 97.5])
+    p = 2 * min(float((values <= 0).mean()), float((values >= 0).mean()))
+    return {
+        "difference": float(b.sum() / nb.sum() - a.sum() / na.sum()),
+        "low": float(low),
+        "high": float(high),
+        "p": min(1.0, max(p, 1 / DRAWS)),
+    }
+
+
+def _picks(count: int, seed: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, count, (DRAWS, count))

@@ -1,0 +1,1 @@
+"""What flows between the steps: distributions, on disk and in memory."""

@@ -1,0 +1,244 @@
+"""DistributionStore: one row per chat, as Arrow shards that HF `datasets` opens without our code, plus a manifest.
+
+Crash safety: a shard is written under a temporary name, synced, renamed, and only then recorded beside it with its
+checksum; ``manifest.json`` comes last. A directory without it is unfinished and is resumed shard by shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fusechat.app.errors import UserError
+from fusechat.stores.encoding import DECODE, decode_counts
+
+LOG = logging.getLogger(__name__)
+FORMAT = 2
+MANIFEST = "manifest.json"
+Array = npt.NDArray[Any]
+
+
+def fingerprint(**parts: Any) -> str:
+    """A short hash of everything that decides a stage's output; equal inputs give equal fingerprints."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)  # no default: an object's repr may hide what differs
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a file so that it is either whole or absent: temporary name, fsync, rename, fsync of the directory."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON durably, keys in order, so that equal contents are equal bytes."""
+    write_durably(path, json.dumps(content, indent=1, sort_keys=True, default=str).encode())
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a finished store, or None where there is none."""
+    file = path / MANIFEST
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+class StoreWriter:
+    """Writes a store shard by shard; shards may come in any order and from several processes.
+
+    Raises `UserError` where the directory holds another fingerprint or cannot be written.
+    """
+
+    def __init__(self, path: Path, mark: str, total_shards: int) -> None:
+        self.path, self.mark, self.total = path, mark, total_shards
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            held = path / "fingerprint"
+            if not held.exists():
+                write_durably(held, mark.encode())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); choose another with output_dir=DIR") from error
+        if (found := held.read_text()) != mark:
+            raise UserError(
+                f"{path} holds a store of fingerprint {found}, this command makes {mark}; "
+                "add overwrite=true to replace it, or output_dir=DIR to keep both"
+            )
+
+    def done(self, index: int) -> dict[str, Any] | None:
+        """What is recorded of a shard that is whole (checksum compared), else None."""
+        record = self._record(index)
+        if not record.exists():
+            return None
+        entry: dict[str, Any] = json.loads(record.read_text())
+        shard = self.path / entry["file"]
+        return entry if shard.exists() and file_hash(shard) == entry["sha256"] else None
+
+    def write(self, index: int, table: pa.Table, statistics: Mapping[str, Any]) -> None:
+        """Writes one shard and its record. Raises `UserError` when the disk is full."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        data = sink.getvalue().to_pybytes()
+        name = f"data-{index:05d}-of-{self.total:05d}.arrow"
+        try:
+            write_durably(self.path / name, data)
+        except OSError as error:
+            raise UserError(
+                f"{self.path / name}: {error.strerror}; the shards written so far are whole: make room and run the same command again"
+            ) from error
+        sha = hashlib.sha256(data).hexdigest()
+        self.record(index, {"file": name, "rows": table.num_rows, "bytes": len(data), "sha256": sha, "statistics": statistics})
+
+    def record(self, index: int, entry: Mapping[str, Any]) -> None:
+        """Notes that a shard is whole: its file, rows, bytes, checksum and statistics."""
+        write_json(self._record(index), entry)
+
+    def await_shards(self, wait: bool, every: float = 1.0) -> None:
+        """Returns once every shard is recorded. wait: other ranks may still write some; else `UserError` names the first missing.
+
+        Files are watched rather than a collective joined: ranks end a shard apart, which may be longer than any collective's timeout.
+        """
+        said = False
+        while missing := [i for i in range(self.total) if not self._record(i).exists()]:
+            if not wait:
+                raise UserError(f"{len(missing)} shards of {self.path} are missing (first: {missing[0]}); run the same command again")
+            if not said:
+                LOG.info("waiting for the %d shards that other ranks still write", len(missing))
+            said = True
+            time.sleep(every)
+
+    def finish(self, **about: Any) -> dict[str, Any]:
+        """Writes the files `datasets.load_from_disk` wants, then the manifest; returns the manifest."""
+        from datasets import DatasetInfo, Features
+
+        entries = [json.loads(self._record(i).read_text()) for i in range(self.total)]
+        with pa.memory_map(str(self.path / entries[0]["file"])) as source:
+            features = Features.from_arrow_schema(pa.ipc.open_stream(source).schema)
+        DatasetInfo(features=features).write_to_directory(str(self.path))
+        state = {"_data_files": [{"filename": e["file"]} for e in entries], "_fingerprint": self.mark}
+        write_json(
+            self.path / "state.json",
+            {**state, "_format_columns": None, "_format_kwargs": {}, "_format_type": None} | {"_output_all_columns": False, "_split": None},
+        )
+        manifest = {"format": FORMAT, "fingerprint": self.mark, **about, "shards": entries}
+        write_json(self.path / MANIFEST, manifest)
+        for index in range(self.total):
+            self._record(index).unlink()
+        for stale in self.path.glob(".*.tmp"):  # left by a process that was killed while it wrote
+            stale.unlink(missing_ok=True)
+        return manifest
+
+    def _record(self, index: int) -> Path:
+        return self.path / f"shard-{index:05d}.json"
+
+
+class DistributionStore:
+    """A finished store, memory-mapped. Columns are read as NumPy views: nothing is copied until it is used.
+
+    Raises `UserError` where ``path`` holds no finished store; ``remedy`` is the command that makes it.
+    """
+
+    def __init__(self, path: Path | str, remedy: str = "python -m fusechat.extract") -> None:
+        self.path = Path(path)
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            state = "is unfinished" if (self.path / "fingerprint").exists() else "does not exist"
+            raise UserError(f"the store {self.path} {state}; make it with: {remedy}")
+        if manifest["format"] != FORMAT:
+            raise UserError(
+                f"{self.path} is of store format {manifest['format']}, this version reads {FORMAT}; run: {remedy} overwrite=true"
+            )
+        self.manifest: dict[str, Any] = manifest
+        self.fingerprint: str = manifest["fingerprint"]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def verify(self) -> None:
+        """Compares every shard with its checksum. Raises `UserError` naming the first that differs."""
+        for entry in self.manifest["shards"]:
+            file = self.path / entry["file"]
+            if not file.exists() or file_hash(file) != entry["sha256"]:
+                raise UserError(f"{file} is missing or does not match its checksum; remove it and {MANIFEST}, extract again")
+
+    def row(self, index: int, *columns: str) -> tuple[Array, ...]:
+        """The named list columns of one row: NumPy views of the memory-mapped file, decoded where `fusechat.stores.encoding` says so."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        local = index - int(self._starts[shard])
+        views = self._shards[shard]
+        found = {c: views[c][1][views[c][0][local] : views[c][0][local + 1]] for c in columns}
+        if "counts" in found:
+            starts = views["gold_logprob"][0]
+            found["counts"] = decode_counts(found["counts"], int(starts[local + 1] - starts[local]))
+        return tuple(DECODE[name](values) if name in DECODE else values for name, values in found.items())
+
+    def column(self, name: str) -> Array:
+        """A whole scalar column, as one array."""
+        parts = [table.column(name).combine_chunks() for table in self._tables]
+        return np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts])
+
+    @cached_property
+    def _tables(self) -> list[pa.Table]:
+        return [pa.ipc.open_stream(pa.memory_map(str(self.path / entry["file"]))).read_all() for entry in self.manifest["shards"]]
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        return np.cumsum([0, *(entry["rows"] for entry in self.manifest["shards"])])
+
+    @cached_property
+    def _shards(self) -> list[dict[str, tuple[Array, Array]]]:
+        return [
+            {name: _list_views(table.column(name)) for name in table.column_names if pa.types.is_list(table.schema.field(name).type)}
+            for table in self._tables
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:  # DataLoader workers map the files again rather than copy them
+        return {"path": self.path, "manifest": self.manifest, "fingerprint": self.fingerprint}
+
+
+def list_column(rows: list[Array], dtype: npt.DTypeLike) -> pa.Array:
+    """Ragged rows as one Arrow list column of the given item type."""
+    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
+    values = np.concatenate([*rows, np.empty(0, dtype)]).astype(dtype, copy=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _list_views(column: pa.ChunkedArray) -> tuple[Array, Array]:
+    chunk = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if isinstance(chunk, pa.ChunkedArray):  # a table without rows
+        return np.zeros(1, np.int32), np.empty(0)
+    return chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)
+
+
+def remove(path: Path) -> None:
+    """Deletes a store, manifest first, so that a half-deleted one is never taken for whole. Other folders are left alone."""
+    if not (path / "fingerprint").exists():
+        return
+    (path / MANIFEST).unlink(missing_ok=True)
+    for file in sorted(path.iterdir(), key=lambda f: f.name == "fingerprint"):
+        file.unlink(missing_ok=True)  # other ranks may do the same

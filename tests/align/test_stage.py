@@ -1,0 +1,178 @@
+"""The alignment stage: pass-through, kinds, the independence of processes, resumption, and bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from fusechat.app.errors import UserError
+from fusechat.stores.encoding import decode_logprobs
+from fusechat.stores.store import DistributionStore
+from tests.conftest import ROOT, Mini
+from tests.spoiling import replaced, spoil
+
+
+def aligned(world: Mini, name: str = "a") -> DistributionStore:
+    return DistributionStore(world.experiment / "aligned" / name)
+
+
+def test_a_shared_vocabulary_passes_through_without_a_copy(mini: Mini) -> None:
+    store = aligned(mini, "pivot")
+    assert store.manifest["token_map"] == "same"
+    for entry in store.manifest["shards"]:
+        assert (store.path / entry["file"]).stat().st_ino == (mini.experiment / "distributions/pivot" / entry["file"]).stat().st_ino
+
+
+@pytest.mark.parametrize("source", ["a", "b", "c"])
+def test_rows_belong_to_the_pivots_positions(source: str, mini: Mini) -> None:
+    pivot, store = DistributionStore(mini.experiment / "distributions/pivot"), aligned(mini, source)
+    kinds = np.zeros(4)
+    for row in range(len(store)):
+        (positions,), (counts, ids, kind, logprobs) = pivot.row(row, "positions"), store.row(row, "counts", "ids", "kind", "logprobs")
+        assert len(counts) == len(kind) == len(positions)
+        assert counts.sum() == len(ids)
+        assert ((counts > 0) <= (kind != 3)).all(), "no distribution without a partner"
+        assert not len(ids) or ids.max() < pivot.manifest["vocab_size"]
+        mass = np.add.reduceat(np.exp(decode_logprobs(logprobs)), np.cumsum([0, *counts[:-1]])[counts > 0]) if len(ids) else np.zeros(1)
+        assert (mass <= 1.01).all()
+        kinds += np.bincount(kind, minlength=4)
+    assert kinds[0] > kinds[3], "most positions of a shared text have a partner"
+
+
+@pytest.mark.parametrize("token_map", ["em", "mined", "ms", "uld"])
+@pytest.mark.parametrize("sequence", ["dtw", "offsets"])
+def test_every_map_with_either_alignment(token_map: str, sequence: str, fresh: Mini) -> None:
+    fresh.run("align", "source=b", f"token_map={token_map}", f"alignment.sequence={sequence}", "alignment.unmatched=gold", "overwrite=true")
+    store = aligned(fresh, "b")
+    assert (store.manifest["token_map"], store.manifest["sequence"]) == (token_map, sequence)
+    if token_map != "uld":
+        assert all((store.row(row, "counts")[0][store.row(row, "kind")[0] == 3] == 1).all() for row in range(len(store)))
+
+
+@pytest.mark.parametrize("source", ["a", "b", "c"])
+def test_prefix_keeps_the_gold_tokens_probability(source: str, mini: Mini) -> None:
+    """Where every pivot position has a partner, the chain rule leaves the response as likely as the source had it."""
+    own, store, whole = DistributionStore(mini.experiment / "distributions" / source), aligned(mini, source), 0
+    for row in range(len(store)):
+        gold, kind = store.row(row, "gold_logprob", "kind")
+        if len(kind) and not (kind == 3).any():
+            whole += 1
+            assert -gold.astype(np.float64).sum() <= own.column("nats")[row] * 1.01 + 0.1
+    assert whole > 3
+
+
+def test_the_result_does_not_depend_on_processes_or_interruptions(fresh: Mini) -> None:
+    hashes = lambda: [entry["sha256"] for entry in aligned(fresh, "a").manifest["shards"]]
+    wanted = hashes()
+    fresh.run("align", "source=a", "alignment.num_proc=2", "overwrite=true")
+    assert hashes() == wanted
+    store = aligned(fresh, "a")
+    for index, entry in enumerate(store.manifest["shards"]):
+        (store.path / f"shard-{index:05d}.json").write_text(json.dumps(entry))
+    (store.path / "manifest.json").unlink()
+    (store.path / store.manifest["shards"][1]["file"]).write_bytes(b"cut short")
+    fresh.run("align", "source=a")
+    assert hashes() == wanted
+
+
+def test_a_slow_tokenizer_is_aligned_by_dtw(fresh: Mini, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+    path, tokenizer = fresh.root / "slow", ByT5Tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **shape)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    options = ["source.name=slow", f"source.path={path}", "chat.max_length=1024", "chat.template=pivot"]
+    fresh.run("extract", *options)
+    fresh.run("align", *options, "token_map=mined")
+    store, own = aligned(fresh, "slow"), DistributionStore(fresh.experiment / "distributions/slow")
+    assert (own.manifest["offsets"], store.manifest["sequence"]) == (False, "dtw")
+    assert "a slow tokenizer reports no offsets: aligned by alignment.sequence=dtw instead" in caplog.text
+    kinds = sum(np.bincount(store.row(row, "kind")[0], minlength=4) for row in range(len(store)))
+    assert kinds[3] < kinds[:3].sum()
+    chat = datasets.load_dataset("json", data_files=str(fresh.experiment / "world/chats/fusion.jsonl"), split="train")[0]["messages"]
+    (ids, positions), answer = own.row(0, "input_ids", "positions"), "".join(m["content"] for m in chat if m["role"] == "assistant")
+    assert tokenizer.decode(ids[positions + 1]).startswith(answer)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["token_map.name=best"], r"token_map='best' is unknown; use one of: em, mined, ms, prefix, uld"),
+        (["alignment.sequence=best"], r"alignment\.sequence='best' is unknown"),
+        (["source.name=zz"], r"distributions/zz does not exist; make it with: python -m fusechat\.extract experiment=tiny source=zz"),
+        (["token_map=em"], r"holds a store of fingerprint .*overwrite=true"),
+    ],
+)
+def test_bad_settings(overrides: list[str], message: str, mini: Mini) -> None:
+    with pytest.raises(UserError, match=message):
+        mini.run("align", "source=a", *overrides)
+
+
+def test_stores_over_different_chats_are_refused(fresh: Mini) -> None:
+    fresh.run("extract", "source=a", "chat.limit=50", "overwrite=true")
+    with pytest.raises(UserError, match=r"\(50 chats\) and .* \(96\) hold different chats; extract both with the same chat\.path"):
+        fresh.run("align", "source=a", "overwrite=true")
+
+
+def test_texts_that_differ_after_rendering_are_told_with_excerpts(fresh: Mini) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] | replace('a b', 'a  b') }}<|endoftext|>{% endfor %}"
+    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " padded a c"}]} for _ in range(4)]
+    chats = Path(fresh.root) / "padded.jsonl"
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stripped = template.replace("replace('a b', 'a  b')", "trim")
+    fresh.run("extract", "source=pivot", f"chat.path={chats}", "overwrite=true")
+    fresh.run(
+        "extract", "source=a", f"chat.path={chats}", f"chat.template='{stripped.replace(chr(39), chr(92) + chr(39))}'", "overwrite=true"
+    )
+    with pytest.raises(
+        UserError, match=r"4 chats read differently after rendering; the first is row 0, character \d+: .* / .* \(pivot / source\)"
+    ):
+        fresh.run("align", "source=a", "overwrite=true")
+
+
+def test_ids_beyond_the_tokenizer_are_refused(fresh: Mini) -> None:
+    spoil(fresh.experiment / "distributions/a", lambda table: replaced(table, "ids", 65_000))
+    with pytest.raises(
+        UserError, match=r"distributions/a, row \d+: token id 65000 is beyond the tokenizer's \d+ tokens; give the tokenizer"
+    ):
+        fresh.run("align", "source=a", "overwrite=true", "token_map=em")
+
+
+def test_empty_answers_and_tokens_without_a_text(fresh: Mini) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]}
+        for text in ("", "a \u200b b", "\x00", "a b")
+    ]
+    chats = fresh.root / "odd.jsonl"
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for sequence in ("offsets", "dtw"):
+        for name in ("pivot", "a"):
+            fresh.run("extract", f"source={name}", f"chat.path={chats}", "overwrite=true")
+        fresh.run("align", "source=a", f"alignment.sequence={sequence}", "overwrite=true")
+        store, pivot = aligned(fresh, "a"), DistributionStore(fresh.experiment / "distributions/pivot")
+        for row in range(4):
+            assert len(store.row(row, "counts")[0]) == len(pivot.row(row, "positions")[0])
+        assert len(store.row(3, "ids")[0]) > 0
+
+
+def test_the_command_that_mends_it_names_the_experiment_it_was_given(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fusechat.align",
+        "experiment=fusechat_7b_varm",
+        "experiment_name=mine",
+        f"paths.root={tmp_path}",
+        "source=nh2_solar",
+    ]
+    done = subprocess.run([*command, f"hydra.run.dir={tmp_path}/hydra"], cwd=ROOT, text=True, capture_output=True, timeout=100)
+    assert (
+        "make it with: python -m fusechat.extract experiment=fusechat_7b_varm experiment_name=mine source=pivot"
+        in done.stdout + done.stderr
+    )
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,213 @@
+"""Rendering: exactly the assistants' text is masked, for any template; chat files in every format, and bad ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fusechat.app.errors import UserError
+from fusechat.chats.formats import in_validation, load_chats
+from fusechat.chats.render import ChatRenderer, render_chat
+
+EXTRA = {
+    "llama2": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }} {{ eos_token }}{% else %}<<SYS>>{{ m['content'] }}<</SYS>>{% endif %}{% endfor %}",
+    "generation": "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['role'] }}:{{ m['content'] }}\n{% endif %}{% endfor %}",
+    "system-in-user": "{% for m in messages %}{% if m['role'] == 'system' %}{% else %}{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] }}\n\n{% endif %}{{ m['role'] }}> {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
+}
+NAMES = ("pivot", "a", "b", "c")
+CONTENT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Co", "Cc")), max_size=12) | st.sampled_from(
+    ["assistant", "A:", "user> x", "naïve café", "日本語 🙂 é", "1234", "a\nb", "", " padded ", "</s>", "<|end|>"]
+)
+TURNS = st.lists(st.sampled_from(["user", "assistant", "tool"]), min_size=1, max_size=5)
+
+
+@st.composite
+def conversations(draw: Any) -> list[dict[str, str]]:
+    roles = (["system"] if draw(st.booleans()) else []) + draw(TURNS)
+    return [{"role": role, "content": draw(CONTENT)} for role in roles]
+
+
+def masked_text(rendered: Any, tokenizer: Any) -> str:
+    return tokenizer.decode(
+        [i for i, keep in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if keep], skip_special_tokens=True
+    )
+
+
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(conversations(), st.sampled_from(NAMES), st.sampled_from([None, *EXTRA]))
+def test_masked_characters_are_the_assistants(
+    tokenizers: Callable[[str], Any], chat: list[dict[str, str]], name: str, template: str | None
+) -> None:
+    tokenizer = tokenizers(name)
+    renderer = ChatRenderer(tokenizer, template=EXTRA[template] if template else "native", end_of_turn=False)
+    rendered = renderer([chat])[0]
+    spans = [(a, b) for i, a, b in renderer.content_spans(chat, rendered.text) if chat[i]["role"] == "assistant"]
+    contents = [m["content"] for m in chat if m["role"] == "assistant"]
+    texts = [rendered.text[a:b] for a, b in spans]
+    assert [t.strip() for t in texts] == [c.strip() for c in contents]
+    for (start, end), keep in zip(rendered.char_spans, rendered.assistant_mask, strict=True):
+        touches = any(start < b and end > a for a, b in spans)
+        if start < end:
+            assert keep == touches or (keep and any(a <= end <= b for a, b in spans)), (rendered.text[start:end], keep)
+    assert rendered.n_bytes == sum(len(t.encode()) for t in texts)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(conversations(), st.sampled_from(NAMES))
+def test_without_offsets_the_same_tokens_are_found(tokenizers: Callable[[str], Any], chat: list[dict[str, str]], name: str) -> None:
+    renderer = ChatRenderer(tokenizers(name))
+    wanted = renderer([chat])[0]
+    found = renderer._without_offsets(chat, wanted.text)
+    assert found.input_ids.tolist() == wanted.input_ids.tolist()
+    assert found.assistant_mask.tolist() == wanted.assistant_mask.tolist()
+    assert (found.n_bytes, found.text_hash) == (wanted.n_bytes, wanted.text_hash)
+    assert set(found.boundaries[found.boundaries >= 0]) <= set(wanted.boundaries), "only where turns begin and end"
+
+
+def test_a_cut_without_offsets_counts_the_kept_bytes(tokenizers: Callable[[str], Any]) -> None:
+    chat = [{"role": "user", "content": "Sort b a."}, {"role": "assistant", "content": "a b c d e f g h"}]
+    length = len(ChatRenderer(tokenizers("a"))([chat])[0].input_ids) - 6
+    renderer = ChatRenderer(tokenizers("a"), max_length=length)
+    wanted = renderer([chat])[0]
+    found = renderer._without_offsets(chat, wanted.text)
+    assert found.truncated
+    assert found.n_bytes == wanted.n_bytes < 15
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_end_of_turn_is_trained_on_where_configured(name: str, tokenizers: Callable[[str], Any]) -> None:
+    tokenizer = tokenizers(name)
+    chat = [{"role": "user", "content": "Sort b a."}, {"role": "assistant", "content": "a b"}] * 2
+    with_end, without = (render_chat(chat, tokenizer, end_of_turn=flag) for flag in (True, False))
+    closing = (with_end.assistant_mask & ~without.assistant_mask).nonzero()[0]
+    assert with_end.input_ids[closing].tolist() == [tokenizer.eos_token_id] * 2
+    assert with_end.boundaries.max() == 7  # two turns of three characters, one character apart, each closed
+    assert masked_text(without, tokenizer).replace(" ", "") == "abab"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_boundaries_count_assistant_characters(name: str, tokenizers: Callable[[str], Any]) -> None:
+    rendered = render_chat([{"role": "user", "content": "x"}, {"role": "assistant", "content": "a bé 🙂 c"}], tokenizers(name))
+    inside = rendered.boundaries[rendered.boundaries >= 0]
+    assert inside[0] == 0
+    assert inside[-1] == len("a bé 🙂 c")
+    assert (inside[1:] > inside[:-1]).all()
+
+
+def test_truncation_cuts_at_a_token_and_is_told(tokenizers: Callable[[str], Any]) -> None:
+    chat = [{"role": "user", "content": "Sort b a."}, {"role": "assistant", "content": "a b c d e f g h"}]
+    whole, cut = render_chat(chat, tokenizers("pivot")), render_chat(chat, tokenizers("pivot"), max_length=12)
+    assert (whole.truncated, cut.truncated, len(cut.input_ids)) == (False, True, 12)
+    assert cut.input_ids.tolist() == whole.input_ids[:12].tolist()
+    assert cut.n_bytes < whole.n_bytes
+
+
+def test_batches_equal_single_chats(tokenizers: Callable[[str], Any]) -> None:
+    chats = [[{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y " * n}] for n in (1, 5, 2)]
+    renderer = ChatRenderer(tokenizers("b"))
+    for one, many in zip([renderer([c])[0] for c in chats], renderer(chats), strict=True):
+        assert one.input_ids.tolist() == many.input_ids.tolist()
+        assert one.boundaries.tolist() == many.boundaries.tolist()
+
+
+def test_template_errors(tokenizers: Callable[[str], Any]) -> None:
+    tokenizer, chat = tokenizers("pivot"), [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}]
+    with pytest.raises(UserError, match=r"the chat template of .* fails: no.*see chat\.template"):
+        render_chat(chat, tokenizer, template="{{ raise_exception('no') }}")
+    with pytest.raises(UserError, match=r"rewrites message 0 \(user: 'x'\)"):
+        render_chat(chat, tokenizer, template="{% for m in messages %}{{ m['content'] | upper }};{% endfor %}")
+    with pytest.raises(UserError, match="prints a message twice"):
+        render_chat(chat, tokenizer, template="{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}")
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"has no chat template; give one with chat\.template="):
+        render_chat(chat, tokenizer)
+
+
+ROWS = {
+    "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]},
+    "alpaca": {"instruction": "q", "input": "", "output": "r"},
+    "prompt/response": {"prompt": "q", "response": "r"},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_formats_are_recognised(name: str, suffix: str, tmp_path: Path) -> None:
+    import datasets
+
+    file = tmp_path / f"chats.{suffix}"
+    data = datasets.Dataset.from_list([ROWS[name], ROWS[name]])
+    data.to_parquet(file) if suffix == "parquet" else data.to_json(file)
+    chats, found = load_chats(str(file))
+    assert found == name
+    assert chats[0]["messages"] == ROWS["messages"]["messages"]
+    assert len(chats[0]["id"]) == 16
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt": \n', r"x\.jsonl, line 2: not JSON .*mend or remove the line"),
+        ("x.jsonl", "", r"x\.jsonl is empty; see chat\.path"),
+        ("x.jsonl", '{"question": "a"}\n', r"has the columns question; expected one of messages: messages; sharegpt"),
+        ("x.jsonl", '{"messages": [{"role": "alien", "content": "b"}]}\n', "chat 0: unknown role or key 'alien'; roles are human"),
+        ("x.jsonl", '{"messages": []}\n', "chat 0: no messages|is not a role"),
+        ("x.jsonl", '{"messages": [{"role": "user", "content": "b", "tool_calls": [{"id": 1}]}]}\n', "chat 0: tool_calls would be lost"),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "image", "text": ""}]}]}\n',
+            "content is list with more than text",
+        ),
+        ("x.txt", "hello", "is not a chat file; expected .json"),
+    ],
+)
+def test_bad_files(name: str, text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_chats(written(tmp_path / name, text))
+
+
+def test_text_parts_are_joined(tmp_path: Path) -> None:
+    parts = '{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}]}\n'
+    chats, _ = load_chats(written(tmp_path / "x.jsonl", parts))
+    assert chats[0]["messages"] == [{"role": "user", "content": "qr"}]
+
+
+def test_streams_are_read_to_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    lines = "".join(f'{{"prompt": "q{i}", "response": "r"}}\n' for i in range(9))
+    stream = datasets.load_dataset("json", data_files=written(tmp_path / "x.jsonl", lines), split="train", streaming=True)
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: asked.append((a, o)) or stream)
+    chats, found = load_chats("owner/name", split="test", name="en", limit=4, streaming=True)
+    assert (found, [chat["messages"][0]["content"] for chat in chats]) == ("prompt/response", ["q0", "q1", "q2", "q3"])
+    assert asked == [(("owner/name", "en"), {"split": "test", "streaming": True})]
+
+
+def test_a_hub_dataset_that_cannot_be_read() -> None:
+    with pytest.raises(UserError, match=r"chat\.path=owner/name is neither a file here nor a dataset on the Hub that could be read"):
+        load_chats("owner/name")
+
+
+def test_missing_file() -> None:
+    with pytest.raises(UserError, match=r"chat\.path=/nowhere\.jsonl does not exist"):
+        load_chats("/nowhere.jsonl")
+
+
+def test_validation_split_is_by_content() -> None:
+    held = [i for i in range(4000) if in_validation(f"{i:x}", 0.1, 0)]
+    assert 300 < len(held) < 500
+    assert held == [i for i in range(4000) if in_validation(f"{i:x}", 0.1, 0)]
+    assert held != [i for i in range(4000) if in_validation(f"{i:x}", 0.1, 1)]

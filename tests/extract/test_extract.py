@@ -1,0 +1,257 @@
+"""Extraction: against a naive loop, resumed after kill -9 byte for byte, readable without our code, and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusechat.app.errors import UserError
+from fusechat.chats.formats import load_chats
+from fusechat.chats.render import ChatRenderer
+from fusechat.extract.module import by_token_budget
+from fusechat.extract.writer import summary, totals
+from fusechat.stores import distributions
+from fusechat.stores.encoding import decode_logprobs
+from fusechat.stores.store import DistributionStore
+from tests.conftest import ROOT, Mini
+
+
+def shards(path: Path) -> list[str]:
+    return [entry["sha256"] for entry in DistributionStore(path).manifest["shards"]]
+
+
+@pytest.mark.parametrize("source", ["pivot", "a", "b", "c"])
+def test_store_equals_a_naive_loop(source: str, mini: Mini) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = mini.experiment / "world/models" / source
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    chats, _ = load_chats(str(mini.experiment / "world/chats/fusion.jsonl"))
+    store = DistributionStore(mini.experiment / "distributions" / source)
+    assert len(store) == len(chats) == 96
+    store.verify()
+    for row in (0, 40, 95):
+        rendered = ChatRenderer(tokenizer)([chats[row]["messages"]])[0]
+        with torch.no_grad():
+            logprobs = model(torch.from_numpy(rendered.input_ids)[None]).logits[0].float().log_softmax(-1)
+        ids, positions, stored, gold, counts = store.row(row, "ids", "positions", "logprobs", "gold_logprob", "counts")
+        wanted = logprobs[rendered.positions].topk(10)
+        assert positions.tolist() == rendered.positions.tolist()
+        assert counts.tolist() == [10] * len(positions)
+        assert np.allclose(decode_logprobs(stored).reshape(-1, 10), wanted.values, atol=0.02)
+        assert np.mean(ids.reshape(-1, 10) == wanted.indices.numpy()) > 0.99
+        nats = -logprobs[rendered.positions, rendered.input_ids[rendered.positions + 1]].sum()
+        assert store.column("nats")[row] == pytest.approx(float(nats), rel=1e-3)
+        assert np.allclose(-gold.astype(np.float32).sum(), float(nats), rtol=1e-2)
+
+
+def test_datasets_opens_it_without_our_code(mini: Mini) -> None:
+    path = mini.experiment / "distributions/a"
+    rows = datasets.load_from_disk(str(path))
+    assert len(rows) == 96
+    first, end = rows[0]["positions"]
+    assert (rows[0]["counts"], len(rows[0]["ids"])) == ([10], 10 * (end - first))
+    files = sorted(str(f) for f in path.glob("*.arrow"))
+    assert len(datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(mini.root / "cache"))) == 96
+
+
+def test_summary_counts(mini: Mini) -> None:
+    store = DistributionStore(mini.experiment / "distributions/pivot")
+    assert totals(store.manifest)["positions"] == sum(len(store.row(i, "positions")[0]) for i in range(96))
+    assert "bits per byte" in summary(store.manifest, store.path)
+    per_token = sum(e["bytes"] for e in store.manifest["shards"]) / totals(store.manifest)["tokens"]
+    assert per_token <= 40
+
+
+def test_uint8_takes_fewer_bytes(fresh: Mini) -> None:
+    before = sum(e["bytes"] for e in DistributionStore(fresh.experiment / "distributions/a").manifest["shards"])
+    fresh.run("extract", "source=a", "store.logprobs=uint8", "overwrite=true")
+    assert sum(e["bytes"] for e in DistributionStore(fresh.experiment / "distributions/a").manifest["shards"]) < 0.95 * before
+
+
+@pytest.mark.parametrize("kind", ["top_p", "sampled"])
+def test_other_kinds(kind: str, fresh: Mini) -> None:
+    fresh.run("extract", "source=a", f"extract.kind={kind}", "overwrite=true")
+    store = DistributionStore(fresh.experiment / "distributions/a")
+    counts, logprobs = store.row(0, "counts", "logprobs")
+    assert counts.min() >= 1
+    assert counts.sum() == len(logprobs)
+    mass = np.exp(decode_logprobs(logprobs)).sum() / len(counts)
+    assert mass == pytest.approx(1.0, abs=0.02) if kind == "sampled" else 0.01 < mass <= 1.01
+
+
+def command(world: Mini, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "fusechat.extract", *world.base, *overrides]
+
+
+def test_kill_and_resume_is_byte_for_byte(fresh: Mini) -> None:
+    path = fresh.experiment / "distributions/b"
+    wanted = shards(path)
+    shutil.rmtree(path)
+    small = "extract.rows_per_shard=8"
+    fresh.run("extract", "source=b", small)
+    whole = shards(path)
+    shutil.rmtree(path)
+    process = subprocess.Popen(
+        command(fresh, "source=b", small), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not list(path.glob("shard-*.json")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with pytest.raises(UserError, match=r"is unfinished; make it with|does not exist"):
+        DistributionStore(path)
+    (path / ".data-00001-of-00012.arrow.1.tmp").write_bytes(b"killed while writing")
+    fresh.run("extract", "source=b", small)
+    assert shards(path) == whole
+    assert not list(path.glob(".*.tmp"))
+    assert len(wanted) == 3
+
+
+def test_a_corrupt_shard_is_found_and_made_again(fresh: Mini) -> None:
+    path = fresh.experiment / "distributions/a"
+    wanted, shard = shards(path), path / "data-00001-of-00003.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="does not match its checksum"):
+        DistributionStore(path).verify()
+    entries = DistributionStore(path).manifest["shards"]
+    (path / "manifest.json").unlink()
+    for index, entry in enumerate(entries):
+        (path / f"shard-{index:05d}.json").write_text(json.dumps(entry))
+    fresh.run("extract", "source=a")
+    assert shards(path) == wanted
+
+
+def test_nan_is_kept_out_and_too_many_stop_the_run(fresh: Mini) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = fresh.experiment / "world/models/a/model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if "embed_in" in n)
+    chats, _ = load_chats(str(fresh.experiment / "world/chats/fusion.jsonl"))
+    rendered = ChatRenderer(__import__("transformers").AutoTokenizer.from_pretrained(file.parent))([chats[5]["messages"]])[0]
+    token = int(rendered.input_ids[rendered.positions[0] + 1])
+    tensors[name][token] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"chats gave NaN or inf .*extract\.max_bad_fraction=0\.01; try source\.dtype"):
+        fresh.run("extract", "source=a", "overwrite=true")
+    fresh.run("extract", "source=a", "overwrite=true", "extract.max_bad_fraction=1.0")
+    store = DistributionStore(fresh.experiment / "distributions/a")
+    bad = totals(store.manifest)["bad"]
+    assert bad
+    row = store.column("id").tolist().index(bad[0])
+    assert len(store.row(row, "ids")[0]) == 0
+    fresh.run("align", "source=a", "overwrite=true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["extract.top_k=9999"], r"extract\.top_k=9999: expected 1 to \d+, the model's vocabulary"),
+        (["chat.max_length=4096"], r"chat\.max_length=4096 exceeds the context of .*set chat\.max_length=512"),
+        (["extract.kind=best"], r"extract\.kind='best' is unknown; use one of: top_k, top_p, sampled"),
+        (["store.logprobs=int3"], r"store\.logprobs='int3' is unknown"),
+        (["extract.top_k=5"], r"holds a store of fingerprint .*; add overwrite=true to replace it, or output_dir=DIR"),
+        (["source.path=/nowhere"], r"no tokenizer at '/nowhere'"),
+        (["output_dir=/proc/x"], r"/proc/x cannot be written .*output_dir=DIR"),
+    ],
+)
+def test_bad_settings(overrides: list[str], message: str, mini: Mini) -> None:
+    if overrides == ["extract.top_k=9999"] or overrides == ["chat.max_length=4096"]:
+        overrides = [*overrides, f"output_dir={mini.root}/other-{overrides[0][:9]}"]
+    with pytest.raises(UserError, match=message):
+        mini.run("extract", "source=a", *overrides)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(fresh: Mini) -> None:
+    from transformers import AutoTokenizer
+
+    path = fresh.experiment / "world/models/a"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(3)])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, the model's embedding \d+ rows"):
+        fresh.run("extract", "source=a", "overwrite=true")
+
+
+def test_out_of_memory_halves_the_budget(mini: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusechat.extract.module import ExtractionModule
+
+    whole, limit = ExtractionModule._distributions, 4
+
+    def tight(self: Any, rendered: Any) -> Any:
+        if len(rendered) > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return whole(self, rendered)
+
+    monkeypatch.setattr(ExtractionModule, "_distributions", tight)
+    mini.run("extract", "source=c", f"output_dir={mini.root}/tight", "extract.tokens_per_batch=256")
+    reference, tight_store = DistributionStore(mini.experiment / "distributions/c"), DistributionStore(mini.root / "tight")
+    assert np.allclose(reference.column("nats"), tight_store.column("nats"), rtol=1e-3)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
+def test_token_budget(lengths: list[int], budget: int) -> None:
+    groups = by_token_budget(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len(g) == 1 or max(lengths[i] for i in g) * len(g) <= budget for g in groups)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([1000, 1024, 1100, 30]))
+def test_largest_is_topk(seed: int, k: int, width: int) -> None:
+    values = torch.randn(5, width, generator=torch.Generator().manual_seed(seed))
+    wanted, ours = values.topk(k), distributions.largest(values, k)
+    assert torch.equal(wanted.values, ours[0])
+    assert torch.equal(values.gather(1, ours[1]), wanted.values)
+
+
+def test_sampling_is_unbiased() -> None:
+    logits, generator = torch.randn(1, 6).repeat(4000, 1), torch.Generator().manual_seed(0)
+    top = distributions.sampled_from_logits(logits, torch.zeros(4000, dtype=torch.long), 20, generator)
+    mean = torch.zeros(4000, 6).scatter_add(1, top.ids, top.logprobs.exp()).mean(0)
+    assert torch.allclose(mean, logits[0].softmax(-1), atol=0.01)
+
+
+def test_top_p_keeps_the_fewest() -> None:
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    top = distributions.top_p_from_logits(probs.log(), torch.tensor([3]), 0.75, 4)
+    assert top.ids[0, : int((~top.logprobs.isneginf()).sum())].tolist() == [0, 1]
+    assert top.gold_logprob.exp().item() == pytest.approx(0.05)
+
+
+def test_inspect_prints_samples_and_finds_damage(fresh: Mini) -> None:
+    path = fresh.experiment / "distributions/a"
+    run = lambda: subprocess.run([sys.executable, "-m", "fusechat.inspect", str(path)], cwd=ROOT, text=True, capture_output=True)
+    done = run()
+    assert done.returncode == 0
+    assert "96 chats" in done.stdout
+    assert "gold next" in done.stdout
+    shard = next(path.glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "does not match its checksum" in run().stderr
+
+
+def test_two_ranks_share_the_shards(fresh: Mini) -> None:
+    path = fresh.experiment / "distributions/a"
+    wanted = shards(path)
+    shutil.rmtree(path)
+    done = subprocess.run(
+        command(fresh, "source=a", "trainer.devices=2", "trainer.strategy=ddp"), cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert shards(path) == wanted

@@ -1,0 +1,236 @@
+"""Merging checkpoints: parity at every granularity, streaming, companions, rows by token, and bad input."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fusechat.app.errors import UserError
+from fusechat.merging.varm import CACHE, group_of
+from fusechat.models.checkpoints import LazyCheckpoint
+from tests.conftest import GOLDEN, Mini, run_entry
+
+MERGE = GOLDEN / "merge"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    return make(tmp_path, "fp32")
+
+
+def make(root: Path, dtype: str) -> dict[str, Path]:
+    for name in ("pivot", "t1", "t2", "t3"):
+        (root / name).mkdir(parents=True)
+        shutil.copy(MERGE / "in" / dtype / f"{name}.safetensors", root / name / "model.safetensors")
+        shutil.copy(MERGE / "in/config.json", root / name / "config.json")
+    return {name: root / name for name in ("pivot", "t1", "t2", "t3")}
+
+
+def merge(models: dict[str, Path], *overrides: str, targets: tuple[str, ...] = ("t1", "t2", "t3")) -> Path:
+    output = models["pivot"].parent / "out"
+    listed = ",".join(str(models.get(t, t)) for t in targets)
+    base = [f"pivot.path={models['pivot']}", f"targets=[{listed}]", f"output_dir={output}", "logger=none", f"paths.root={output.parent}"]
+    run_entry("merge", [*base, *overrides])
+    return output
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "module", "matrix", "parameter"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_varm_equals_the_paper(granularity: str, dtype: str, tmp_path: Path) -> None:
+    output = merge(make(tmp_path, dtype), "merge=varm", f"merge.granularity={granularity}")
+    ours, wanted = load_file(output / "model.safetensors"), load_file(MERGE / "out/varm" / dtype / f"{granularity}.safetensors")
+    for name, tensor in wanted.items():
+        difference = (ours[name].double() - tensor.double()).abs()
+        unit = 1e-6 if dtype == "fp32" else 2**-7  # one unit in the last place of bf16 is at most 2^-7 relative
+        assert bool((difference <= unit * tensor.double().abs() + 1e-9).all()), name
+    if granularity != "parameter":
+        weights = json.loads((MERGE / "out/varm/weights.json").read_text())[f"{dtype}/{granularity}"]
+        found = json.loads((output / "fusechat.json").read_text())["weights"]
+        for group, values in weights.items():
+            assert found[group] is None if values is None else found[group] == pytest.approx(values, rel=1e-5), group
+
+
+def test_output_is_a_model_directory_with_its_record(models: dict[str, Path]) -> None:
+    (models["pivot"] / "tokenizer_config.json").write_text("{}")
+    output = merge(models, "merge=varm")
+    assert {"config.json", "model.safetensors", "fusechat.json", "README.md", "merge_weights.png", "tokenizer_config.json"} <= {
+        f.name for f in output.iterdir()
+    }
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(output)
+    record = json.loads((output / "fusechat.json").read_text())
+    assert record["method"] == "varm"
+    assert len(record["inputs"]) == 4
+
+
+def test_sharded_in_and_out_equals_single(models: dict[str, Path], tmp_path: Path) -> None:
+    whole = load_file(merge(models, "merge=ties") / "model.safetensors")
+    tensors = load_file(models["t1"] / "model.safetensors")
+    names, half = list(tensors), len(tensors) // 2
+    for number, part in enumerate((names[:half], names[half:]), 1):
+        save_file({n: tensors[n] for n in part}, models["t1"] / f"model-{number:05d}-of-00002.safetensors")
+    weight_map = {n: f"model-{1 + (i >= half):05d}-of-00002.safetensors" for i, n in enumerate(names)}
+    (models["t1"] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (models["t1"] / "model.safetensors").unlink()
+    output = merge(models, "merge=ties", "merge.max_shard_size=20KB", "overwrite=true")
+    assert len(list(output.glob("model-*.safetensors"))) > 2
+    ours = LazyCheckpoint(output)
+    assert all(torch.equal(ours.tensor(n), tensor) for n, tensor in whole.items())
+    assert json.loads((output / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == sum(
+        t.numel() * 4 for t in whole.values()
+    )
+
+
+def test_statistics_of_seen_targets_are_reused(models: dict[str, Path]) -> None:
+    first = merge(models, "merge=varm")
+    weights = json.loads((first / "fusechat.json").read_text())["weights"]
+    cache = models["t1"] / CACHE
+    content = json.loads(cache.read_text())
+    ((_, entry),) = content.items()
+    entry["lm_head.weight"][0] *= 100
+    cache.write_text(json.dumps(content))
+    again = json.loads((merge(models, "merge=varm", "overwrite=true") / "fusechat.json").read_text())["weights"]
+    assert again["lm_head.weight"][0] > weights["lm_head.weight"][0]
+    assert again["model.norm.weight"] == weights["model.norm.weight"]
+
+
+def test_patterns_and_keep(models: dict[str, Path]) -> None:
+    patterns = r"merge.patterns=[{match:'^lm_head',keep:pivot},{match:'mlp',weights:[1,0,0]}]"
+    merged = load_file(merge(models, "merge=linear", patterns) / "model.safetensors")
+    pivot, t1 = load_file(models["pivot"] / "model.safetensors"), load_file(models["t1"] / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], pivot["lm_head.weight"])
+    assert torch.equal(merged["model.layers.0.mlp.up_proj.weight"], t1["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_dtype_override(models: dict[str, Path]) -> None:
+    output = merge(models, "merge=linear", "merge.dtype=bfloat16")
+    assert load_file(output / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    assert "bfloat16" in (output / "config.json").read_text()
+
+
+def test_dry_run_prints_and_writes_nothing(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    output = merge(models, "merge=varm", "merge.dry_run=true")
+    assert "lm_head.weight  (64, 32)  float32  0.2006" in capsys.readouterr().out
+    assert not output.exists()
+
+
+def test_embedding_rows_are_matched_by_token(models: dict[str, Path]) -> None:
+    plain = load_file(merge(models, "merge=linear") / "model.safetensors")
+    vocab = {f"t{i}": i for i in range(64)}
+    moved = {f"t{i}": (i + 1) % 64 for i in range(64)} | {"<new>": 64}
+    for name, table in (("pivot", vocab), ("t1", moved), ("t2", vocab), ("t3", vocab)):
+        (models[name] / "tokenizer.json").write_text(json.dumps({"model": {"vocab": table}}))
+    tensors = load_file(models["t1"] / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[key] = torch.cat([tensors[key].roll(1, 0), torch.full((1, 32), 9.0)])
+    save_file(tensors, models["t1"] / "model.safetensors")
+    again = load_file(merge(models, "merge=linear", "overwrite=true") / "model.safetensors")
+    assert all(torch.allclose(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity", "group"),
+    [
+        ("model.layers.11.self_attn.q_proj.weight", "layer", "model.layers.11"),
+        ("model.layers.11.self_attn.q_proj.weight", "module", "model.layers.11.self_attn"),
+        ("transformer.h.3.attn.c_attn.bias", "module", "transformer.h.3.attn"),
+        ("gpt_neox.layers.0.attention.dense.weight", "layer", "gpt_neox.layers.0"),
+        ("model.layers.2.block_sparse_moe.experts.5.w1.weight", "layer", "model.layers.2"),
+        ("model.embed_tokens.weight", "layer", "model.embed_tokens.weight"),
+        ("lm_head.weight", "model", "model"),
+        ("model.norm.weight", "matrix", "model.norm.weight"),
+    ],
+)
+def test_groups_come_from_names(name: str, granularity: str, group: str) -> None:
+    assert group_of(name, granularity) == group
+
+
+def broken(models: dict[str, Path], change: str) -> tuple[str, ...]:
+    file = models["t2"] / "model.safetensors"
+    tensors = load_file(file)
+    config = json.loads((models["t2"] / "config.json").read_text())
+    if change == "architecture":
+        (models["t2"] / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    elif change == "missing":
+        tensors.pop("lm_head.weight")
+    elif change == "extra":
+        tensors["model.more.weight"] = torch.zeros(2)
+    elif change == "shape":
+        tensors["model.norm.weight"] = torch.zeros(7)
+    elif change == "nan":
+        tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, file)
+    if change == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    if change == "twice":
+        return ("t1", "t1")
+    return ("t1",) if change == "one" else ("t1", "t2", "t3")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("architecture", "is a gpt2 model, the pivot"), ("missing", "lacks lm_head.weight"), ("extra", "has model.more.weight, which the pivot"),
+        ("shape", r"model.norm.weight: shape \(7,\)"), ("nan", "model.norm.weight holds NaN or inf"), ("truncated", "is truncated or not safetensors"),
+        ("twice", "is given twice"), ("one", "at least two targets, 1 given"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["varm", "linear"])
+def test_bad_input(change: str, message: str, method: str, models: dict[str, Path]) -> None:
+    targets = broken(models, change)
+    with pytest.raises(UserError, match=message):
+        merge(models, f"merge={method}", targets=targets)
+    left = [p.name for p in models["pivot"].parent.iterdir()]
+    assert "out" not in left
+    assert not any(name.startswith(".out") for name in left)
+
+
+def test_identical_targets_need_permission(models: dict[str, Path]) -> None:
+    for name in ("t1", "t2", "t3"):
+        shutil.copy(models["pivot"] / "model.safetensors", models[name] / "model.safetensors")
+    with pytest.raises(UserError, match=r"every VaRM weight is 0/0; .*merge\.allow_unchanged=true"):
+        merge(models, "merge=varm")
+    merged = load_file(merge(models, "merge=varm", "merge.allow_unchanged=true") / "model.safetensors")
+    pivot = load_file(models["pivot"] / "model.safetensors")
+    assert all(torch.equal(merged[n], pivot[n]) for n in pivot)
+
+
+def test_other_refusals(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="lies inside the input"):
+        merge(models, f"output_dir={models['t1']}/merged")
+    with pytest.raises(UserError, match="does not exist; make it with: python train.py"):
+        merge(models, targets=("t1", "/nowhere"))
+    with pytest.raises(UserError, match=r"merge\.method='best' is unknown; use one of: varm, linear"):
+        merge(models, "merge.method=best")
+    usage: Any = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(UserError, match=re.escape("GB free, the merged model needs")):
+        merge(models, "merge=linear")
+
+
+def test_all_methods_on_trained_targets(fresh: Mini) -> None:
+    for source in ("a", "b"):
+        fresh.run("train", f"source={source}")
+    targets = f"targets=[{fresh.experiment}/targets/a,{fresh.experiment}/targets/b]"
+    for method in (
+        "varm",
+        "sce",
+        "linear",
+        "task_arithmetic",
+        "ties",
+        "dare",
+        "dare_ties",
+        "della",
+        "breadcrumbs",
+        "slerp",
+        "model_stock",
+        "widen",
+    ):
+        fresh.run("merge", f"merge={method}", targets)
+    assert len(list((fresh.experiment / "merged").iterdir())) == 12

@@ -1,0 +1,152 @@
+"""The whole pipeline on the miniature world: reuse, and the same result after a kill at any stage."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fusechat.pipeline.__main__ import ENTRIES
+from tests.conftest import MINI, ROOT
+
+SHORT = [*MINI, "logger=none", "callbacks.checkpoint_every_n_steps=2"]
+
+
+def start(root: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fusechat.pipeline", "experiment=tiny", *SHORT, f"paths.root={root}", *overrides]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def results(root: Path) -> dict[str, str]:
+    """Hash of every model and distribution, and every metric: what must not depend on interruptions."""
+    experiment = root / "tiny/seed0"
+    found = {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(experiment.rglob("*.safetensors"))}
+    found |= {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(experiment.rglob("*.arrow"))}
+    return found | {f.name: json.dumps(json.loads(f.read_text())["metrics"]) for f in sorted(experiment.glob("evaluation/*.json"))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    process = start(root)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-3000:]
+    return root
+
+
+def test_everything_is_there(undisturbed: Path) -> None:
+    experiment = undisturbed / "tiny/seed0"
+    report = {f.name for f in (experiment / "report").iterdir()}
+    assert {
+        "index.html",
+        "results.csv",
+        "results.md",
+        "comparisons.csv",
+        "results.png",
+        "skills.png",
+        "wins.png",
+        "alignment.png",
+    } <= report
+    page = (experiment / "report/index.html").read_text()
+    assert "src='data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", ""), "self-contained"
+    assert len(list((experiment / "evaluation").glob("*.json"))) == 18
+
+
+def test_a_second_run_reuses_everything(undisturbed: Path) -> None:
+    before = results(undisturbed)
+    times = {f: f.stat().st_mtime_ns for f in (undisturbed / "tiny/seed0/targets").rglob("*.safetensors")}
+    process = start(undisturbed)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert output.count("skip:") >= 40
+    assert results(undisturbed) == before
+    assert times == {f: f.stat().st_mtime_ns for f in times}
+
+
+def test_killed_again_and_again_it_ends_the_same(undisturbed: Path, tmp_path: Path) -> None:
+    """kill -9 as soon as each of these appears: in world, extraction, alignment, training, merging, evaluation."""
+    marks = [
+        "world/models/a", "distributions/a/shard-00000.json", "aligned/b/fingerprint", "checkpoints/b-*/*.ckpt", "targets/sft_2",
+        "merged/.varm_layer.*.tmp", "evaluation/targets-sft_1.json",
+    ]  # fmt: skip
+    experiment = tmp_path / "tiny/seed0"
+    for mark in marks:
+        process = start(tmp_path)
+        deadline = time.time() + 300
+        while time.time() < deadline and process.poll() is None and not list(experiment.glob(mark)):
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = start(tmp_path)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:]
+    assert results(tmp_path) == results(undisturbed)
+    assert not list(experiment.rglob(".*.tmp"))
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True, timeout=120)
+
+
+def test_errors_are_one_line_with_a_remedy(tmp_path: Path) -> None:
+    done = run("train.py", "source=a", f"paths.root={tmp_path}", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "does not exist; make it with: python -m fusechat.extract experiment=tiny source=pivot" in done.stdout + done.stderr
+
+
+def test_traceback_when_asked_for(tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "source=a", f"paths.root={tmp_path}", f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ | {"HYDRA_FULL_ERROR": "1"})
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.lm_wieght=1"], "the config has no key 'loss.lm_wieght'; did you mean lm_weight"),
+        (["experiment=tinny"], "did you mean tiny"),
+        (
+            ["merge=linear", "merge.granularity=layer"],
+            "has no key 'merge.granularity'; merge=linear knows: dry_run, dtype, max_shard_size, name, normalize",
+        ),
+        (["+fusion=min"], "did you mean min_ce"),
+    ],
+)
+def test_unknown_keys_and_groups_name_the_near_ones(overrides: list[str], message: str) -> None:
+    done = run("train.py", *overrides)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_failed_jobs_of_a_sweep_are_named_and_the_others_finish(undisturbed: Path) -> None:
+    root, targets = undisturbed, undisturbed / "tiny/seed0/targets"
+    done = run(
+        "train.py",
+        "-m",
+        *SHORT,
+        f"paths.root={root}",
+        f"hydra.sweep.dir={root}/sweep",
+        "source=a",
+        "run_name=x,y",
+        "loss.kind=ce,mse",
+        "overwrite=true",
+    )
+    assert done.returncode == 1
+    assert "2 job(s) failed" in done.stderr
+    assert "run_name=x loss.kind=mse" in done.stderr
+    assert (targets / "x").exists()
+    assert (targets / "y").exists()
+
+
+@pytest.mark.parametrize("entry", sorted(ENTRIES.values()))
+def test_help_is_worth_reading(entry: str) -> None:
+    done = run("-m", entry, "--help")
+    assert done.returncode == 0
+    assert "python train.py -m experiment=tiny source=a,b" in done.stdout

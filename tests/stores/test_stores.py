@@ -1,0 +1,96 @@
+"""The store: what its columns are encoded as, shards from several processes, a full disk, a read-only folder, another format."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusechat.app.errors import UserError
+from fusechat.stores import encoding
+from fusechat.stores.store import DistributionStore, StoreWriter, list_column
+
+
+@given(st.integers(0, 10**6), st.integers(2, 12))
+def test_uint8_total_variation_error(seed: int, k: int) -> None:
+    logprobs = np.sort(np.log(np.random.default_rng(seed).dirichlet(np.full(k + 5, 0.3)) + 1e-9))[::-1][:k].astype(np.float32)
+    for kind, bound in (("uint8", 0.013), ("float16", 0.002)):
+        again = encoding.decode_logprobs(encoding.encode_logprobs(logprobs, kind))
+        assert 0.5 * np.abs(np.exp(again) - np.exp(logprobs)).sum() <= bound
+
+
+@given(st.lists(st.integers(1, 5) | st.integers(240, 1100), max_size=40), st.lists(st.booleans(), max_size=40))
+def test_boundaries_survive_their_encoding(steps: list[int], inside: list[bool]) -> None:
+    boundaries = np.cumsum(steps, dtype=np.int64)
+    boundaries[[i for i, hidden in enumerate(inside[: len(steps)]) if hidden]] = -1
+    assert encoding.decode_steps(encoding.encode_steps(boundaries)).tolist() == boundaries.tolist()
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_positions_survive_their_encoding(chosen: set[int]) -> None:
+    positions = np.array(sorted(chosen), np.int64)
+    assert encoding.decode_runs(encoding.encode_runs(positions)).tolist() == positions.tolist()
+
+
+@given(st.lists(st.integers(0, 3), max_size=8))
+def test_counts_survive_their_encoding(counts: list[int]) -> None:
+    stored = encoding.encode_counts(np.array(counts, np.uint16))
+    assert encoding.decode_counts(stored, len(counts)).tolist() == counts
+
+
+def table() -> pa.Table:
+    return pa.table({"nats": [1.0, 2.0], "ids": list_column([np.arange(2), np.arange(3)], np.uint16)})
+
+
+def test_the_manifest_waits_for_the_shards_of_other_ranks(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, "mark", 2)
+    writer.write(0, table(), {})
+    with pytest.raises(UserError, match=r"1 shards of .* are missing \(first: 1\); run the same command again"):
+        writer.await_shards(wait=False)
+    slow = threading.Thread(target=lambda: (time.sleep(0.2), writer.write(1, table(), {})))
+    slow.start()
+    writer.await_shards(wait=True, every=0.01)
+    slow.join()
+    assert [entry["rows"] for entry in writer.finish()["shards"]] == [2, 2]
+
+
+def test_a_full_disk_leaves_a_usable_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = StoreWriter(tmp_path / "store", "mark", 2)
+    writer.write(0, table(), {})
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; the shards written so far are whole"):
+        writer.write(1, table(), {})
+    monkeypatch.undo()
+    assert writer.done(0) is not None
+    assert writer.done(1) is None
+    assert not list((tmp_path / "store").glob(".*.tmp"))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(UserError, match=r"store cannot be written \(Read-only file system\); choose another with output_dir=DIR"):
+        StoreWriter(tmp_path / "store", "mark", 1)
+
+
+def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, "mark", 1)
+    writer.write(0, table(), {})
+    writer.finish()
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
+    with pytest.raises(UserError, match=r"is of store format 1, this version reads 2; run: make overwrite=true"):
+        DistributionStore(tmp_path, "make")
