@@ -22,7 +22,9 @@ def run(cfg: DictConfig) -> None:
 
     for key in ("first", "second"):
         if not cfg[key] or not Path(cfg[key]).is_file():
-            raise UserError(f"{key}={cfg[key]} is no result file; give one that python -m fusechat.evaluate has written")
+            raise UserError(
+                f"{key}={cfg[key]} is no result file; give one that python -m fusechat.evaluate has written"
+            )
     frame = compared(read_result(Path(cfg.first)), read_result(Path(cfg.second)))
     print(markdown(frame))
     if cfg.output_file:

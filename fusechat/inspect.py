@@ -24,7 +24,8 @@ def describe(path: str, samples: int, tokenizer_path: str | None) -> None:
     about, shards = store.manifest, store.manifest["shards"]
     size, rows = sum(e["bytes"] for e in shards), sum(e["rows"] for e in shards)
     positions = sum(
-        e["statistics"].get("positions", 0) or sum(e["statistics"].get(k, 0) for k in ("same", "n:1", "1:n", "none")) for e in shards
+        e["statistics"].get("positions", 0) or sum(e["statistics"].get(k, 0) for k in ("same", "n:1", "1:n", "none"))
+        for e in shards
     )
     tokens = sum(e["statistics"].get("tokens", 0) for e in shards)
     held = f"{rows:,} chats, {positions:,} response positions, {len(shards)} shards, checksums fit"
@@ -33,7 +34,9 @@ def describe(path: str, samples: int, tokenizer_path: str | None) -> None:
     console.print(
         f"{size / 1e6:.1f} MB{per_token}, {size / max(1, positions):.1f} B per position; log-probabilities as {about['logprobs']}"
     )
-    console.print({k: about[k] for k in ("fingerprint", "chats", "vocab_size", "token_map", "sequence", "extract") if k in about})
+    console.print(
+        {k: about[k] for k in ("fingerprint", "chats", "vocab_size", "token_map", "sequence", "extract") if k in about}
+    )
     tokenizer = _tokenizer(tokenizer_path or about.get("path"))
     if tokenizer is None or "input_ids" not in store._shards[0]:
         return

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(
-    {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    {
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
 )
 
 import hypothesis
@@ -24,10 +30,22 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a deadline is a timed assertion
 hypothesis.settings.load_profile("untimed")
 MINI = [
-    "tiny.fusion_chats=96", "tiny.test_chats=24", "tiny.train_chats=256", "tiny.width=32", "tiny.layers=2", "tiny.heads=2",
-    "tiny.models.pivot.steps=6", "tiny.models.a.steps=6", "tiny.models.b.steps=6", "tiny.models.c.steps=6",
-    "extract.rows_per_shard=32", "extract.tokens_per_batch=1024", "trainer.max_steps=6", "data.batch_size=8", "logger=csv",
-]  # fmt: skip
+    "tiny.fusion_chats=96",
+    "tiny.test_chats=24",
+    "tiny.train_chats=256",
+    "tiny.width=32",
+    "tiny.layers=2",
+    "tiny.heads=2",
+    "tiny.models.pivot.steps=6",
+    "tiny.models.a.steps=6",
+    "tiny.models.b.steps=6",
+    "tiny.models.c.steps=6",
+    "extract.rows_per_shard=32",
+    "extract.tokens_per_batch=1024",
+    "trainer.max_steps=6",
+    "data.batch_size=8",
+    "logger=csv",
+]
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
 

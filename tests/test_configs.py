@@ -55,7 +55,9 @@ def test_published_hyperparameters() -> None:
 
 def test_expand_is_a_grid() -> None:
     assert expand("train source=a,b seed=1,2") == [
-        ("train", ["source=a", "seed=1"]), ("train", ["source=a", "seed=2"]),
-        ("train", ["source=b", "seed=1"]), ("train", ["source=b", "seed=2"]),
-    ]  # fmt: skip
+        ("train", ["source=a", "seed=1"]),
+        ("train", ["source=a", "seed=2"]),
+        ("train", ["source=b", "seed=1"]),
+        ("train", ["source=b", "seed=2"]),
+    ]
     assert expand("train 'sources=[a,b]'") == [("train", ["sources=[a,b]"])]

@@ -33,7 +33,12 @@ def room(file: Path) -> str:
 def imports(file: Path) -> set[str]:
     tree = ast.parse(file.read_text())
     named = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    named |= {f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "fusechat" for a in n.names}
+    named |= {
+        f"{n.module}.{a.name}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and n.module == "fusechat"
+        for a in n.names
+    }
     return named | {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
 
 
@@ -50,7 +55,14 @@ def test_imports_point_down(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_hydra_stays_at_the_door(file: Path) -> None:
-    if file.stem in ("__main__", "run", "search") or room(file) in ("app", "compare", "merge_search", "pipeline", "train", "merge"):
+    if file.stem in ("__main__", "run", "search") or room(file) in (
+        "app",
+        "compare",
+        "merge_search",
+        "pipeline",
+        "train",
+        "merge",
+    ):
         return
     known = {name.split(".")[0] for name in imports(file)}
     assert not known & {"hydra", "omegaconf"}, "only commands know Hydra"

@@ -24,7 +24,9 @@ def sweep(monkeypatch: pytest.MonkeyPatch, world: Mini, *overrides: str) -> None
     """``python train.py -m ...`` in this process."""
     GlobalHydra.instance().clear()
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *world.base, *QUIET, f"hydra.sweep.dir={world.root}/sweep", *overrides])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "-m", *world.base, *QUIET, f"hydra.sweep.dir={world.root}/sweep", *overrides]
+    )
     train.main()
 
 
@@ -32,7 +34,9 @@ def search(monkeypatch: pytest.MonkeyPatch, world: Mini, *overrides: str) -> flo
     """``python -m fusechat.merge_search`` in this process; the best value."""
     GlobalHydra.instance().clear()
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(sys, "argv", ["merge_search", *world.base, *QUIET, f"hydra.run.dir={world.root}/hydra", *overrides])
+    monkeypatch.setattr(
+        sys, "argv", ["merge_search", *world.base, *QUIET, f"hydra.run.dir={world.root}/hydra", *overrides]
+    )
     merge_search.main()
     return min(t[COLUMN] for t in trials(world))
 
@@ -49,7 +53,12 @@ def metric(world: Mini, name: str) -> float:
 def test_a_grid_trains_every_combination(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = ["source=a,b", "fusion=min_ce,avg_ce", "trainer.max_steps=2", "run_name=${source.name}_${fusion.rule}"]
     sweep(monkeypatch, fresh, *grid)
-    assert {path.name for path in (fresh.experiment / "targets").iterdir()} == {"a_min_ce", "a_avg_ce", "b_min_ce", "b_avg_ce"}
+    assert {path.name for path in (fresh.experiment / "targets").iterdir()} == {
+        "a_min_ce",
+        "a_avg_ce",
+        "b_min_ce",
+        "b_avg_ce",
+    }
     before = {path: path.stat().st_mtime_ns for path in fresh.experiment.glob("targets/*/model.safetensors")}
     sweep(monkeypatch, fresh, *grid)
     assert before == {path: path.stat().st_mtime_ns for path in before}, "the same sweep again trains nothing"
@@ -57,18 +66,34 @@ def test_a_grid_trains_every_combination(fresh: Mini, monkeypatch: pytest.Monkey
 
 def test_optuna_minimises_validation_bits_per_byte(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep(
-        monkeypatch, fresh, "sweep=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.params={loss.lm_weight:'choice(0.1,0.9)'}",
+        monkeypatch,
+        fresh,
+        "sweep=optuna",
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.params={loss.lm_weight:'choice(0.1,0.9)'}",
         "trainer.max_steps=2",
-    )  # fmt: skip
+    )
     found: dict[str, Any] = yaml.safe_load((fresh.root / "sweep/optimization_results.yaml").read_text())
     assert found["best_value"] == pytest.approx(min(metric(fresh, f"search_{i}") for i in range(3)))
     assert found["best_params"]["loss.lm_weight"] in (0.1, 0.9)
 
 
 def test_joblib_names_the_failed_job_and_finishes_the_others(fresh: Mini) -> None:
-    command = [sys.executable, "train.py", "-m", *fresh.base, f"hydra.sweep.dir={fresh.root}/sweep", "sweep=joblib", "trainer.max_steps=2"]
+    command = [
+        sys.executable,
+        "train.py",
+        "-m",
+        *fresh.base,
+        f"hydra.sweep.dir={fresh.root}/sweep",
+        "sweep=joblib",
+        "trainer.max_steps=2",
+    ]
     done = subprocess.run(
-        [*command, "source=a", "run_name=x", "loss.lm_weight=0.5,7"], cwd=ROOT, text=True, capture_output=True, timeout=300
+        [*command, "source=a", "run_name=x", "loss.lm_weight=0.5,7"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 1
     assert "1 job(s) failed" in done.stderr
@@ -81,19 +106,31 @@ def test_a_merge_search_ends_with_a_table_and_the_best_model(fresh: Mini, monkey
     for name in "ab":
         fresh.run("train", f"source={name}", "trainer.max_steps=2", "loss.lm_weight=0.5")
     targets = ",".join(str(fresh.experiment / "targets" / name) for name in "ab")
-    options = [f"targets=[{targets}]", "search.trials=6", "search.methods=[varm,ties,linear]", "data.validation_fraction=0.3"]
+    options = [
+        f"targets=[{targets}]",
+        "search.trials=6",
+        "search.methods=[varm,ties,linear]",
+        "data.validation_fraction=0.3",
+    ]
     best = search(monkeypatch, fresh, *options)
     made = trials(fresh)
     assert len({t["fingerprint"] for t in made}) == len(made) >= 2
     merged = fresh.experiment / "merged/search"
-    served = transformers.pipeline("text-generation", model=str(merged))([{"role": "user", "content": "Sort b a."}], max_new_tokens=2)
+    served = transformers.pipeline("text-generation", model=str(merged))(
+        [{"role": "user", "content": "Sort b a."}], max_new_tokens=2
+    )
     assert served[0]["generated_text"][-1]["role"] == "assistant"
-    assert json.loads((merged / "fusechat.json").read_text())["fingerprint"] == min(made, key=lambda t: t[COLUMN])["fingerprint"]
+    assert (
+        json.loads((merged / "fusechat.json").read_text())["fingerprint"]
+        == min(made, key=lambda t: t[COLUMN])["fingerprint"]
+    )
     assert (fresh.experiment / "merge_search/results.md").read_text().count("\n") == len(made) + 2
     assert not (fresh.experiment / "merge_search/candidate").exists()
     assert len(held := held_out(fresh.cfg("merge_search", "data.validation_fraction=0.3"))) > 5
     assert scored_one_by_one(merged, held) == pytest.approx(best)
-    (fresh.experiment / "merge_search/trials.jsonl").write_text("".join(json.dumps(t) + "\n" for t in made[:1]) + '{"cut')
+    (fresh.experiment / "merge_search/trials.jsonl").write_text(
+        "".join(json.dumps(t) + "\n" for t in made[:1]) + '{"cut'
+    )
     assert search(monkeypatch, fresh, *options) == best
     assert trials(fresh) == made, "a search that was killed takes the same way"
 
@@ -120,7 +157,9 @@ def test_a_search_without_held_out_chats_is_refused(fresh: Mini) -> None:
         fresh.run("merge_search", "search.methods=[best]")
 
 
-def test_a_sweep_without_jobs_is_an_error(fresh: Mini, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_without_jobs_is_an_error(
+    fresh: Mini, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         sweep(monkeypatch, fresh, "seed=range(0,0)")
     assert "the sweep has no jobs: one of its choices is empty" in capsys.readouterr().err
@@ -131,11 +170,23 @@ def test_the_slurm_sweep_submits_each_job(fresh: Mini) -> None:
     pivot = fresh.experiment / "world/models/pivot"
     for name in ("t1", "t2"):
         shutil.copytree(pivot, fresh.root / name)
-    slurm = ["sweep=slurm", "hydra/launcher=submitit_local", "hydra.launcher.gpus_per_node=0", f"hydra.sweep.dir={fresh.root}/sweep"]
+    slurm = [
+        "sweep=slurm",
+        "hydra/launcher=submitit_local",
+        "hydra.launcher.gpus_per_node=0",
+        f"hydra.sweep.dir={fresh.root}/sweep",
+    ]
     jobs = [f"targets=[{fresh.root}/t1,{fresh.root}/t2]", "merge=linear,task_arithmetic"]
     done = subprocess.run(
-        [sys.executable, "merge.py", "-m", *fresh.base, *slurm, *jobs], cwd=ROOT, text=True, capture_output=True, timeout=300
+        [sys.executable, "merge.py", "-m", *fresh.base, *slurm, *jobs],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert {path.parent.name for path in fresh.experiment.glob("merged/*/model.safetensors")} == {"linear", "task_arithmetic"}
+    assert {path.parent.name for path in fresh.experiment.glob("merged/*/model.safetensors")} == {
+        "linear",
+        "task_arithmetic",
+    }
     assert len([*fresh.root.glob("sweep/.submitit/*/*_submitted.pkl")]) == 2

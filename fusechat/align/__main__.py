@@ -22,6 +22,7 @@ MAPS = ("em", "mined", "ms", "prefix", "uld")
 def run(cfg: DictConfig) -> None:
     """Aligns ``distributions/<source>`` with ``distributions/pivot`` into ``output_dir``."""
     from fusechat.align import stage as stores
+    from fusechat.app import outputs
     from fusechat.models import load as models
     from fusechat.stores import store
 
@@ -30,13 +31,19 @@ def run(cfg: DictConfig) -> None:
     one_of(cfg.alignment.unmatched, ("gold", "skip"), "alignment.unmatched")
     command = f"python -m fusechat.extract {experiment_of(cfg)} source="
     pivot = store.DistributionStore(Path(cfg.paths.experiment) / "distributions/pivot", command + "pivot")
-    source = store.DistributionStore(Path(cfg.paths.experiment) / "distributions" / cfg.source.name, command + cfg.source.name)
+    source = store.DistributionStore(
+        Path(cfg.paths.experiment) / "distributions" / cfg.source.name, command + cfg.source.name
+    )
     stores.check_chats(pivot, source)
     output = Path(cfg.output_dir)
-    mark = store.fingerprint(
-        pivot=pivot.fingerprint, source=source.fingerprint, token_map=cfg.token_map.name, logprobs=cfg.store.logprobs,
-        sequence=cfg.alignment.sequence, unmatched=cfg.alignment.unmatched,
-    )  # fmt: skip
+    mark = outputs.fingerprint(
+        pivot=pivot.fingerprint,
+        source=source.fingerprint,
+        token_map=cfg.token_map.name,
+        logprobs=cfg.store.logprobs,
+        sequence=cfg.alignment.sequence,
+        unmatched=cfg.alignment.unmatched,
+    )
     held = store.read_manifest(output)
     if held and held["fingerprint"] == mark:
         LOG.info("skip: %s is aligned already (fingerprint %s)", output, mark)
@@ -44,8 +51,17 @@ def run(cfg: DictConfig) -> None:
     if cfg.overwrite:
         store.remove(output)
     writer = store.StoreWriter(output, mark, len(source.manifest["shards"]))
-    about: dict[str, Any] = {"kind": "aligned", "model": cfg.source.name, "pivot": pivot.fingerprint, "source": source.fingerprint}
-    about |= {"vocab_size": pivot.manifest["vocab_size"], "chats": pivot.manifest["chats"], "logprobs": cfg.store.logprobs}
+    about: dict[str, Any] = {
+        "kind": "aligned",
+        "model": cfg.source.name,
+        "pivot": pivot.fingerprint,
+        "source": source.fingerprint,
+    }
+    about |= {
+        "vocab_size": pivot.manifest["vocab_size"],
+        "chats": pivot.manifest["chats"],
+        "logprobs": cfg.store.logprobs,
+    }
     if stores.same_tokens(pivot, source):
         LOG.info("%s shares the pivot's tokens: passed through", cfg.source.name)
         stores.link_shards(source, writer)
@@ -53,7 +69,9 @@ def run(cfg: DictConfig) -> None:
     else:
         tokenizers = (
             models.load_tokenizer(cfg.pivot.path, revision=cfg.pivot.revision),
-            models.load_tokenizer(cfg.source.path, revision=cfg.source.revision, trust_remote_code=cfg.source.trust_remote_code),
+            models.load_tokenizer(
+                cfg.source.path, revision=cfg.source.revision, trust_remote_code=cfg.source.trust_remote_code
+            ),
         )
         stores.check_texts(pivot, source, tokenizers)
         alignment = make_alignment(cfg, pivot, source, tokenizers)
@@ -95,7 +113,11 @@ def make_alignment(cfg: DictConfig, pivot: Any, source: Any, tokenizers: tuple[A
     make = {"em": vocabulary.em, "mined": vocabulary.mined, "ms": vocabulary.mined, "prefix": vocabulary.prefix}[name]
     table = make(tokenizers[1], tokenizers[0], roles)
     if name == "ms":
-        parts = [*stores.each_shard(alignment, stores.Alignment.pair_counts, list(range(len(alignment.rows_by_shard))), num_proc)]
+        parts = [
+            *stores.each_shard(
+                alignment, stores.Alignment.pair_counts, list(range(len(alignment.rows_by_shard))), num_proc
+            )
+        ]
         pairs, inverse = np.unique(np.concatenate([p for p, _ in parts]), return_inverse=True)
         counts = np.bincount(inverse, weights=np.concatenate([c for _, c in parts])).astype(np.int64)
         table = vocabulary.most_supported(pairs, counts, table, len(tokenizers[0]))

@@ -17,6 +17,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from fusechat.app import threads
 from fusechat.app.errors import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -57,7 +58,9 @@ def _slow_bytes(tokenizer: Any, tokens: Sequence[str | None]) -> list[bytes | No
     special, found = set(tokenizer.all_special_ids), list[bytes | None]()
     for index, token in enumerate(tokens):
         text = "" if token is None else str(tokenizer.convert_tokens_to_string([token]))
-        lost = token is not None and token.startswith("▁") and not text.startswith(" ")  # the space that a text's first word loses
+        lost = (
+            token is not None and token.startswith("▁") and not text.startswith(" ")
+        )  # the space that a text's first word loses
         found.append(None if token is None or index in special else (" " * lost + text).encode())
     return found
 
@@ -106,7 +109,9 @@ def prefix(source: Any, pivot: Any, roles: Sequence[tuple[int, int]]) -> Ints:
     text, the longest pivot token they begin with.
     """
     if not pivot.is_fast:
-        raise UserError("token_map=prefix asks the pivot's tokenizer for offsets and it is a slow one; use token_map=mined, ms or em")
+        raise UserError(
+            "token_map=prefix asks the pivot's tokenizer for offsets and it is a slow one; use token_map=mined, ms or em"
+        )
     table = em(source, pivot, roles)
     by_bytes = {text: index for index, text in reversed(list(enumerate(token_bytes(pivot)))) if text}
     longest = max(map(len, by_bytes))
@@ -131,7 +136,9 @@ def most_supported(pairs: Ints, counts: Ints, fallback: Ints, pivot_size: int) -
     pairs: source_id * pivot_size + pivot_id, with counts. Ties go to the lowest id, unseen tokens to ``fallback``.
     """
     table = fallback.copy()
-    order = np.lexsort((-(pairs % pivot_size), counts))  # the last write per source id wins: most counted, then lowest id
+    order = np.lexsort(
+        (-(pairs % pivot_size), counts)
+    )  # the last write per source id wins: most counted, then lowest id
     table[pairs[order] // pivot_size] = pairs[order] % pivot_size
     return table
 
@@ -145,11 +152,16 @@ def nearest(names: Sequence[str], candidates: Sequence[str]) -> tuple[Ints, Ints
     distance = np.where(found >= 0, 0, -1)
     short = [i for i in np.flatnonzero(found < 0).tolist() if 0 < len(names[i]) <= 64]
     if short:
-        alphabet = {c: n for n, c in enumerate(sorted({c for text in (*candidates, *(names[i] for i in short)) for c in text}))}
+        alphabet = {
+            c: n for n, c in enumerate(sorted({c for text in (*candidates, *(names[i] for i in short)) for c in text}))
+        }
         ids = sorted(range(len(candidates)), key=lambda i: (len(candidates[i]), i))
         text, starts = _packed([candidates[i] for i in ids], alphabet)
         name_text, name_starts = _packed([names[i] for i in short], alphabet)
-        best, score = _nearest(name_text, name_starts, text, starts, np.array(ids), len(alphabet))
+        best, score = np.full(len(short), -1, np.int64), np.full(len(short), 1 << 30, np.int64)
+        strings = (name_text, name_starts, text, starts, np.array(ids), len(alphabet))
+        parts = threads.count()
+        threads.share(lambda first: _nearest(first, parts, best, score, *strings), parts)
         found[short], distance[short] = best, score
     scorer: Any = Levenshtein.distance
     for i in np.flatnonzero(found < 0).tolist():  # longer than a machine word: few, and rapidfuzz handles them
@@ -163,47 +175,43 @@ def _packed(texts: Sequence[str], alphabet: dict[str, int]) -> tuple[npt.NDArray
     return np.fromiter((alphabet[c] for text in texts for c in text), np.int32, int(starts[-1])), starts
 
 
-@numba.njit(parallel=True)  # type: ignore[untyped-decorator]
-def _nearest(names, name_starts, text, starts, ids, alphabet):  # type: ignore[no-untyped-def]
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _nearest(first, step, best, score, names, name_starts, text, starts, ids, alphabet):  # type: ignore[no-untyped-def]
     """Myers' bit-parallel edit distance (1999, Hyyrö's form), candidates visited by difference in length and cut off there."""
     count, total = len(name_starts) - 1, len(ids)
-    best, score = np.full(count, -1, np.int64), np.full(count, 1 << 30, np.int64)
     lengths = starts[1:] - starts[:-1]
-    threads = numba.get_num_threads()
-    for thread in numba.prange(threads):
-        masks = np.zeros(alphabet, np.uint64)
-        for n in range(thread, count, threads):
-            begin, size = name_starts[n], name_starts[n + 1] - name_starts[n]
-            for k in range(size):
-                masks[names[begin + k]] |= np.uint64(1) << np.uint64(k)
-            top = np.uint64(1) << np.uint64(size - 1)
-            gap = 0
-            while gap <= score[n] and (size - gap >= 0 or size + gap <= lengths[total - 1]):
-                for side in range(1 if gap == 0 else 2):
-                    wanted = size - gap if side == 0 else size + gap
-                    low, high = np.searchsorted(lengths, wanted), np.searchsorted(lengths, wanted, side="right")
-                    for c in range(low, high):
-                        pv, mv, d = ~np.uint64(0), np.uint64(0), size
-                        for k in range(starts[c], starts[c + 1]):
-                            eq = masks[text[k]]
-                            xv = eq | mv
-                            xh = (((eq & pv) + pv) ^ pv) | eq
-                            ph = mv | ~(xh | pv)
-                            mh = pv & xh
-                            if ph & top:
-                                d += 1
-                            elif mh & top:
-                                d -= 1
-                            ph = (ph << np.uint64(1)) | np.uint64(1)
-                            mh = mh << np.uint64(1)
-                            pv = mh | ~(xv | ph)
-                            mv = ph & xv
-                        if d < score[n] or (d == score[n] and ids[c] < best[n]):
-                            score[n], best[n] = d, ids[c]
-                gap += 1
-            for k in range(size):
-                masks[names[begin + k]] = np.uint64(0)
-    return best, score
+    masks = np.zeros(alphabet, np.uint64)
+    for n in range(first, count, step):
+        begin, size = name_starts[n], name_starts[n + 1] - name_starts[n]
+        for k in range(size):
+            masks[names[begin + k]] |= np.uint64(1) << np.uint64(k)
+        top = np.uint64(1) << np.uint64(size - 1)
+        gap = 0
+        while gap <= score[n] and (size - gap >= 0 or size + gap <= lengths[total - 1]):
+            for side in range(1 if gap == 0 else 2):
+                wanted = size - gap if side == 0 else size + gap
+                low, high = np.searchsorted(lengths, wanted), np.searchsorted(lengths, wanted, side="right")
+                for c in range(low, high):
+                    pv, mv, d = ~np.uint64(0), np.uint64(0), size
+                    for k in range(starts[c], starts[c + 1]):
+                        eq = masks[text[k]]
+                        xv = eq | mv
+                        xh = (((eq & pv) + pv) ^ pv) | eq
+                        ph = mv | ~(xh | pv)
+                        mh = pv & xh
+                        if ph & top:
+                            d += 1
+                        elif mh & top:
+                            d -= 1
+                        ph = (ph << np.uint64(1)) | np.uint64(1)
+                        mh = mh << np.uint64(1)
+                        pv = mh | ~(xv | ph)
+                        mv = ph & xv
+                    if d < score[n] or (d == score[n] and ids[c] < best[n]):
+                        score[n], best[n] = d, ids[c]
+            gap += 1
+        for k in range(size):
+            masks[names[begin + k]] = np.uint64(0)
 
 
 def _parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -24,7 +24,9 @@ class Ragged:
     gold_logprob: Floats
 
 
-def project(source: Ragged, match: Ints, table: Ints, gold: Ints, chain: Ints, pivot_size: int, unmatched_gold: bool) -> Ragged:
+def project(
+    source: Ragged, match: Ints, table: Ints, gold: Ints, chain: Ints, pivot_size: int, unmatched_gold: bool
+) -> Ragged:
     """The source's distributions at the matched positions, on the pivot's ids.
 
     match [N]: source position for each pivot position, -1 none. table: source id -> pivot id or -1. gold [N]: the
@@ -34,9 +36,17 @@ def project(source: Ragged, match: Ints, table: Ints, gold: Ints, chain: Ints, p
     """
     starts = np.concatenate([[0], np.cumsum(source.counts)])
     counts, ids, probs, gold_p = _project(
-        starts, source.ids.astype(np.int64), np.exp(source.logprobs), np.exp(source.gold_logprob), match, table,
-        gold.astype(np.int64), chain, pivot_size, unmatched_gold,
-    )  # fmt: skip
+        starts,
+        source.ids.astype(np.int64),
+        np.exp(source.logprobs),
+        np.exp(source.gold_logprob),
+        match,
+        table,
+        gold.astype(np.int64),
+        chain,
+        pivot_size,
+        unmatched_gold,
+    )
     return Ragged(counts, ids, np.log(probs), np.log(gold_p))
 
 

@@ -74,9 +74,12 @@ class Alignment:
         lists = {
             "counts": list_column([encode_counts(c) for c in columns["counts"]], np.uint16),
             "ids": list_column(columns["ids"], narrowest(self.pivot.manifest["vocab_size"] - 1)),
-            "logprobs": list_column([encode_logprobs(r, self.logprobs) for r in columns["logprobs"]], np.dtype(self.logprobs)),
-            "gold_logprob": list_column(columns["gold_logprob"], np.float16), "kind": list_column(columns["kind"], np.uint8),
-        }  # fmt: skip
+            "logprobs": list_column(
+                [encode_logprobs(r, self.logprobs) for r in columns["logprobs"]], np.dtype(self.logprobs)
+            ),
+            "gold_logprob": list_column(columns["gold_logprob"], np.float16),
+            "kind": list_column(columns["kind"], np.uint8),
+        }
         return pa.table({**{n: scalars.column(n) for n in scalars.column_names}, **lists}), dict(seen)
 
     def pair_counts(self, index: int) -> tuple[Ints, Ints]:
@@ -133,7 +136,9 @@ def same_tokens(pivot: DistributionStore, source: DistributionStore) -> bool:
     return len(pivot) == len(source) and all(
         all(
             np.array_equal(a, b)
-            for a, b in zip(pivot.row(i, "input_ids", "positions"), source.row(i, "input_ids", "positions"), strict=True)
+            for a, b in zip(
+                pivot.row(i, "input_ids", "positions"), source.row(i, "input_ids", "positions"), strict=True
+            )
         )
         for i in range(len(pivot))
     )
@@ -153,7 +158,9 @@ def link_shards(source: DistributionStore, writer: StoreWriter) -> None:
                 shutil.copyfile(source.path / entry["file"], name)
             positions = entry["statistics"]["positions"]
             statistics = {"same": positions, "n:1": 0, "1:n": 0, "none": 0, "matched_nats": entry["statistics"]["nats"]}
-            writer.record(index, {**entry, "statistics": {**statistics, "positions_with_mass": positions, "mass": float("nan")}})
+            writer.record(
+                index, {**entry, "statistics": {**statistics, "positions_with_mass": positions, "mass": float("nan")}}
+            )
 
 
 def check_chats(pivot: DistributionStore, source: DistributionStore) -> None:
@@ -171,7 +178,9 @@ def check_texts(pivot: DistributionStore, source: DistributionStore, tokenizers:
     differing = np.flatnonzero(theirs != own)
     if len(differing):
         row = int(differing[0])
-        texts = [t.decode(_gold(s, row), skip_special_tokens=True) for t, s in zip(tokenizers, (pivot, source), strict=True)]
+        texts = [
+            t.decode(_gold(s, row), skip_special_tokens=True) for t, s in zip(tokenizers, (pivot, source), strict=True)
+        ]
         at = len(os.path.commonprefix(texts))
         excerpts = " / ".join(repr(text[max(0, at - 20) : at + 20]) for text in texts)
         raise UserError(
@@ -180,7 +189,9 @@ def check_texts(pivot: DistributionStore, source: DistributionStore, tokenizers:
         )
 
 
-def role_pairs(pivot: DistributionStore, source: DistributionStore, tokenizers: tuple[Any, Any]) -> list[tuple[int, int]]:
+def role_pairs(
+    pivot: DistributionStore, source: DistributionStore, tokenizers: tuple[Any, Any]
+) -> list[tuple[int, int]]:
     """(source id, pivot id) of special tokens with the same role: bos, eos, and the token that closes a turn."""
     theirs, own = (special_roles(t, _closing(s)) for t, s in zip(tokenizers, (pivot, source), strict=True))
     return [(own[role], theirs[role]) for role in ("bos", "eos", "end_of_turn") if role in own and role in theirs]
@@ -204,5 +215,7 @@ def _ranked(source: Ragged, match: Ints) -> Ragged:
     spans = [np.arange(starts[j], starts[j + 1]) if j >= 0 else np.empty(0, np.int64) for j in match]
     take = np.concatenate([np.empty(0, np.int64), *spans]).astype(np.int64)
     ranks = np.concatenate([np.empty(0, np.int64), *(np.arange(len(s)) for s in spans)]).astype(np.int64)
-    gold = np.where(match >= 0, source.gold_logprob[np.maximum(match, 0)] if len(source.counts) else 0.0, 0.0).astype(np.float32)
+    gold = np.where(match >= 0, source.gold_logprob[np.maximum(match, 0)] if len(source.counts) else 0.0, 0.0).astype(
+        np.float32
+    )
     return Ragged(np.array([len(s) for s in spans], np.int64), ranks, source.logprobs[take], gold)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import logging
 import os
 import platform
@@ -12,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fusechat.app import registry
 from fusechat.app.errors import UserError
 
-CONF = str(Path(__file__).parents[2] / "conf")
+CONF = str(registry.CONF)
 LOG = logging.getLogger("fusechat")
 Run = Callable[[DictConfig], Any]
 FAILED = "FUSECHAT_FAILED"  # names a file of jobs begun and failed, shared with the processes of a sweep
@@ -90,7 +90,8 @@ def _command(command: Callable[[], None]) -> None:
                 return
             if not lines:
                 print(
-                    "error: the sweep has no jobs: one of its choices is empty; see the overrides with commas or range()", file=sys.stderr
+                    "error: the sweep has no jobs: one of its choices is empty; see the overrides with commas or range()",
+                    file=sys.stderr,
                 )
         if failed:
             print(f"{len(failed)} job(s) failed: " + "; ".join(failed), file=sys.stderr)
@@ -197,14 +198,6 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def write_text_json(path: Path, content: Any) -> None:
-    """Writes readable JSON under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    temporary.replace(path)
-
-
 def experiment_of(cfg: DictConfig) -> str:
     """``experiment=...`` as the commands in error messages must have it: the config's file, and another name where one was given."""
     chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else cfg.experiment_name
@@ -212,26 +205,11 @@ def experiment_of(cfg: DictConfig) -> str:
     return f"experiment={chosen}{own}"
 
 
-def whole_lines(path: Path) -> list[Any]:
-    """The JSON lines that a killed run has left, those that end; one that was cut short is removed from the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n") if path.exists() else ("", "", "")
-    lines = whole.split("\n") if whole else []  # not splitlines: JSON strings may hold U+2028
-    if cut:
-        replace_lines(path, lines)
-    return [json.loads(line) for line in lines]
-
-
-def replace_lines(path: Path, lines: Sequence[str]) -> None:
-    """Writes lines under a temporary name, then renames it: a kill loses nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
-
-
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10)
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()

@@ -29,7 +29,9 @@ def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
     if cfg.logger.kind == "csv":
         return [csv]
     if not cfg.logger.offline and not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
-        raise UserError("logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline")
+        raise UserError(
+            "logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline"
+        )
     from lightning.pytorch.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -38,9 +40,16 @@ def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
     tags = [cfg.experiment_name, cfg.stage, *([own[cfg.stage]] if cfg.stage in own else []), *cfg.logger.tags]
     flat: Any = flatten(OmegaConf.to_container(cfg, resolve=True))
     wandb = WandbLogger(
-        name=name, project=cfg.logger.project, entity=cfg.logger.entity, save_dir=cfg.paths.logs, offline=cfg.logger.offline,
-        group=cfg.experiment_name, job_type=cfg.stage, tags=tags, config=flat,
-    )  # fmt: skip
+        name=name,
+        project=cfg.logger.project,
+        entity=cfg.logger.entity,
+        save_dir=cfg.paths.logs,
+        offline=cfg.logger.offline,
+        group=cfg.experiment_name,
+        job_type=cfg.stage,
+        tags=tags,
+        config=flat,
+    )
     for metric, best in SUMMARIES.items():
         wandb.experiment.define_metric(metric, step_metric="trainer/global_step", summary=best)
     return [wandb, csv]
@@ -80,7 +89,9 @@ def _artifact(made: Made, inputs: dict[str, str | None], upload: bool) -> Any:
     import wandb
 
     kind, path = made
-    artifact = wandb.Artifact(f"{kind}-{path.name}", type=kind, metadata={"fingerprint": _fingerprint(path), "inputs": inputs})
+    artifact = wandb.Artifact(
+        f"{kind}-{path.name}", type=kind, metadata={"fingerprint": _fingerprint(path), "inputs": inputs}
+    )
     if upload:
         artifact.add_dir(str(path))
     else:

@@ -54,7 +54,13 @@ def in_validation(identity: str, fraction: float, seed: int) -> bool:
 
 
 def load_chats(
-    path: str, *, split: str = "train", name: str | None = None, limit: int | None = None, streaming: bool = False, tag: str = "tag"
+    path: str,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    limit: int | None = None,
+    streaming: bool = False,
+    tag: str = "tag",
 ) -> tuple[datasets.Dataset, str]:
     """Chats from a file, a directory or a Hub dataset id. Returns them and the name of the format found.
 
@@ -126,13 +132,17 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
         try:
             return datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming)
         except Exception as error:
-            raise UserError(_broken_line(files) or f"{path} cannot be read as {kind}: {error.__cause__ or error}") from error
+            raise UserError(
+                _broken_line(files) or f"{path} cannot be read as {kind}: {error.__cause__ or error}"
+            ) from error
     if local.suffix in LOADERS or path.count("/") != 1:
         raise UserError(f"chat.path={path} does not exist; give a file, a directory or a Hub dataset id (owner/name)")
     try:
         return datasets.load_dataset(path, name, split=split, streaming=streaming)
     except Exception as error:
-        raise UserError(f"chat.path={path} is neither a file here nor a dataset on the Hub that could be read: {error}") from error
+        raise UserError(
+            f"chat.path={path} is neither a file here nor a dataset on the Hub that could be read: {error}"
+        ) from error
 
 
 def _broken_line(files: Sequence[Path]) -> str | None:

@@ -54,7 +54,13 @@ class ChatRenderer:
     """
 
     def __init__(
-        self, tokenizer: Any, *, template: str = "native", host: Any = None, max_length: int = 2048, end_of_turn: bool = True
+        self,
+        tokenizer: Any,
+        *,
+        template: str = "native",
+        host: Any = None,
+        max_length: int = 2048,
+        end_of_turn: bool = True,
     ) -> None:
         self.tokenizer, self.host = tokenizer, host or tokenizer
         self.template = self.host.chat_template if template == "native" else template
@@ -111,7 +117,9 @@ class ChatRenderer:
         spans = self.content_spans(chat, text)
         return self._rendered(chat, text, spans, *slow_tokenizers.encode(self.tokenizer, text, spans, self.max_length))
 
-    def _rendered(self, chat: Sequence[Message], text: str, spans: Spans, ids: Ints, offsets: Ints, truncated: bool) -> Rendered:
+    def _rendered(
+        self, chat: Sequence[Message], text: str, spans: Spans, ids: Ints, offsets: Ints, truncated: bool
+    ) -> Rendered:
         ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else offsets[:, 1]
         starts = offsets[:, 0].copy()
         np.minimum(starts[1:], ends[:-1], out=starts[1:])
@@ -123,14 +131,20 @@ class ChatRenderer:
             if chat[index]["role"] != "assistant":
                 continue
             contents.update(text[first:end].encode())
-            inside = np.arange(np.searchsorted(ends, first, side="right"), np.searchsorted(starts, end))  # both never decrease
+            inside = np.arange(
+                np.searchsorted(ends, first, side="right"), np.searchsorted(starts, end)
+            )  # both never decrease
             if len(inside):
                 mask[inside] = True
                 before[inside] = np.minimum(np.maximum(ends[inside - 1] - first, 0), end - first) + turn_start
                 before[inside[0]] = turn_start
                 n_bytes += len(text[first : min(end, int(ends[inside[-1]]))].encode())
             stop = int(np.searchsorted(ends, end, side="right"))
-            if self.end_of_turn and stop < len(ids) and (close := self._closing(ids, offsets, text, stop, end)) is not None:
+            if (
+                self.end_of_turn
+                and stop < len(ids)
+                and (close := self._closing(ids, offsets, text, stop, end)) is not None
+            ):
                 mask[close] = True
                 before[close] = turn_start + end - first
             turn_start += end - first + 1
@@ -169,11 +183,15 @@ class ChatRenderer:
         try:
             return self.host.apply_chat_template(conversation, tokenize=False, chat_template=self.template, **options)
         except Exception as error:  # a template is a stranger's program: it may raise anything
-            raise UserError(f"the chat template of {self.host.name_or_path!r} fails: {error}; see chat.template") from error
+            raise UserError(
+                f"the chat template of {self.host.name_or_path!r} fails: {error}; see chat.template"
+            ) from error
 
 
 def _content_end(text: str, start: int, content: str, following: str, last: bool) -> int | None:
-    fits: Callable[[int], bool] = lambda end: text.startswith(following, end) and (not last or end + len(following) == len(text))
+    fits: Callable[[int], bool] = lambda end: (
+        text.startswith(following, end) and (not last or end + len(following) == len(text))
+    )
     for kept in (content, content.strip(), content.rstrip(), content.lstrip()):
         if text.startswith(kept, start) and fits(start + len(kept)):
             return start + len(kept)
@@ -186,7 +204,9 @@ def render_chat(messages: Sequence[Message], tokenizer: Any, **options: Any) -> 
     return ChatRenderer(tokenizer, **options)([messages])[0]
 
 
-def renderer_for(tokenizer: Any, pivot_tokenizer: Any, template: str, max_length: int, end_of_turn: bool = True) -> ChatRenderer:
+def renderer_for(
+    tokenizer: Any, pivot_tokenizer: Any, template: str, max_length: int, end_of_turn: bool = True
+) -> ChatRenderer:
     """The renderer that ``chat.template`` names: ``pivot``, ``native``, ``plain`` (text as it is) or a Jinja text."""
     host = None
     if template == "pivot":

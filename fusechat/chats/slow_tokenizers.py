@@ -11,7 +11,9 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 
-def encode(tokenizer: Any, text: str, spans: Sequence[tuple[int, int, int]], max_length: int) -> tuple[Ints, Ints, bool]:
+def encode(
+    tokenizer: Any, text: str, spans: Sequence[tuple[int, int, int]], max_length: int
+) -> tuple[Ints, Ints, bool]:
     """ids [T], offsets [T, 2] and whether the text was cut at ``max_length``.
 
     spans: (message index, first character, end) of the contents. Every token gets the whole piece it lies in as its

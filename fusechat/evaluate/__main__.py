@@ -12,8 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fusechat.app.command import entry, label, plain, provenance, replace_lines, seed_everything, whole_lines, write_text_json
+from fusechat.app.command import entry, label, plain, provenance, seed_everything
 from fusechat.app.errors import UserError, one_of
+from fusechat.app.outputs import whole_lines, write_json, write_lines
 from fusechat.app.tracking import log_made, wandb_run
 
 LOG = logging.getLogger(__name__)
@@ -22,8 +23,8 @@ PART = 256  # samples between two writes: what a killed evaluation has to do aga
 
 def run(cfg: DictConfig) -> float | None:
     """Writes ``output_file`` by the evaluation that ``evaluation.kind`` names. Returns its first metric, if it has one."""
+    from fusechat.app import outputs
     from fusechat.models import load as models
-    from fusechat.stores import store
 
     if not cfg.model or (not Path(cfg.model).is_dir() and cfg.model.count("/") != 1):
         raise UserError(
@@ -33,19 +34,19 @@ def run(cfg: DictConfig) -> float | None:
     kinds = {"chats": chats, "lm_eval": lm_eval, "mt_bench": answers, "alpaca_eval": answers}
     one_of(cfg.evaluation.kind, tuple(kinds), "evaluation.kind")
     options = {key: value for key, value in plain(cfg.evaluation).items() if key != "file"}
-    mark = store.fingerprint(model=models.model_identity(cfg.model), evaluation=options, seed=cfg.seed)
+    mark = outputs.fingerprint(model=models.model_identity(cfg.model), evaluation=options, seed=cfg.seed)
     return kinds[cfg.evaluation.kind](cfg, Path(cfg.output_file), mark)
 
 
 def chats(cfg: DictConfig, output: Path, mark: str) -> float | None:
     """Bits per byte and exact match on held-out chats; returns bits per byte."""
+    from fusechat.app import outputs
     from fusechat.chats.formats import load_chats
     from fusechat.report.results import metrics
-    from fusechat.stores import store
 
     rows, _ = load_chats(cfg.evaluation.chats, split=cfg.evaluation.split, limit=cfg.evaluation.limit)
-    tests = store.fingerprint(ids=list(rows["id"]))
-    mark = store.fingerprint(mark=mark, tests=tests)
+    tests = outputs.fingerprint(ids=list(rows["id"]))
+    mark = outputs.fingerprint(mark=mark, tests=tests)
     if (held := finished(cfg, output, mark)) is not None:
         return held
     seed_everything(cfg.seed)
@@ -59,30 +60,36 @@ def chats(cfg: DictConfig, output: Path, mark: str) -> float | None:
 
 def lm_eval(cfg: DictConfig, output: Path, mark: str) -> float | None:
     """Tasks of lm-evaluation-harness; returns the first metric over all samples."""
+    from fusechat.app import outputs
     from fusechat.evaluate.harness import run_tasks
     from fusechat.report.results import metrics
-    from fusechat.stores import store
 
-    own_tasks = sorted(f for f in Path(cfg.evaluation.include_path or "").rglob("*") if f.is_file()) if cfg.evaluation.include_path else []
-    mark = store.fingerprint(mark=mark, own_tasks={str(f): store.file_hash(f) for f in own_tasks})
+    own_tasks = (
+        sorted(f for f in Path(cfg.evaluation.include_path or "").rglob("*") if f.is_file())
+        if cfg.evaluation.include_path
+        else []
+    )
+    mark = outputs.fingerprint(mark=mark, own_tasks={str(f): outputs.file_hash(f) for f in own_tasks})
     if (held := finished(cfg, output, mark)) is not None:
         return held
     options = {key: value for key, value in plain(cfg.evaluation).items() if key not in ("kind", "file")}
     samples, own = run_tasks(str(cfg.model), options.pop("tasks"), seed=cfg.seed, **options)
     found = metrics(samples, sorted({name for sample in samples for name in sample} - {"id", "tag"}))
-    tests = store.fingerprint(ids=[sample["id"] for sample in samples])
-    content = write(cfg, output, {"fingerprint": mark, "tests": tests, "metrics": found, "harness": own, "samples": samples})
+    tests = outputs.fingerprint(ids=[sample["id"] for sample in samples])
+    content = write(
+        cfg, output, {"fingerprint": mark, "tests": tests, "metrics": found, "harness": own, "samples": samples}
+    )
     log(cfg, content)
     return first_value(content)
 
 
 def answers(cfg: DictConfig, output: Path, mark: str) -> None:
     """Answers to a question file, in the form that FastChat's or alpaca_eval's judges read."""
+    from fusechat.app.outputs import file_hash, fingerprint
     from fusechat.chats.render import renderer_for
     from fusechat.evaluate import answers as writing
     from fusechat.evaluate.generation import generate
     from fusechat.models import load as models
-    from fusechat.stores.store import file_hash, fingerprint
 
     options, path = cfg.evaluation, Path(cfg.evaluation.questions)
     questions = writing.load_questions(path, options.kind)
@@ -93,10 +100,12 @@ def answers(cfg: DictConfig, output: Path, mark: str) -> None:
         return
     done = whole_lines(part)
     done = done[: len(done) - len(done) % writing.PART]  # questions are asked in parts: the same parts again
-    replace_lines(part, [json.dumps(record) for record in done])
+    write_lines(part, [json.dumps(record) for record in done])
     tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=options.trust_remote_code)
     renderer = renderer_for(tokenizer, tokenizer, options.template, options.max_length)
-    model = models.load_model(cfg.model, dtype=options.dtype, device_map=options.device_map, trust_remote_code=options.trust_remote_code)
+    model = models.load_model(
+        cfg.model, dtype=options.dtype, device_map=options.device_map, trust_remote_code=options.trust_remote_code
+    )
 
     def ask(prompts: list[Any], temperature: float) -> list[str]:
         seed_everything(cfg.seed)  # the same answers whether or not a kill came between
@@ -105,7 +114,11 @@ def answers(cfg: DictConfig, output: Path, mark: str) -> None:
 
     left = questions[len(done) :]
     name = label(cfg.model)
-    made = writing.mt_bench(left, ask, name) if options.kind == "mt_bench" else writing.alpaca_eval(left, ask, name, options.temperature)
+    made = (
+        writing.mt_bench(left, ask, name)
+        if options.kind == "mt_bench"
+        else writing.alpaca_eval(left, ask, name, options.temperature)
+    )
     with part.open("a", encoding="utf-8") as file:
         for record in made:
             file.write(json.dumps(record) + "\n")
@@ -114,7 +127,7 @@ def answers(cfg: DictConfig, output: Path, mark: str) -> None:
     if options.kind == "mt_bench":
         part.replace(output)
     else:
-        write_text_json(output, rows)
+        write_json(output, rows)
         part.unlink()
     note.write_text(mark)
     LOG.info("%d questions answered by %s: %s", len(rows), cfg.model, output)
@@ -139,7 +152,7 @@ def write(cfg: DictConfig, output: Path, found: dict[str, Any]) -> dict[str, Any
     """Writes a result file and says what is in it."""
     about = {"stage": "evaluate", "kind": cfg.evaluation.kind, "name": output.stem, "model": str(cfg.model)}
     content = {**about, **found, **provenance(cfg)}
-    write_text_json(output, content)
+    write_json(output, content)
     shown = ", ".join(f"{name} {entry['all']['value']:.4f}" for name, entry in found["metrics"].items())
     LOG.info("%s: %s on %d samples", cfg.model, shown, len(found["samples"]))
     return content
@@ -154,16 +167,22 @@ def measure(cfg: DictConfig, chats: list[dict[str, Any]], part: Path) -> list[di
     options = cfg.evaluation
     tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=options.trust_remote_code)
     renderer = renderer_for(tokenizer, tokenizer, options.template, options.max_length)
-    model = models.load_model(cfg.model, dtype=options.dtype, device_map=options.device_map, trust_remote_code=options.trust_remote_code)
+    model = models.load_model(
+        cfg.model, dtype=options.dtype, device_map=options.device_map, trust_remote_code=options.trust_remote_code
+    )
     models.check_vocabulary(model, tokenizer, cfg.model)
     done = whole_lines(part)
     for start in range(len(done), len(chats), PART):
         rows = chats[start : start + PART]
         found = perplexity.score(model, renderer, [row["messages"] for row in rows], options.batch_size)
-        samples: list[dict[str, Any]] = [{"id": row["id"], "tag": row["tag"], **score} for row, score in zip(rows, found, strict=True)]
+        samples: list[dict[str, Any]] = [
+            {"id": row["id"], "tag": row["tag"], **score} for row, score in zip(rows, found, strict=True)
+        ]
         if options.generate:
             prompts = [row["messages"][:-1] for row in rows]
-            answers = generation.generate(model, renderer, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
+            answers = generation.generate(
+                model, renderer, prompts, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+            )
             for sample, row, answer in zip(samples, rows, answers, strict=True):
                 reference = row["messages"][-1]["content"]
                 sample |= {"prompt": row["messages"][-2]["content"], "reference": reference, "answer": answer}
@@ -181,11 +200,19 @@ def log(cfg: DictConfig, content: dict[str, Any]) -> None:
         return
     import wandb
 
-    flat = {f"evaluation/{name}/{tag}": entry["value"] for name, tags in content["metrics"].items() for tag, entry in tags.items()}
+    flat = {
+        f"evaluation/{name}/{tag}": entry["value"]
+        for name, tags in content["metrics"].items()
+        for tag, entry in tags.items()
+    }
     pivot = Path(cfg.output_file).with_name(f"{label(cfg.pivot.path)}.json")
     held = json.loads(pivot.read_text()) if pivot.exists() else {}
     theirs = {s["id"]: s.get("answer") for s in held["samples"]} if held.get("tests") == content["tests"] else {}
-    rows = [[s["tag"], s["prompt"], s["reference"], theirs.get(s["id"]), s["answer"]] for s in content["samples"][:100] if "answer" in s]
+    rows = [
+        [s["tag"], s["prompt"], s["reference"], theirs.get(s["id"]), s["answer"]]
+        for s in content["samples"][:100]
+        if "answer" in s
+    ]
     columns: list[str | int] = ["skill", "prompt", "reference", "pivot's answer", "answer"]
     run.log({**flat, **({"evaluation/answers": wandb.Table(columns=columns, data=rows)} if rows else {})})
     run.summary.update(flat)

@@ -15,18 +15,31 @@ Question = dict[str, Any]
 Generate = Callable[[list[list[Message]], float], list[str]]
 PART = 16  # questions between two writes
 TEMPERATURES = {  # of MT-Bench's categories, as published
-    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1
-}  # fmt: skip
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
 OTHERWISE = 0.7
 
 
 def load_questions(path: Path, kind: str) -> list[Question]:
     """The user's question file: JSON lines with question_id and turns (mt_bench), or a JSON list with instruction (alpaca_eval)."""
     if not path.is_file():
-        raise UserError(f"evaluation.questions={path} does not exist; download the question file of {kind} and name it here")
+        raise UserError(
+            f"evaluation.questions={path} does not exist; download the question file of {kind} and name it here"
+        )
     text = path.read_text(encoding="utf-8")
     try:
-        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+        found = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     needed = {"mt_bench": {"question_id", "turns"}, "alpaca_eval": {"instruction"}}[kind]
@@ -52,12 +65,17 @@ def mt_bench(questions: Sequence[Question], generate: Generate, model_id: str) -
             turns = [message["content"] for message in talk if message["role"] == "assistant"]
             answer_id = hashlib.sha256(json.dumps([model_id, question["question_id"], turns]).encode()).hexdigest()[:22]
             yield {
-                "question_id": question["question_id"], "answer_id": answer_id, "model_id": model_id,
-                "choices": [{"index": 0, "turns": turns}], "tstamp": 0,
-            }  # fmt: skip
+                "question_id": question["question_id"],
+                "answer_id": answer_id,
+                "model_id": model_id,
+                "choices": [{"index": 0, "turns": turns}],
+                "tstamp": 0,
+            }
 
 
-def alpaca_eval(questions: Sequence[Question], generate: Generate, model_id: str, temperature: float) -> Iterator[dict[str, Any]]:
+def alpaca_eval(
+    questions: Sequence[Question], generate: Generate, model_id: str, temperature: float
+) -> Iterator[dict[str, Any]]:
     """One answer an instruction, as alpaca_eval's model_outputs have them."""
     for start in range(0, len(questions), PART):
         part = questions[start : start + PART]

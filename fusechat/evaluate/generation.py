@@ -12,9 +12,14 @@ from fusechat.chats.render import ChatRenderer, Message
 
 @torch.inference_mode()
 def generate(
-    model: Any, renderer: ChatRenderer, prompts: Sequence[Sequence[Message]], *,
-    max_new_tokens: int, batch_size: int, temperature: float = 0.0,
-) -> list[str]:  # fmt: skip
+    model: Any,
+    renderer: ChatRenderer,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+) -> list[str]:
     """An answer to every prompt (messages up to the user's last), greedy at temperature 0, in the order given."""
     model.eval()
     tokenizer = renderer.tokenizer
@@ -33,9 +38,13 @@ def generate(
             size = len(encoded[i])
             ids[row, width - size :], mask[row, width - size :] = torch.tensor(encoded[i]), 1
         out = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id, **sampling,
-        )  # fmt: skip
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
         for row, i in enumerate(part):
             answers[i] = tokenizer.decode(out[row, width:], skip_special_tokens=True).strip()
     return answers

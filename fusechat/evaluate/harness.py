@@ -12,9 +12,19 @@ Sample = dict[str, Any]
 
 
 def run_tasks(
-    path: str, tasks: Sequence[str], *, include_path: str | None, num_fewshot: int | None, limit: int | None, batch_size: int | str,
-    apply_chat_template: bool, dtype: str, device: str | None, trust_remote_code: bool, seed: int,
-) -> tuple[list[Sample], dict[str, Any]]:  # fmt: skip
+    path: str,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int | str,
+    apply_chat_template: bool,
+    dtype: str,
+    device: str | None,
+    trust_remote_code: bool,
+    seed: int,
+) -> tuple[list[Sample], dict[str, Any]]:
     """Runs the tasks on a model directory or Hub id. Returns samples (id, tag = task, one number per metric) and the harness' own results.
 
     Raises `UserError` where the harness is not installed or a task is unknown (with the near names).
@@ -27,14 +37,28 @@ def run_tasks(
     manager = TaskManager(include_path=include_path)
     for task in tasks:
         if task not in manager.all_tasks:
-            near = ", ".join(difflib.get_close_matches(task, manager.all_tasks, n=3)) or "see evaluation.include_path for tasks of your own"
+            near = (
+                ", ".join(difflib.get_close_matches(task, manager.all_tasks, n=3))
+                or "see evaluation.include_path for tasks of your own"
+            )
             raise UserError(f"evaluation.tasks: the harness knows no task {task!r}; near: {near}")
     arguments = {"pretrained": path, "dtype": dtype, "trust_remote_code": trust_remote_code}
     found: Any = simple_evaluate(
-        model="hf", model_args=arguments, tasks=list(tasks), num_fewshot=num_fewshot, batch_size=batch_size, device=device, limit=limit,
-        apply_chat_template=apply_chat_template, task_manager=manager, bootstrap_iters=0,
-        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-    )  # fmt: skip
+        model="hf",
+        model_args=arguments,
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        device=device,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        task_manager=manager,
+        bootstrap_iters=0,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
     return samples_of(found["samples"]), found["results"]
 
 
@@ -44,6 +68,8 @@ def samples_of(by_task: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Sampl
     for task, records in sorted(by_task.items()):
         for record in records:
             kept = f"/{record['filter']}" if record.get("filter", "none") != "none" else ""
-            numbers = {name: float(record[name]) for name in record["metrics"] if isinstance(record.get(name), (int, float))}
+            numbers = {
+                name: float(record[name]) for name in record["metrics"] if isinstance(record.get(name), (int, float))
+            }
             found.append({"id": f"{task}/{record['doc_id']}{kept}", "tag": task, **numbers})
     return found

@@ -12,7 +12,9 @@ from fusechat.models.heads import OutputHead
 
 
 @torch.inference_mode()
-def score(model: Any, renderer: ChatRenderer, chats: Sequence[Sequence[Message]], batch_size: int) -> list[dict[str, float]]:
+def score(
+    model: Any, renderer: ChatRenderer, chats: Sequence[Sequence[Message]], batch_size: int
+) -> list[dict[str, float]]:
     """nats, bytes and tokens of every chat's response, in the order given."""
     model.eval()
     head, rendered = OutputHead(model), renderer(chats)

@@ -38,7 +38,9 @@ class Batch:
 class ShardBatches(IterableDataset[Batch]):
     """Batches of the shards this rank still has to do. Batches never cross shards, so a resumed run is the same run."""
 
-    def __init__(self, chats: Any, renderer: ChatRenderer, writer: StoreWriter, rows_per_shard: int, tokens_per_batch: int) -> None:
+    def __init__(
+        self, chats: Any, renderer: ChatRenderer, writer: StoreWriter, rows_per_shard: int, tokens_per_batch: int
+    ) -> None:
         self.chats, self.renderer, self.writer = chats, renderer, writer
         self.rows_per_shard, self.budget = rows_per_shard, tokens_per_batch
         self.rank, self.world = 0, 1
@@ -72,14 +74,29 @@ class ExtractionModule(lightning.LightningModule):
     """Runs a causal LM and keeps the distributions at the response positions of every chat."""
 
     def __init__(
-        self, path: str, dtype: str, revision: str | None, trust_remote_code: bool, attn_implementation: str | None,
-        device_map: str | None, load_in: str | None, kind: str, top_k: int, top_p: float, draws: int, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        path: str,
+        dtype: str,
+        revision: str | None,
+        trust_remote_code: bool,
+        attn_implementation: str | None,
+        device_map: str | None,
+        load_in: str | None,
+        kind: str,
+        top_k: int,
+        top_p: float,
+        draws: int,
+        seed: int,
+    ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
-            "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
-            "attn_implementation": attn_implementation, "device_map": device_map, "load_in": load_in,
-        }  # fmt: skip
+            "dtype": dtype,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "attn_implementation": attn_implementation,
+            "device_map": device_map,
+            "load_in": load_in,
+        }
         self.path, self.kind, self.top_k, self.top_p, self.draws, self.seed = path, kind, top_k, top_p, draws, seed
         self.batches: ShardBatches | None = None
         self.held: list[Any] = []  # a list, so that Lightning does not move a model that accelerate has placed
@@ -93,7 +110,9 @@ class ExtractionModule(lightning.LightningModule):
             raise UserError(f"extract.top_k={self.top_k}: expected 1 to {self.vocab_size}, the model's vocabulary")
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context and max_length > context:
-            raise UserError(f"chat.max_length={max_length} exceeds the context of {self.path} ({context}); set chat.max_length={context}")
+            raise UserError(
+                f"chat.max_length={max_length} exceeds the context of {self.path} ({context}); set chat.max_length={context}"
+            )
         self.held = [model]
         self.head = OutputHead(model)
         if not self.options["device_map"]:
@@ -120,7 +139,9 @@ class ExtractionModule(lightning.LightningModule):
             return self._distributions(rendered)
         except torch.OutOfMemoryError:
             if len(rendered) == 1:
-                raise UserError(f"one chat of {len(rendered[0].input_ids)} tokens does not fit in memory; lower chat.max_length") from None
+                raise UserError(
+                    f"one chat of {len(rendered[0].input_ids)} tokens does not fit in memory; lower chat.max_length"
+                ) from None
         if self.batches is not None:
             self.batches.budget = max(1, self.batches.budget // 2)
             LOG.warning("out of memory: going on with extract.tokens_per_batch=%d", self.batches.budget)

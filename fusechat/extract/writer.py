@@ -25,13 +25,21 @@ LOG = logging.getLogger(__name__)
 class ShardWriter(BasePredictionWriter):
     """Collects a shard's chats and writes it when it is whole; counts what was dropped and why."""
 
-    def __init__(self, writer: StoreWriter, vocab_size: int, logprobs: str, max_length: int, max_bad_fraction: float, total: int) -> None:
+    def __init__(
+        self, writer: StoreWriter, vocab_size: int, logprobs: str, max_length: int, max_bad_fraction: float, total: int
+    ) -> None:
         super().__init__("batch")
         self.writer, self.vocab_size, self.logprobs = writer, vocab_size, logprobs
         self.max_length, self.max_bad, self.total = max_length, max_bad_fraction, total
         self.rows: dict[int, dict[str, Any]] = {}
         self.bad: list[str] = []
-        columns = (TextColumn("extract"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("extract"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, transient=True)
         self.task = self.progress.add_task("chats", total=total, rate="")
         self.tokens = 0
@@ -49,7 +57,9 @@ class ShardWriter(BasePredictionWriter):
         """Ends the progress bar, also after an error."""
         self.progress.stop()
 
-    def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Any, batch: Batch, *args: Any) -> None:
+    def write_on_batch_end(
+        self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Any, batch: Batch, *args: Any
+    ) -> None:
         """Keeps the batch's rows; writes the shard with its last batch."""
         for place, chat, rendered, top in zip(batch.rows, batch.chats, batch.rendered, prediction, strict=True):
             self.rows[place] = _row(chat, rendered, top)
@@ -65,7 +75,9 @@ class ShardWriter(BasePredictionWriter):
         self.progress.update(self.task, advance=len(batch.rows), rate=f"{self.tokens / elapsed:,.0f} tokens/s")
         if batch.last:
             rows = [self.rows[i] for i in range(len(self.rows))]
-            self.writer.write(batch.shard, _table(rows, self.vocab_size, self.logprobs, self.max_length), _statistics(rows))
+            self.writer.write(
+                batch.shard, _table(rows, self.vocab_size, self.logprobs, self.max_length), _statistics(rows)
+            )
             self.rows = {}
 
 
@@ -73,16 +85,29 @@ def _row(chat: dict[str, Any], rendered: Rendered, top: TopK | None) -> dict[str
     kept = top is not None and len(rendered.positions) > 0
     keep = slice(None) if kept else slice(0, 0)
     positions = rendered.positions[keep]
-    top = top if top is not None and kept else TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
+    top = (
+        top
+        if top is not None and kept
+        else TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
+    )
     present = ~top.logprobs.isneginf()
     return {
-        "id": chat["id"], "tag": chat["tag"], "text_hash": rendered.text_hash, "input_ids": rendered.input_ids,
-        "positions": encode_runs(positions), "boundaries": encode_steps(rendered.boundaries[keep]),
-        "counts": encode_counts(present.sum(-1).numpy()), "ids": top.ids[present].numpy(),
-        "logprobs": top.logprobs[present].numpy(), "gold_logprob": top.gold_logprob.numpy(),
-        "nats": float(-top.gold_logprob.double().sum()), "bytes": rendered.n_bytes if kept else 0, "tokens": len(positions),
-        "truncated": rendered.truncated, "bad": not kept and len(rendered.positions) > 0,
-    }  # fmt: skip
+        "id": chat["id"],
+        "tag": chat["tag"],
+        "text_hash": rendered.text_hash,
+        "input_ids": rendered.input_ids,
+        "positions": encode_runs(positions),
+        "boundaries": encode_steps(rendered.boundaries[keep]),
+        "counts": encode_counts(present.sum(-1).numpy()),
+        "ids": top.ids[present].numpy(),
+        "logprobs": top.logprobs[present].numpy(),
+        "gold_logprob": top.gold_logprob.numpy(),
+        "nats": float(-top.gold_logprob.double().sum()),
+        "bytes": rendered.n_bytes if kept else 0,
+        "tokens": len(positions),
+        "truncated": rendered.truncated,
+        "bad": not kept and len(rendered.positions) > 0,
+    }
 
 
 def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_length: int) -> pa.Table:
@@ -90,24 +115,36 @@ def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_lengt
         return list_column([row[key] for row in rows], dtype)
 
     ids = narrowest(vocab_size - 1)
-    return pa.table({
-        "id": [row["id"] for row in rows], "tag": [row["tag"] for row in rows], "text_hash": [row["text_hash"] for row in rows],
-        "nats": pa.array([row["nats"] for row in rows], pa.float64()), "bytes": pa.array([row["bytes"] for row in rows], pa.int32()),
-        "tokens": pa.array([row["tokens"] for row in rows], pa.int32()),
-        "input_ids": column("input_ids", ids), "positions": column("positions", narrowest(max_length)),
-        "boundaries": column("boundaries", np.uint8), "counts": column("counts", np.uint16), "ids": column("ids", ids),
-        "logprobs": list_column([encode_logprobs(row["logprobs"], logprobs) for row in rows], np.dtype(logprobs)),
-        "gold_logprob": column("gold_logprob", np.float16),
-    })  # fmt: skip
+    return pa.table(
+        {
+            "id": [row["id"] for row in rows],
+            "tag": [row["tag"] for row in rows],
+            "text_hash": [row["text_hash"] for row in rows],
+            "nats": pa.array([row["nats"] for row in rows], pa.float64()),
+            "bytes": pa.array([row["bytes"] for row in rows], pa.int32()),
+            "tokens": pa.array([row["tokens"] for row in rows], pa.int32()),
+            "input_ids": column("input_ids", ids),
+            "positions": column("positions", narrowest(max_length)),
+            "boundaries": column("boundaries", np.uint8),
+            "counts": column("counts", np.uint16),
+            "ids": column("ids", ids),
+            "logprobs": list_column([encode_logprobs(row["logprobs"], logprobs) for row in rows], np.dtype(logprobs)),
+            "gold_logprob": column("gold_logprob", np.float16),
+        }
+    )
 
 
 def _statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
     empty = [row["id"] for row in rows if not len(row["positions"]) and not row["bad"]]
     return {
-        "tokens": sum(len(row["input_ids"]) for row in rows), "positions": sum(row["tokens"] for row in rows),
-        "nats": sum(row["nats"] for row in rows), "text_bytes": sum(row["bytes"] for row in rows),
-        "truncated": sum(row["truncated"] for row in rows), "no_response": empty, "bad": [r["id"] for r in rows if r["bad"]],
-    }  # fmt: skip
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "positions": sum(row["tokens"] for row in rows),
+        "nats": sum(row["nats"] for row in rows),
+        "text_bytes": sum(row["bytes"] for row in rows),
+        "truncated": sum(row["truncated"] for row in rows),
+        "no_response": empty,
+        "bad": [r["id"] for r in rows if r["bad"]],
+    }
 
 
 def totals(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -121,11 +158,16 @@ def numbers(manifest: dict[str, Any]) -> dict[str, float]:
     sums = totals(manifest)
     size = sum(entry["bytes"] for entry in manifest["shards"])
     return {
-        "chats": sum(entry["rows"] for entry in manifest["shards"]), "tokens": sums["tokens"], "positions": sums["positions"],
-        "no_response": len(sums["no_response"]), "bad": len(sums["bad"]), "truncated": sums["truncated"],
-        "bits_per_byte": float(sums["nats"] / np.log(2) / max(1, sums["text_bytes"])), "megabytes": size / 1e6,
+        "chats": sum(entry["rows"] for entry in manifest["shards"]),
+        "tokens": sums["tokens"],
+        "positions": sums["positions"],
+        "no_response": len(sums["no_response"]),
+        "bad": len(sums["bad"]),
+        "truncated": sums["truncated"],
+        "bits_per_byte": float(sums["nats"] / np.log(2) / max(1, sums["text_bytes"])),
+        "megabytes": size / 1e6,
         "bytes_per_token": size / max(1, sums["tokens"]),
-    }  # fmt: skip
+    }
 
 
 def summary(manifest: dict[str, Any], path: Path) -> str:

@@ -13,7 +13,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from torch.nn.utils import get_total_norm
 
-from fusechat.models.checkpoints import whole_directory
+from fusechat.app.outputs import whole_directory
 
 LOG = logging.getLogger(__name__)
 
@@ -28,7 +28,9 @@ class Throughput(Callback):
         """Starts the clock."""
         self.start = self.last = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """tokens/s of this batch, over all ranks."""
         now, count = time.perf_counter(), int(batch.attention_mask.sum()) * trainer.world_size
         self.tokens += count
@@ -45,10 +47,17 @@ class Throughput(Callback):
         """The summary line."""
         seconds = time.perf_counter() - self.start
         shown = {
-            k: round(float(v), 4) for k, v in trainer.callback_metrics.items() if k.split("/")[-1] in ("sft", "fusion", "bits_per_byte")
+            k: round(float(v), 4)
+            for k, v in trainer.callback_metrics.items()
+            if k.split("/")[-1] in ("sft", "fusion", "bits_per_byte")
         }
         LOG.info(
-            "%d steps, %d tokens in %.0f s (%.0f tokens/s); %s", trainer.global_step, self.tokens, seconds, self.tokens / seconds, shown
+            "%d steps, %d tokens in %.0f s (%.0f tokens/s); %s",
+            trainer.global_step,
+            self.tokens,
+            seconds,
+            self.tokens / seconds,
+            shown,
         )
 
 
@@ -58,7 +67,10 @@ class FusionShares(Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Coverage is a property of the stores: logged once."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        shares = {f"coverage/{name}": share for name, share in zip(pl_module.hparams.source_names, data.coverage(), strict=True)}
+        shares = {
+            f"coverage/{name}": share
+            for name, share in zip(pl_module.hparams.source_names, data.coverage(), strict=True)
+        }
         for logger in trainer.loggers:
             logger.log_metrics(shares, step=trainer.global_step)
 
@@ -108,9 +120,15 @@ def make_callbacks(
 ) -> list[Callback]:
     """The callbacks that ``conf/callbacks`` describes."""
     saver = ModelCheckpoint(
-        dirpath=checkpoints, filename="{step}", every_n_train_steps=every_n_steps, save_top_k=1, monitor="step", mode="max",
-        save_on_train_epoch_end=every_n_steps is None or None, enable_version_counter=False,
-    )  # fmt: skip
+        dirpath=checkpoints,
+        filename="{step}",
+        every_n_train_steps=every_n_steps,
+        save_top_k=1,
+        monitor="step",
+        mode="max",
+        save_on_train_epoch_end=every_n_steps is None or None,
+        enable_version_counter=False,
+    )
     found: list[Callback] = [Throughput(), FusionShares(), saver]
     if early_stopping:
         found.append(EarlyStopping("validation/bits_per_byte", patience=early_stopping))

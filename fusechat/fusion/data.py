@@ -66,7 +66,10 @@ class FusionRows(Dataset[FusionBatch]):
 
     def __init__(self, stores: Sequence[DistributionStore], pad: int) -> None:
         self.stores, self.pad = list(stores), pad
-        self.scalars = {name: torch.from_numpy(np.stack([s.column(name) for s in stores], 1)) for name in ("nats", "bytes", "tokens")}
+        self.scalars = {
+            name: torch.from_numpy(np.stack([s.column(name) for s in stores], 1))
+            for name in ("nats", "bytes", "tokens")
+        }
         self.tags = stores[0].column("tag")
 
     def __getitem__(self, draw: Draw) -> FusionBatch:
@@ -82,34 +85,56 @@ class FusionRows(Dataset[FusionBatch]):
         at = np.concatenate([positions for _, positions in chats]) + sequence * width
         parts = [self._columns(store, rows, len(at)) for store in self.stores]
         kept = max(1, *(int(counts.max(initial=0)) for counts, *_ in parts))
-        all_ids, logprobs = np.zeros((len(parts), len(at), kept), np.int32), np.full((len(parts), len(at), kept), NEG_INF, np.float32)
+        all_ids, logprobs = (
+            np.zeros((len(parts), len(at), kept), np.int32),
+            np.full((len(parts), len(at), kept), NEG_INF, np.float32),
+        )
         for s, part in enumerate(parts):
             self._fill(self.stores[s], all_ids[s], logprobs[s], *part[:3])
         gold_logprob = torch.from_numpy(np.stack([gold for *_, gold in parts]).astype(np.float32))
         gold = torch.from_numpy(input_ids.reshape(-1)[at + 1])
         nats, n_bytes, n_tokens = (self.scalars[name][rows] for name in ("nats", "bytes", "tokens"))
         return FusionBatch(
-            torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(at), gold, torch.from_numpy(sequence),
-            torch.from_numpy(all_ids), torch.from_numpy(logprobs), gold_logprob, nats.float(), n_bytes.float(), n_tokens.float(),
-            torch.tensor(float(draw.step_tokens)), [str(self.tags[row]) for row in rows],
-        )  # fmt: skip
+            torch.from_numpy(input_ids),
+            torch.from_numpy(mask),
+            torch.from_numpy(at),
+            gold,
+            torch.from_numpy(sequence),
+            torch.from_numpy(all_ids),
+            torch.from_numpy(logprobs),
+            gold_logprob,
+            nats.float(),
+            n_bytes.float(),
+            n_tokens.float(),
+            torch.tensor(float(draw.step_tokens)),
+            [str(self.tags[row]) for row in rows],
+        )
 
     def _columns(self, store: DistributionStore, rows: list[int], n: int) -> list[Array]:
         """counts [n], ids, log-probabilities as stored, gold_logprob [n] of the rows, end to end."""
         columns = [store.row(row, "counts", "ids", "logprobs", "gold_logprob") for row in rows]
         found = [np.concatenate(part) for part in zip(*columns, strict=True)]
         if len(found[0]) != n:
-            raise UserError(f"{store.path} has {len(found[0])} positions where the pivot has {n}; align again with overwrite=true")
+            raise UserError(
+                f"{store.path} has {len(found[0])} positions where the pivot has {n}; align again with overwrite=true"
+            )
         return found
 
-    def _fill(self, store: DistributionStore, out_ids: Array, out: Array, counts: Array, ids: Array, stored: Array) -> None:
+    def _fill(
+        self, store: DistributionStore, out_ids: Array, out: Array, counts: Array, ids: Array, stored: Array
+    ) -> None:
         """Writes one model's entries into its part of the batch, [N, K] each."""
         logprobs = decode_logprobs(stored)
         if len(ids) and (int(ids.max()) >= self.stores[0].manifest["vocab_size"] or not logprobs.max() <= LARGEST):
-            raise UserError(f"{store.path} holds ids beyond the pivot's vocabulary, NaN or inf; align again with overwrite=true")
+            raise UserError(
+                f"{store.path} holds ids beyond the pivot's vocabulary, NaN or inf; align again with overwrite=true"
+            )
         width = int(counts[0]) if len(counts) else 0
         if (counts == width).all():
-            out_ids[:, :width], out[:, :width] = ids.reshape(-1, width or 1)[:, :width], logprobs.reshape(-1, width or 1)[:, :width]
+            out_ids[:, :width], out[:, :width] = (
+                ids.reshape(-1, width or 1)[:, :width],
+                logprobs.reshape(-1, width or 1)[:, :width],
+            )
             return
         present = np.arange(out.shape[1]) < counts[:, None]
         out_ids[present], out[present] = ids, logprobs
@@ -119,9 +144,18 @@ class Plan(Sampler[Draw]):
     """The draws of one rank, epoch by epoch. ``start`` skips what a resumed epoch has done already."""
 
     def __init__(
-        self, rows: Ints, lengths: Ints, responses: Ints, *,
-        batch_size: int, accumulate: int, rank: int, world: int, seed: int | None, bucket: int,
-    ) -> None:  # fmt: skip
+        self,
+        rows: Ints,
+        lengths: Ints,
+        responses: Ints,
+        *,
+        batch_size: int,
+        accumulate: int,
+        rank: int,
+        world: int,
+        seed: int | None,
+        bucket: int,
+    ) -> None:
         self.rows, self.lengths, self.responses = rows, lengths, responses
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
         self.seed, self.bucket, self.epoch, self.start = seed, bucket, 0, 0
@@ -170,7 +204,13 @@ class ResumableLoader(DataLoader[FusionBatch]):
     """A DataLoader that Lightning can save and resume in mid-epoch: the state is how many batches are done."""
 
     def __init__(self, data: FusionRows, plan: Plan, module: FusionDataModule) -> None:
-        super().__init__(data, sampler=plan, batch_size=None, num_workers=module.num_workers, persistent_workers=module.num_workers > 0)
+        super().__init__(
+            data,
+            sampler=plan,
+            batch_size=None,
+            num_workers=module.num_workers,
+            persistent_workers=module.num_workers > 0,
+        )
         self.plan, self.module = plan, module
 
     def state_dict(self) -> dict[str, int]:
@@ -192,24 +232,47 @@ class FusionDataModule(lightning.LightningDataModule):
     """
 
     def __init__(
-        self, pivot_store: str, aligned_stores: Sequence[str], *, batch_size: int, validation_fraction: float,
-        split_seed: int, shuffle_seed: int,
-        bucket: int, max_tokens: int, pad_token_id: int, vocab_size: int, num_workers: int = 0, remedies: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        pivot_store: str,
+        aligned_stores: Sequence[str],
+        *,
+        batch_size: int,
+        validation_fraction: float,
+        split_seed: int,
+        shuffle_seed: int,
+        bucket: int,
+        max_tokens: int,
+        pad_token_id: int,
+        vocab_size: int,
+        num_workers: int = 0,
+        remedies: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         commands = [*remedies, *[""] * (len(aligned_stores) + 1)]
-        self.stores = [DistributionStore(path, command) for path, command in zip([pivot_store, *aligned_stores], commands, strict=False)]
+        self.stores = [
+            DistributionStore(path, command)
+            for path, command in zip([pivot_store, *aligned_stores], commands, strict=False)
+        ]
         pivot = self.stores[0]
         for store, command in zip(self.stores[1:], commands[1:], strict=False):
             if store.manifest["pivot"] != pivot.fingerprint:
-                raise UserError(f"{store.path} was aligned with other pivot distributions than {pivot.path}; run: {command} overwrite=true")
+                raise UserError(
+                    f"{store.path} was aligned with other pivot distributions than {pivot.path}; run: {command} overwrite=true"
+                )
             if len(store) != len(pivot):
-                raise UserError(f"{store.path} has {len(store)} chats where {pivot.path} has {len(pivot)}; run: {command} overwrite=true")
+                raise UserError(
+                    f"{store.path} has {len(store)} chats where {pivot.path} has {len(pivot)}; run: {command} overwrite=true"
+                )
         if pivot.manifest["vocab_size"] > vocab_size:
             raise UserError(
                 f"{pivot.path} has ids up to {pivot.manifest['vocab_size']}, the model's embedding {vocab_size} rows; set pivot.path"
             )
-        self.batch_size, self.bucket, self.shuffle_seed, self.num_workers = batch_size, bucket, shuffle_seed, num_workers
+        self.batch_size, self.bucket, self.shuffle_seed, self.num_workers = (
+            batch_size,
+            bucket,
+            shuffle_seed,
+            num_workers,
+        )
         self.data = FusionRows(self.stores, pad_token_id)
         responses = self.data.scalars["tokens"][:, 0].numpy().astype(np.int64)
         self.responses = responses
@@ -222,9 +285,14 @@ class FusionDataModule(lightning.LightningDataModule):
         usable = responses > 0
         self.train_rows, self.validation_rows = (np.flatnonzero(usable & part) for part in (~validation, validation))
         if not len(self.train_rows):
-            raise UserError(f"{pivot.path} leaves no chat with a response to train on; see chat.path and data.validation_fraction")
+            raise UserError(
+                f"{pivot.path} leaves no chat with a response to train on; see chat.path and data.validation_fraction"
+            )
         LOG.info(
-            "%d chats to train on, %d to validate, %d without a response", len(self.train_rows), len(self.validation_rows), (~usable).sum()
+            "%d chats to train on, %d to validate, %d without a response",
+            len(self.train_rows),
+            len(self.validation_rows),
+            (~usable).sum(),
         )
 
     @property
@@ -235,7 +303,10 @@ class FusionDataModule(lightning.LightningDataModule):
     def coverage(self) -> list[float]:
         """Share of the pivot's response positions at which each source has a distribution."""
         total = max(1, int(self.responses.sum()))
-        return [sum(e["statistics"]["positions_with_mass"] for e in store.manifest["shards"]) / total for store in self.stores[1:]]
+        return [
+            sum(e["statistics"]["positions_with_mass"] for e in store.manifest["shards"]) / total
+            for store in self.stores[1:]
+        ]
 
     def train_dataloader(self) -> DataLoader[FusionBatch]:
         """Batches of this rank, shuffled and bucketed by length."""
@@ -250,7 +321,13 @@ class FusionDataModule(lightning.LightningDataModule):
     def _plan(self, rows: Ints, seed: int | None) -> Plan:
         assert self.trainer is not None
         return Plan(
-            rows, self.lengths, self.responses, batch_size=self.batch_size,
+            rows,
+            self.lengths,
+            self.responses,
+            batch_size=self.batch_size,
             accumulate=self.trainer.accumulate_grad_batches if seed is not None else 1,
-            rank=self.trainer.global_rank, world=self.trainer.world_size, seed=seed, bucket=self.bucket,
-        )  # fmt: skip
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            seed=seed,
+            bucket=self.bucket,
+        )

@@ -70,7 +70,11 @@ class FusionLoss:
         log_p = torch.where(present, p, 1.0).log()
         if self.kind == "uld":  # by rank: entries the teacher lacks count as zero
             distance = (p - log_q.exp()).abs().sum(-1)
-            return distance + ((1 - p.sum(-1)) - (1 - log_q.exp().sum(-1))).abs() if self.missing_mass == "tail" else distance
+            return (
+                distance + ((1 - p.sum(-1)) - (1 - log_q.exp().sum(-1))).abs()
+                if self.missing_mass == "tail"
+                else distance
+            )
         log_q = log_q.masked_fill(~present, 0.0)
         q = log_q.exp() * present
         p_tail, q_tail = (1 - p.sum(-1)).clamp_min(0.0), (1 - q.sum(-1)).clamp_min(TINY)
@@ -119,7 +123,9 @@ def loss_from_logits(logits: Tensor, targets: Targets, loss: FusionLoss) -> tupl
 
 class _HiddenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Any, targets: Targets, loss: FusionLoss) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Any, targets: Targets, loss: FusionLoss
+    ) -> Any:
         wanted = ctx.needs_input_grad
         cast = weight.to(hidden.dtype)
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
@@ -157,7 +163,14 @@ class _HiddenLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:  # type: ignore[override]
         hidden, weight, bias = (None if g is None else g.mul_(upstream) for g in ctx.grads)
         ctx.grads = None
-        return hidden, None if weight is None else weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype), None, None, None
+        return (
+            hidden,
+            None if weight is None else weight.to(ctx.dtype),
+            None if bias is None else bias.to(ctx.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 class _LogitLoss(torch.autograd.Function):

@@ -29,14 +29,34 @@ class FusionModule(lightning.LightningModule):
     """
 
     def __init__(
-        self, path: str, source_names: Sequence[str], *, dtype: str = "float32", revision: str | None = None,
+        self,
+        path: str,
+        source_names: Sequence[str],
+        *,
+        dtype: str = "float32",
+        revision: str | None = None,
         trust_remote_code: bool = False,
-        attn_implementation: str | None = None, gradient_checkpointing: bool = False, lora: dict[str, Any] | None = None,
-        rule: str = "min_ce", level: str = "sequence", metric: str = "bits_per_byte", empty: str = "skip", include_pivot: bool = True,
-        lm_weight: float = 0.9, schedule: str = "hard", kind: str = "ce", temperature: float = 1.0, student_temperature: float = 1.0,
-        missing_mass: str = "renormalize", chunked: bool = True, lr: float = 5e-6, betas: Sequence[float] = (0.9, 0.999),
-        weight_decay: float = 0.0, warmup_ratio: float = 0.03, lr_schedule: str = "cosine",
-    ) -> None:  # fmt: skip
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        lora: dict[str, Any] | None = None,
+        rule: str = "min_ce",
+        level: str = "sequence",
+        metric: str = "bits_per_byte",
+        empty: str = "skip",
+        include_pivot: bool = True,
+        lm_weight: float = 0.9,
+        schedule: str = "hard",
+        kind: str = "ce",
+        temperature: float = 1.0,
+        student_temperature: float = 1.0,
+        missing_mass: str = "renormalize",
+        chunked: bool = True,
+        lr: float = 5e-6,
+        betas: Sequence[float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.03,
+        lr_schedule: str = "cosine",
+    ) -> None:
         super().__init__()
         if not 0 <= lm_weight <= 1:
             raise UserError(f"loss.lm_weight={lm_weight} is outside [0, 1]; 1 is plain SFT, 0 fusion alone")
@@ -45,7 +65,10 @@ class FusionModule(lightning.LightningModule):
         if lm_weight < 1 and not source_names and not include_pivot:
             raise UserError("no source takes part in the fusion; name one with source=NAME, or set fusion=sft")
         self.save_hyperparameters()
-        self.rule, self.loss = FusionRule(rule, level, metric, empty), FusionLoss(kind, missing_mass, temperature, student_temperature)
+        self.rule, self.loss = (
+            FusionRule(rule, level, metric, empty),
+            FusionLoss(kind, missing_mass, temperature, student_temperature),
+        )
         sources = [f"{name} (source)" if name == "pivot" else name for name in source_names]
         self.names = ["pivot", *sources] if include_pivot else sources
         self.model: Any = None
@@ -75,7 +98,12 @@ class FusionModule(lightning.LightningModule):
                 model.enable_input_require_grads()
         if hp.chunked:
             head = OutputHead(model)
-            head.verify(torch.arange(8).remainder(model.config.get_text_config().vocab_size).unsqueeze(0).to(head.head.weight.device))
+            head.verify(
+                torch.arange(8)
+                .remainder(model.config.get_text_config().vocab_size)
+                .unsqueeze(0)
+                .to(head.head.weight.device)
+            )
             self.head = head
         self.model = model.train()
 
@@ -86,7 +114,13 @@ class FusionModule(lightning.LightningModule):
         self._record(batch, part)
         count = float(max(1, len(batch.gold)))
         for name, value in (("loss", total * batch.step_tokens), ("sft", sft), ("fusion", fusion)):
-            self.log(f"train/{name}", value.detach() / count, on_step=True, batch_size=len(batch.gold), prog_bar=name != "loss")
+            self.log(
+                f"train/{name}",
+                value.detach() / count,
+                on_step=True,
+                batch_size=len(batch.gold),
+                prog_bar=name != "loss",
+            )
         return total * scale
 
     def validation_step(self, batch: FusionBatch) -> None:
@@ -97,7 +131,14 @@ class FusionModule(lightning.LightningModule):
         for name, value in (("loss", total), ("sft", sft / count), ("fusion", fusion / count)):
             self.log(f"validation/{name}", value, batch_size=int(count), sync_dist=True, add_dataloader_idx=False)
         bits = sft / n_bytes.clamp_min(1) / torch.log(torch.tensor(2.0))
-        self.log("validation/bits_per_byte", bits, batch_size=int(n_bytes), sync_dist=True, prog_bar=True, add_dataloader_idx=False)
+        self.log(
+            "validation/bits_per_byte",
+            bits,
+            batch_size=int(n_bytes),
+            sync_dist=True,
+            prog_bar=True,
+            add_dataloader_idx=False,
+        )
 
     def on_validation_end(self) -> None:
         """Notes which weights were validated."""
@@ -115,13 +156,19 @@ class FusionModule(lightning.LightningModule):
         weight = schedule_weight(hp.schedule, hp.lm_weight, progress, fused.reward)[batch.sequence]
         has_target = (fused.p > 0).any(-1) if self.loss.kind != "uld" else (fused.p.sum(-1) > 0)
         per_token = 1.0 / batch.step_tokens.clamp_min(1)
-        return Targets(fused.ids, fused.p, batch.gold, weight * per_token, (1 - weight) * has_target * per_token), fused.weight
+        return Targets(
+            fused.ids, fused.p, batch.gold, weight * per_token, (1 - weight) * has_target * per_token
+        ), fused.weight
 
     def _losses(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted loss, sums of sft and divergence over the positions, each model's part [N, S]."""
         targets, part = self.targets(batch)
         if len(batch.gold) == 0:  # nothing to learn from: keeps the graph, adds zero
-            return sum(p.sum() * 0.0 for p in self.parameters() if p.requires_grad), *[targets.p.new_zeros(())] * 2, part  # type: ignore[return-value]
+            return (
+                sum(p.sum() * 0.0 for p in self.parameters() if p.requires_grad),
+                *[targets.p.new_zeros(())] * 2,
+                part,
+            )  # type: ignore[return-value]
         if self.head is not None:
             hidden = self.head.hidden(batch.input_ids, batch.attention_mask).flatten(0, 1)[batch.at]
             total, each = fused_loss(hidden, self.head, targets, self.loss)
@@ -137,7 +184,9 @@ class FusionModule(lightning.LightningModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=hp.lr, betas=tuple(hp.betas), weight_decay=hp.weight_decay)
         warmup = int(hp.warmup_ratio * steps)
-        schedule = transformers.get_scheduler(hp.lr_schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+        schedule = transformers.get_scheduler(
+            hp.lr_schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def win_rates(self) -> dict[str, dict[str, float]]:

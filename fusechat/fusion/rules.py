@@ -13,7 +13,12 @@ from torch import Tensor
 from fusechat.app.errors import one_of
 from fusechat.stores.distributions import merge_duplicates
 
-RULES, LEVELS, METRICS, EMPTY = ("min_ce", "avg_ce"), ("sequence", "token"), ("bits_per_byte", "nats_per_token"), ("skip", "pivot")
+RULES, LEVELS, METRICS, EMPTY = (
+    ("min_ce", "avg_ce"),
+    ("sequence", "token"),
+    ("bits_per_byte", "nats_per_token"),
+    ("skip", "pivot"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class FusionRule:
         one_of(self.metric, METRICS, "fusion.metric")
         one_of(self.empty, EMPTY, "fusion.empty")
 
-    def __call__(self, ids: Tensor, p: Tensor, gold_logprob: Tensor, ce: Tensor, sequence: Tensor, pivot: tuple[Tensor, Tensor]) -> Fused:
+    def __call__(
+        self, ids: Tensor, p: Tensor, gold_logprob: Tensor, ce: Tensor, sequence: Tensor, pivot: tuple[Tensor, Tensor]
+    ) -> Fused:
         """ids, p [S, N, K]; gold_logprob [S, N]; ce [B, S]; sequence [N]; pivot: its ids, p [N, K], for empty positions."""
         weight = self.weights(gold_logprob, ce, sequence, present=(p > 0).any(-1).T)
         if self.name == "avg_ce":

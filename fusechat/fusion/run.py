@@ -11,15 +11,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fusechat.app.command import experiment_of, make_trainer, plain, provenance, seed_everything, write_text_json
+from fusechat.app.command import experiment_of, make_trainer, plain, provenance, seed_everything
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import fingerprint, write_json
 from fusechat.app.tracking import log_made, make_logger, wandb_run
 from fusechat.fusion.callbacks import SavePretrained, latest_checkpoint, make_callbacks, step_of
 from fusechat.fusion.data import FusionDataModule
 from fusechat.fusion.module import FusionModule
 from fusechat.models import load as models
 from fusechat.models.cards import command_line, write_card
-from fusechat.stores.store import DistributionStore, fingerprint
+from fusechat.stores.store import DistributionStore
 
 LOG = logging.getLogger(__name__)
 
@@ -41,12 +42,20 @@ class Training:
     def mark(self) -> str:
         """Fingerprint of everything that decides the target."""
         cfg = self.cfg
-        stores = [DistributionStore(p, r).fingerprint for p, r in zip([self.pivot_store, *self.aligned], self.remedies, strict=True)]
+        stores = [
+            DistributionStore(p, r).fingerprint
+            for p, r in zip([self.pivot_store, *self.aligned], self.remedies, strict=True)
+        ]
         keys = ("fusion", "loss", "optimizer", "data", "lora", "trainer", "seed", "gradient_checkpointing")
         ignored = {"devices", "num_nodes", "accelerator", "log_every_n_steps", "enable_model_summary"}
         parts = {key: plain(cfg[key]) for key in keys}
         parts["trainer"] = {k: v for k, v in parts["trainer"].items() if k not in ignored}
-        return fingerprint(pivot=models.model_identity(cfg.pivot.path, cfg.pivot.revision), stores=stores, dtype=cfg.pivot.dtype, **parts)
+        return fingerprint(
+            pivot=models.model_identity(cfg.pivot.path, cfg.pivot.revision),
+            stores=stores,
+            dtype=cfg.pivot.dtype,
+            **parts,
+        )
 
     @cached_property
     def held(self) -> dict[str, Any]:
@@ -91,15 +100,25 @@ class Training:
     def data(self) -> FusionDataModule:
         """The stores, zipped."""
         cfg = self.cfg
-        self.tokenizer = models.load_tokenizer(cfg.pivot.path, revision=cfg.pivot.revision, trust_remote_code=cfg.pivot.trust_remote_code)
+        self.tokenizer = models.load_tokenizer(
+            cfg.pivot.path, revision=cfg.pivot.revision, trust_remote_code=cfg.pivot.trust_remote_code
+        )
         seed_everything(cfg.seed)
         pad = self.tokenizer.pad_token_id
         self._data = FusionDataModule(
-            str(self.pivot_store), [str(path) for path in self.aligned], batch_size=cfg.data.batch_size, bucket=cfg.data.bucket,
-            validation_fraction=cfg.data.validation_fraction, split_seed=cfg.data.split_seed, shuffle_seed=cfg.data.shuffle_seed,
-            max_tokens=cfg.data.max_tokens or cfg.chat.max_length, pad_token_id=0 if pad is None else pad,
-            vocab_size=self._vocab_size(), num_workers=cfg.data.num_workers, remedies=self.remedies,
-        )  # fmt: skip
+            str(self.pivot_store),
+            [str(path) for path in self.aligned],
+            batch_size=cfg.data.batch_size,
+            bucket=cfg.data.bucket,
+            validation_fraction=cfg.data.validation_fraction,
+            split_seed=cfg.data.split_seed,
+            shuffle_seed=cfg.data.shuffle_seed,
+            max_tokens=cfg.data.max_tokens or cfg.chat.max_length,
+            pad_token_id=0 if pad is None else pad,
+            vocab_size=self._vocab_size(),
+            num_workers=cfg.data.num_workers,
+            remedies=self.remedies,
+        )
         return self._data
 
     def module(self) -> FusionModule:
@@ -111,29 +130,51 @@ class Training:
             loss["lm_weight"], fusion["rule"], loss["schedule"] = 1.0, "min_ce", "hard"
         optimizer["lr_schedule"] = optimizer.pop("schedule")
         return FusionModule(
-            cfg.pivot.path, self.sources, dtype=cfg.pivot.dtype, revision=cfg.pivot.revision, trust_remote_code=cfg.pivot.trust_remote_code,
-            attn_implementation=cfg.pivot.attn_implementation, gradient_checkpointing=cfg.gradient_checkpointing, lora=lora,
-            **fusion, **loss, **optimizer,
-        )  # fmt: skip
+            cfg.pivot.path,
+            self.sources,
+            dtype=cfg.pivot.dtype,
+            revision=cfg.pivot.revision,
+            trust_remote_code=cfg.pivot.trust_remote_code,
+            attn_implementation=cfg.pivot.attn_implementation,
+            gradient_checkpointing=cfg.gradient_checkpointing,
+            lora=lora,
+            **fusion,
+            **loss,
+            **optimizer,
+        )
 
     def trainer(self) -> Any:
         """Lightning's Trainer with our callbacks and the logger that the config names."""
         cfg, calls = self.cfg, self.cfg.callbacks
         logger = make_logger(cfg, f"{cfg.stage}-{self.output.name}", step_of(self.checkpoint))
-        callbacks = make_callbacks(self.checkpoints, calls.checkpoint_every_n_steps, calls.early_stopping, calls.progress_bar, bool(logger))
+        callbacks = make_callbacks(
+            self.checkpoints, calls.checkpoint_every_n_steps, calls.early_stopping, calls.progress_bar, bool(logger)
+        )
         self._saver = SavePretrained(self.output, self.describe)
-        return make_trainer(cfg, [*callbacks, self._saver], logger, enable_progress_bar=calls.progress_bar, use_distributed_sampler=False)
+        return make_trainer(
+            cfg,
+            [*callbacks, self._saver],
+            logger,
+            enable_progress_bar=calls.progress_bar,
+            use_distributed_sampler=False,
+        )
 
     def describe(self, directory: Path, module: FusionModule, trainer: Any) -> None:
         """Adds tokenizer, model card and fusechat.json to a target that is being written."""
         self.tokenizer.save_pretrained(directory)
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         content = {
-            "fingerprint": self.mark, "stage": "train", "name": self.output.name, "sources": self.sources,
-            "stores": dict(zip(["pivot", *self.sources], self._data.fingerprints, strict=True)), "metrics": metrics,
-            "coverage": dict(zip(self.sources, self._data.coverage(), strict=True)), "wins": module.win_rates(),
-            "steps": trainer.global_step, **provenance(self.cfg),
-        }  # fmt: skip
+            "fingerprint": self.mark,
+            "stage": "train",
+            "name": self.output.name,
+            "sources": self.sources,
+            "stores": dict(zip(["pivot", *self.sources], self._data.fingerprints, strict=True)),
+            "metrics": metrics,
+            "coverage": dict(zip(self.sources, self._data.coverage(), strict=True)),
+            "wins": module.win_rates(),
+            "steps": trainer.global_step,
+            **provenance(self.cfg),
+        }
         (directory / "fusechat.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
         self._write_card(directory, metrics)
 
@@ -141,21 +182,30 @@ class Training:
         inputs = {"pivot": str(self.cfg.pivot.path)} | {f"source {n + 1}": name for n, name in enumerate(self.sources)}
         made = f"A fusion target (rule {self.cfg.fusion.rule}, lambda {self.cfg.loss.lm_weight})."
         shown = {k: v for k, v in metrics.items() if k.startswith("validation/")}
-        write_card(directory, self.output.name, "Supervised fine-tuning alone." if self.sft else made, inputs, command_line(), shown)
+        write_card(
+            directory,
+            self.output.name,
+            "Supervised fine-tuning alone." if self.sft else made,
+            inputs,
+            command_line(),
+            shown,
+        )
 
     def close(self, trainer: Any) -> float | None:
         """Removes the checkpoints of a finished run unless they are to stay; returns the metric."""
         if trainer.interrupted:
             raise KeyboardInterrupt
         name, file = "validation/bits_per_byte", self.output / "fusechat.json"
-        if len(self._data.validation_rows) and trainer.lightning_module.validated_at != trainer.global_step:  # ended in mid-epoch
+        if (
+            len(self._data.validation_rows) and trainer.lightning_module.validated_at != trainer.global_step
+        ):  # ended in mid-epoch
             trainer.validate(trainer.lightning_module, self._data, verbose=False)
         if not file.exists():  # killed between the last checkpoint and the export
             self._saver.save(trainer, trainer.lightning_module, self.output)
         if trainer.is_global_zero:
             content = json.loads(file.read_text())
             content["metrics"] |= {key: float(value) for key, value in trainer.callback_metrics.items()}
-            write_text_json(file, content)
+            write_json(file, content)
             self._write_card(self.output, content["metrics"])
             if run := wandb_run(self.cfg, ""):
                 inputs = [("distributions", self.pivot_store), *(("aligned", path) for path in self.aligned)]

@@ -71,13 +71,29 @@ class Judge:
     """A chat endpoint. Raises `UserError` where it refuses, or fails more often than ``retries`` in a row."""
 
     def __init__(
-        self, base_url: str, model: str, key: str | None, *, temperature: float, max_tokens: int, retries: int, wait: float, tries: int
+        self,
+        base_url: str,
+        model: str,
+        key: str | None,
+        *,
+        temperature: float,
+        max_tokens: int,
+        retries: int,
+        wait: float,
+        tries: int,
     ) -> None:
         import requests
         from requests.adapters import HTTPAdapter
         from urllib3 import Retry
 
-        again = Retry(retries, backoff_factor=wait, backoff_jitter=wait, status_forcelist=BUSY, allowed_methods=None, raise_on_status=False)
+        again = Retry(
+            retries,
+            backoff_factor=wait,
+            backoff_jitter=wait,
+            status_forcelist=BUSY,
+            allowed_methods=None,
+            raise_on_status=False,
+        )
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(max_retries=again, pool_maxsize=64))
@@ -108,7 +124,9 @@ class Judge:
         if response.status_code in BUSY:
             raise UserError(f"the judge at {self.base_url} {kept} (status {response.status_code})")
         if response.status_code != 200:
-            raise UserError(f"the judge at {self.base_url} refuses ({response.status_code}): {response.text[:200]!r}; see judge.key_env")
+            raise UserError(
+                f"the judge at {self.base_url} refuses ({response.status_code}): {response.text[:200]!r}; see judge.key_env"
+            )
         try:
             return str(response.json()["choices"][0]["message"]["content"])
         except (ValueError, LookupError, TypeError):
@@ -116,19 +134,33 @@ class Judge:
 
 
 def tasks(
-    answers: dict[str, Turns], others: dict[str, Turns] | None, tags: dict[str, str], references: dict[str, list[str]], repeats: int
+    answers: dict[str, Turns],
+    others: dict[str, Turns] | None,
+    tags: dict[str, str],
+    references: dict[str, list[str]],
+    repeats: int,
 ) -> Iterator[Task]:
     """Every judged turn, ``repeats`` times; in pairs in both orders."""
     for name, turns in answers.items():
         for n in range(1, len(turns) + 1):
             sample, reference = f"{name}/{n}", (references.get(name) or [""] * n)[n - 1 : n]
-            about: dict[str, Any] = {"sample": sample, "tag": tags.get(name, ""), "turns": turns[:n], "reference": "".join(reference)}
+            about: dict[str, Any] = {
+                "sample": sample,
+                "tag": tags.get(name, ""),
+                "turns": turns[:n],
+                "reference": "".join(reference),
+            }
             for repeat in range(repeats):
                 if others is None:
                     yield Task(f"{sample}/{repeat}", **about)
                     continue
                 for swapped in (False, True):
-                    yield Task(f"{sample}/{repeat}/{'BA' if swapped else 'AB'}", other=others[name][:n], swapped=swapped, **about)
+                    yield Task(
+                        f"{sample}/{repeat}/{'BA' if swapped else 'AB'}",
+                        other=others[name][:n],
+                        swapped=swapped,
+                        **about,
+                    )
 
 
 def judge_all(todo: Sequence[Task], judge: Callable[[Task], dict[str, Any]], parallel: int) -> Iterator[dict[str, Any]]:

@@ -81,16 +81,25 @@ def compress(pivot: LazyCheckpoint, target: LazyCheckpoint, directory: Path, rat
             part = slice(at, at + count)
             if count:
                 for side, vectors in (("u", u[:, part].t()), ("v", vh[part])):
-                    tensors |= {f"{name}:{side}{bits}:{key}": value for key, value in quantize(vectors.contiguous(), bits).items()}
+                    tensors |= {
+                        f"{name}:{side}{bits}:{key}": value
+                        for key, value in quantize(vectors.contiguous(), bits).items()
+                    }
                 tensors[f"{name}:s{bits}"] = s[part].clone()
             at += count
         plan[name] = [[bits, count] for bits, count in ranks]
         again = _low_rank(tensors.__getitem__, name, plan[name], info.shape)
         lost, total = lost + float((again - delta).square().sum()), total + float(delta.square().sum())
     save_file(tensors, directory / FILE)
-    (directory / RECORD).write_text(json.dumps({"pivot": model_identity(str(pivot.path)), "ratio": ratio, "ranks": plan}, indent=1) + "\n")
+    (directory / RECORD).write_text(
+        json.dumps({"pivot": model_identity(str(pivot.path)), "ratio": ratio, "ranks": plan}, indent=1) + "\n"
+    )
     size = sum(info.bytes for info in target.infos.values())
-    return {"bytes": (directory / FILE).stat().st_size, "target_bytes": size, "relative_error": (lost / total) ** 0.5 if total else 0.0}
+    return {
+        "bytes": (directory / FILE).stat().st_size,
+        "target_bytes": size,
+        "relative_error": (lost / total) ** 0.5 if total else 0.0,
+    }
 
 
 class CompressedCheckpoint(LazyCheckpoint):
@@ -103,7 +112,9 @@ class CompressedCheckpoint(LazyCheckpoint):
         self.path, self.pivot = path, pivot
         record = json.loads((path / RECORD).read_text())
         if record["pivot"] != model_identity(str(pivot.path)):
-            raise UserError(f"{path} was compressed against another pivot than {pivot.path}; give the pivot it was made with")
+            raise UserError(
+                f"{path} was compressed against another pivot than {pivot.path}; give the pivot it was made with"
+            )
         self.ranks: dict[str, list[list[int]]] = record["ranks"]
         opened: Any = safe_open(path / FILE, framework="pt")
         self._delta = opened
@@ -133,7 +144,9 @@ def _low_rank(get: Any, name: str, ranks: list[list[int]], shape: tuple[int, ...
     delta = torch.zeros(shape)
     for bits, count in ranks:
         if count:
-            parts = {side: {key: get(f"{name}:{side}{bits}:{key}") for key in ("codes", "scale", "low")} for side in "uv"}
+            parts = {
+                side: {key: get(f"{name}:{side}{bits}:{key}") for key in ("codes", "scale", "low")} for side in "uv"
+            }
             u, v = dequantize(parts["u"], bits, shape[0]), dequantize(parts["v"], bits, shape[1])
             delta.addmm_(u.t() * get(f"{name}:s{bits}"), v)
     return delta

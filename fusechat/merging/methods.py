@@ -82,22 +82,37 @@ def ties(slices: Slices, weights: Weights, density: Weights, scale: float = 1.0,
 
 
 def dare(
-    slices: Slices, weights: Weights, density: Weights, seed: Sequence[int],
-    consensual: bool = False, scale: float = 1.0, normalize: bool = False,
-) -> Merged:  # fmt: skip
+    slices: Slices,
+    weights: Weights,
+    density: Weights,
+    seed: Sequence[int],
+    consensual: bool = False,
+    scale: float = 1.0,
+    normalize: bool = False,
+) -> Merged:
     """DARE (arXiv 2311.03099): drop deltas at random, rescale the rest by 1 / density; then a weighted sum, or the TIES consensus."""
     generators = _generators(seed, len(density))
     for pivot, targets in slices:
         kept = []
         for target, d, generator in zip(targets, density, generators, strict=True):
             kept.append((target - pivot).mul_(_below(generator, pivot, d)).div_(d))
-        yield (consensus(kept, weights, normalize) if consensual else _sum(kept, weights, normalize)).mul_(scale).add_(pivot)
+        yield (
+            (consensus(kept, weights, normalize) if consensual else _sum(kept, weights, normalize))
+            .mul_(scale)
+            .add_(pivot)
+        )
 
 
 def della(
-    slices: Slices, weights: Weights, density: Weights, seed: Sequence[int], epsilon: float = 0.1,
-    consensual: bool = True, scale: float = 1.0, normalize: bool = True,
-) -> Merged:  # fmt: skip
+    slices: Slices,
+    weights: Weights,
+    density: Weights,
+    seed: Sequence[int],
+    epsilon: float = 0.1,
+    consensual: bool = True,
+    scale: float = 1.0,
+    normalize: bool = True,
+) -> Merged:
     """DELLA (arXiv 2406.11617): keep probabilities rise with magnitude, from density - epsilon to + epsilon, within each row."""
     generators = _generators(seed, len(density))
     for pivot, targets in slices.rows():
@@ -107,10 +122,16 @@ def della(
             rank = delta.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float()
             keep = (d - epsilon + 2 * epsilon * rank / max(1, delta.shape[1] - 1)).clamp_(1e-6, 1.0)
             kept.append(delta.mul_(_below(generator, delta, keep)).div_(keep))
-        yield (consensus(kept, weights, normalize) if consensual else _sum(kept, weights, normalize)).mul_(scale).add_(pivot)
+        yield (
+            (consensus(kept, weights, normalize) if consensual else _sum(kept, weights, normalize))
+            .mul_(scale)
+            .add_(pivot)
+        )
 
 
-def breadcrumbs(slices: Slices, weights: Weights, density: Weights, gamma: Weights, scale: float = 1.0, normalize: bool = False) -> Merged:
+def breadcrumbs(
+    slices: Slices, weights: Weights, density: Weights, gamma: Weights, scale: float = 1.0, normalize: bool = False
+) -> Merged:
     """Model breadcrumbs (arXiv 2312.06795): drop the share ``gamma`` of largest deltas and the smallest, keep ``density``."""
     cuts = []
     for j, (d, g) in enumerate(zip(density, gamma, strict=True)):
@@ -128,7 +149,9 @@ def slerp(slices: Slices, t: float, eps: float = 1e-8) -> Merged:
 
     Further targets are brought in one after another, each with equal say. Angles come from the targets' scalar products.
     """
-    gram = sum(torch.stack([torch.stack([a.dot(b) for b in targets]) for a in targets]).double() for _, targets in slices)
+    gram = sum(
+        torch.stack([torch.stack([a.dot(b) for b in targets]) for a in targets]).double() for _, targets in slices
+    )
     assert isinstance(gram, Tensor)
     merged = torch.eye(len(slices.targets), dtype=torch.float64)[0]  # the result is a combination: its coefficients
     for count, other in enumerate(torch.eye(len(merged), dtype=torch.float64)[1:], 1):
@@ -186,7 +209,9 @@ def _widen(pivot: Tensor, targets: Sequence[Tensor], ratio: float, calibration: 
     deltas = [target - pivot for target in targets]
     if pivot.dim() < 2:
         scores = _widen_scores(torch.stack([delta.abs().reshape(-1) for delta in deltas]), ratio, calibration)
-        return pivot + torch.stack([delta * score.view_as(delta) for delta, score in zip(deltas, scores, strict=True)]).sum(0)
+        return pivot + torch.stack(
+            [delta * score.view_as(delta) for delta, score in zip(deltas, scores, strict=True)]
+        ).sum(0)
     norm, direction = _columns(pivot)
     magnitudes, angles = [], []
     for target in targets:
@@ -268,7 +293,9 @@ def _ranks(values: Tensor) -> Tensor:
     """Position of every element among its model's, as a share: [J, C] -> [J, C], ties in order."""
     size = values.shape[1]
     order = values.sort(dim=1, stable=True).indices
-    return torch.empty_like(values).scatter_(1, order, (torch.arange(size, dtype=values.dtype) / size).expand_as(values))
+    return torch.empty_like(values).scatter_(
+        1, order, (torch.arange(size, dtype=values.dtype) / size).expand_as(values)
+    )
 
 
 def _widen_scores(values: Tensor, ratio: float, calibration: float) -> Tensor:

@@ -11,13 +11,13 @@ from omegaconf import DictConfig
 
 from fusechat.app.command import experiment_of, plain, provenance
 from fusechat.app.errors import UserError, one_of
+from fusechat.app.outputs import fingerprint, whole_directory
 from fusechat.app.tracking import log_made, wandb_run
 from fusechat.merging.delta import compress, open_checkpoint
 from fusechat.merging.stream import NAMES, Merge, check_shapes, copy_companions, describe
 from fusechat.models import load as models
 from fusechat.models.cards import command_line, write_card
-from fusechat.models.checkpoints import LazyCheckpoint, whole_directory
-from fusechat.stores.store import fingerprint
+from fusechat.models.checkpoints import LazyCheckpoint
 
 LOG = logging.getLogger(__name__)
 COMMON = {"name", "method", "weights", "patterns", "dtype", "max_shard_size", "dry_run"}
@@ -32,14 +32,21 @@ class MergeRun:
         self.compressing = cfg.merge.method == "compress"
         if self.compressing and not cfg.target:
             raise UserError("merge=compress needs the target to store: add target=DIR")
-        self.pivot, self.targets = Path(cfg.pivot.path), [Path(p) for p in ([cfg.target] if self.compressing else cfg.targets)]
+        self.pivot, self.targets = (
+            Path(cfg.pivot.path),
+            [Path(p) for p in ([cfg.target] if self.compressing else cfg.targets)],
+        )
         for path in self.targets:
             if not path.is_dir():
-                raise UserError(f"the target {path} does not exist; make it with: python train.py {experiment_of(cfg)} source={path.name}")
+                raise UserError(
+                    f"the target {path} does not exist; make it with: python train.py {experiment_of(cfg)} source={path.name}"
+                )
             if self.output.resolve() == path.resolve() or path.resolve() in self.output.resolve().parents:
                 raise UserError(f"output_dir={self.output} lies inside the input {path}; choose another")
         if not self.pivot.is_dir():
-            raise UserError(f"pivot.path={self.pivot} is no directory; merging reads local checkpoints: download it with `hf download`")
+            raise UserError(
+                f"pivot.path={self.pivot} is no directory; merging reads local checkpoints: download it with `hf download`"
+            )
         settings = {k: v for k, v in self.options.items() if k not in ("dry_run", "name")}
         self.hashes = {str(path): models.model_identity(str(path)) for path in (self.pivot, *self.targets)}
         self.mark = fingerprint(merge=settings, inputs=list(self.hashes.values()), seed=cfg.seed)
@@ -63,9 +70,15 @@ class MergeRun:
         settings = {k: v for k, v in self.options.items() if k not in COMMON}
         pivot = LazyCheckpoint(self.pivot)
         merge = Merge(
-            pivot, [open_checkpoint(path, pivot) for path in self.targets], self.options["method"], settings,
-            weights=self.options["weights"], patterns=self.options["patterns"], dtype=self.options["dtype"], seed=self.cfg.seed,
-        )  # fmt: skip
+            pivot,
+            [open_checkpoint(path, pivot) for path in self.targets],
+            self.options["method"],
+            settings,
+            weights=self.options["weights"],
+            patterns=self.options["patterns"],
+            dtype=self.options["dtype"],
+            seed=self.cfg.seed,
+        )
         if merge.method == "varm":
             merge.measure(self.hashes)
         return merge
@@ -77,8 +90,16 @@ class MergeRun:
         with whole_directory(self.output, self.cfg.overwrite) as directory:
             copy_companions(self.targets[0], directory, None)
             measured = compress(pivot, target, directory, self.options["ratio"])
-            record = {"fingerprint": self.mark, "stage": "compress", "name": self.output.name, "inputs": self.hashes, "measured": measured}
-            (directory / "fusechat.json").write_text(json.dumps(record | provenance(self.cfg), indent=1, default=str) + "\n")
+            record = {
+                "fingerprint": self.mark,
+                "stage": "compress",
+                "name": self.output.name,
+                "inputs": self.hashes,
+                "measured": measured,
+            }
+            (directory / "fusechat.json").write_text(
+                json.dumps(record | provenance(self.cfg), indent=1, default=str) + "\n"
+            )
         share = measured["bytes"] / measured["target_bytes"]
         LOG.info(
             "%s: %.1f MB, %.1f %% of the target; relative error of the deltas %.3f",
@@ -99,9 +120,15 @@ class MergeRun:
             copy_companions(self.pivot, directory, self.options["dtype"])
             merge.write(directory, self.options["max_shard_size"])
             record = {
-                "fingerprint": self.mark, "stage": "merge", "name": self.output.name, "method": merge.method, "inputs": self.hashes,
-                "targets": [path.name for path in self.targets], "weights": merge.groups, **provenance(self.cfg),
-            }  # fmt: skip
+                "fingerprint": self.mark,
+                "stage": "merge",
+                "name": self.output.name,
+                "method": merge.method,
+                "inputs": self.hashes,
+                "targets": [path.name for path in self.targets],
+                "weights": merge.groups,
+                **provenance(self.cfg),
+            }
             (directory / "fusechat.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
             inputs = {"pivot": str(self.pivot)} | {f"target {n + 1}": str(path) for n, path in enumerate(self.targets)}
             write_card(directory, self.output.name, f"Merged by {merge.method}.", inputs, command_line())
@@ -119,7 +146,9 @@ class MergeRun:
         if merge.groups:
             import wandb
 
-            rows = [[group, *(weights or [float("nan")] * len(self.targets))] for group, weights in merge.groups.items()]
+            rows = [
+                [group, *(weights or [float("nan")] * len(self.targets))] for group, weights in merge.groups.items()
+            ]
             table = wandb.Table(columns=["group", *(path.name for path in self.targets)], data=rows)
             run.log({"merge/weights": table, "merge/heatmap": wandb.Image(str(heatmap))})
         log_made(self.cfg, run, ("merged", self.output), [("target", path) for path in self.targets])

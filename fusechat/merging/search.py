@@ -13,8 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fusechat.app.command import plain, whole_lines
+from fusechat.app.command import plain
 from fusechat.app.errors import UserError, one_of
+from fusechat.app.outputs import whole_lines
 
 LOG = logging.getLogger(__name__)
 COLUMN = "held-out bits per byte"
@@ -63,7 +64,9 @@ class Trials:
 
         overrides = [f"merge={method}", *(f"merge.{key}={value}" for key, value in settings.items())]
         place = self.folder / "candidate"
-        plan = merge_run.plan(compose("merge", [*self.given, *overrides, f"output_dir={place}", "overwrite=true", "logger=none"]))
+        plan = merge_run.plan(
+            compose("merge", [*self.given, *overrides, f"output_dir={place}", "overwrite=true", "logger=none"])
+        )
         known = next((t[COLUMN] for t in self.done if t["fingerprint"] == plan.mark), None)
         if known is not None:
             return float(known)
@@ -114,9 +117,13 @@ def held_out(cfg: DictConfig) -> list[Any]:
     """The chats that training held out. Raises `UserError` where it held out none."""
     from fusechat.chats.formats import in_validation, load_chats
 
-    chats, _ = load_chats(cfg.chat.path, split=cfg.chat.split, name=cfg.chat.name, limit=cfg.chat.limit, streaming=cfg.chat.streaming)
+    chats, _ = load_chats(
+        cfg.chat.path, split=cfg.chat.split, name=cfg.chat.name, limit=cfg.chat.limit, streaming=cfg.chat.streaming
+    )
     fraction, seed = cfg.data.validation_fraction, cfg.data.split_seed
     found = [row["messages"] for row in chats if in_validation(row["id"], fraction, seed)]
     if not found:
-        raise UserError(f"data.validation_fraction={fraction} holds out no chat of {cfg.chat.path}; a search needs some, e.g. 0.05")
+        raise UserError(
+            f"data.validation_fraction={fraction} holds out no chat of {cfg.chat.path}; a search needs some, e.g. 0.05"
+        )
     return found

@@ -58,20 +58,19 @@ def _kth(histogram: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> t
     return int(from_top[place] - histogram[::-1][place]), len(histogram) - 1 - place
 
 
-def _histogram(scores: Scores, low: int, high: int, prefix: int, bins: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _histogram(
+    scores: Scores, low: int, high: int, prefix: int, bins: int
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Counts of ``bits >> low`` among the scores whose ``bits >> high`` is ``prefix``."""
-    counts = np.zeros((numba.get_num_threads(), bins), np.int64)
+    counts = np.zeros(bins, np.int64)
     for part in scores():
         _count(part.flatten().view(torch.int32).numpy(), low, high, prefix, counts)
-    return counts.sum(0)  # type: ignore[no-any-return]
+    return counts
 
 
-@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _count(bits, low, high, prefix, counts):  # type: ignore[no-untyped-def]
-    threads, bins = counts.shape
-    step = (len(bits) + threads - 1) // threads
-    for thread in numba.prange(threads):
-        for i in range(thread * step, min(len(bits), (thread + 1) * step)):
-            value = bits[i] & 0x7FFFFFFF  # a NaN's sign must not lead out of the bins
-            if value >> high == prefix:
-                counts[thread, (value >> low) & (bins - 1)] += 1
+    for i in range(len(bits)):
+        value = bits[i] & 0x7FFFFFFF  # a NaN's sign must not lead out of the bins
+        if value >> high == prefix:
+            counts[(value >> low) & (len(counts) - 1)] += 1

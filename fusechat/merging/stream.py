@@ -22,7 +22,19 @@ from fusechat.merging.varm import GRANULARITIES, Change, group_of, group_weights
 from fusechat.models.checkpoints import CheckpointWriter, LazyCheckpoint, bytes_of
 
 LOG = logging.getLogger(__name__)
-NAMES = ("varm", "linear", "task_arithmetic", "ties", "sce", "dare", "della", "breadcrumbs", "slerp", "model_stock", "widen")
+NAMES = (
+    "varm",
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "sce",
+    "dare",
+    "della",
+    "breadcrumbs",
+    "slerp",
+    "model_stock",
+    "widen",
+)
 UNWEIGHTED = {"sce", "slerp", "model_stock", "widen"}  # methods that make their weights themselves
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 NOT_COPIED = {"README.md", "fusechat.json", ".gitattributes"}
@@ -51,7 +63,9 @@ class Merge:
     def __post_init__(self) -> None:
         check_inputs(self.pivot, self.targets)
         if self.weights is not None and len(self.weights) != len(self.targets):
-            raise UserError(f"merge.weights has {len(self.weights)} values for {len(self.targets)} targets; give one for each")
+            raise UserError(
+                f"merge.weights has {len(self.weights)} values for {len(self.targets)} targets; give one for each"
+            )
         self.replaced = [match_rows(self.pivot, target) for target in self.targets]
         check_shapes(self.pivot, self.targets, self.replaced)
         self.floating = [name for name, info in self.pivot.infos.items() if info.dtype.is_floating_point]
@@ -60,7 +74,10 @@ class Merge:
     def plan(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """name -> shape and stored dtype."""
         wanted = getattr(torch, self.dtype) if self.dtype else None
-        return {n: (i.shape, wanted if wanted and i.dtype.is_floating_point else i.dtype) for n, i in self.pivot.infos.items()}
+        return {
+            n: (i.shape, wanted if wanted and i.dtype.is_floating_point else i.dtype)
+            for n, i in self.pivot.infos.items()
+        }
 
     def measure(self, hashes: Mapping[str, str]) -> None:
         """First pass, for VaRM: every target's change against the pivot, and the groups' weights. hashes: of the inputs, by path."""
@@ -124,7 +141,9 @@ class Merge:
         if not bool(torch.isfinite(merged.sum())) and not bool(torch.isfinite(merged).all()):
             for checkpoint in (self.pivot, *self.targets):
                 if not bool(torch.isfinite(checkpoint.tensor(name).float()).all()):
-                    raise UserError(f"{checkpoint.path}: {name} holds NaN or inf; the model is broken, train or download it again")
+                    raise UserError(
+                        f"{checkpoint.path}: {name} holds NaN or inf; the model is broken, train or download it again"
+                    )
             raise UserError(f"merging {name} by {self.method} gives NaN or inf; check merge.weights and merge.scale")
         return merged
 
@@ -155,7 +174,10 @@ def check_inputs(pivot: LazyCheckpoint, targets: Sequence[LazyCheckpoint]) -> No
         raise UserError(f"the target {twice[0]} is given twice; remove one, or give it a weight with merge.weights")
     if len(targets) < 2:
         raise UserError(f"merging needs at least two targets, {len(targets)} given; see targets='[DIR,DIR]'")
-    configs = [json.loads((c.path / "config.json").read_text()) if (c.path / "config.json").exists() else {} for c in (pivot, *targets)]
+    configs = [
+        json.loads((c.path / "config.json").read_text()) if (c.path / "config.json").exists() else {}
+        for c in (pivot, *targets)
+    ]
     for target, config in zip(targets, configs[1:], strict=True):
         if config.get("model_type") != configs[0].get("model_type"):
             raise UserError(
@@ -164,13 +186,19 @@ def check_inputs(pivot: LazyCheckpoint, targets: Sequence[LazyCheckpoint]) -> No
             )
 
 
-def check_shapes(pivot: LazyCheckpoint, targets: Sequence[LazyCheckpoint], replaced: Sequence[Mapping[str, Tensor]]) -> None:
+def check_shapes(
+    pivot: LazyCheckpoint, targets: Sequence[LazyCheckpoint], replaced: Sequence[Mapping[str, Tensor]]
+) -> None:
     """Raises `UserError` naming the first parameter that is missing, extra or of another shape."""
     for target, own in zip(targets, replaced, strict=True):
         if missing := [name for name in pivot if name not in target]:
-            raise UserError(f"{target.path} lacks {missing[0]} ({len(missing)} parameters missing); it is not a target of {pivot.path}")
+            raise UserError(
+                f"{target.path} lacks {missing[0]} ({len(missing)} parameters missing); it is not a target of {pivot.path}"
+            )
         if extra := [name for name in target if name not in pivot]:
-            raise UserError(f"{target.path} has {extra[0]}, which the pivot {pivot.path} lacks ({len(extra)} parameters extra)")
+            raise UserError(
+                f"{target.path} has {extra[0]}, which the pivot {pivot.path} lacks ({len(extra)} parameters extra)"
+            )
         for name, info in pivot.infos.items():
             shape = tuple(own[name].shape) if name in own else target.infos[name].shape
             if shape != info.shape:
@@ -182,7 +210,12 @@ def copy_companions(pivot: Path, directory: Path, dtype: str | None) -> None:
     import json
 
     for file in sorted(pivot.iterdir()):
-        if file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in NOT_COPIED and not file.name.startswith("."):
+        if (
+            file.is_file()
+            and not file.name.endswith(WEIGHTS)
+            and file.name not in NOT_COPIED
+            and not file.name.startswith(".")
+        ):
             shutil.copyfile(file, directory / file.name)
     config = directory / "config.json"
     if dtype and config.exists():
@@ -197,7 +230,11 @@ def describe(merge: Merge, max_shard_size: str | int) -> str:
     size = sum(int(torch.Size(shape).numel()) * dtype.itemsize for shape, dtype in plan.values())
     lines = [f"{merge.method}: {len(plan)} parameters, {size / 1e6:,.1f} MB in shards of {max_shard_size}"]
     for name, (shape, dtype) in plan.items():
-        weights = merge.groups.get(group_of(name, merge.settings["granularity"])) if merge.method == "varm" else merge._weights(name)
+        weights = (
+            merge.groups.get(group_of(name, merge.settings["granularity"]))
+            if merge.method == "varm"
+            else merge._weights(name)
+        )
         shown = "pivot" if merge._kept(name) or (weights is None and merge.method == "varm") else _listed(weights)
         lines.append(f"  {name}  {tuple(shape)}  {str(dtype).removeprefix('torch.')}  {shown}")
     return "\n".join(lines)

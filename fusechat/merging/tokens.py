@@ -30,7 +30,9 @@ def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Tenso
     no tokenizer tells which row is which.
     """
     own, theirs = vocabulary(pivot.path), vocabulary(target.path)
-    names = [n for n in pivot if n in target and len(pivot.infos[n].shape) == 2 and _is_vocabulary(pivot, target, n, own)]
+    names = [
+        n for n in pivot if n in target and len(pivot.infos[n].shape) == 2 and _is_vocabulary(pivot, target, n, own)
+    ]
     same = own == theirs or own is None or theirs is None
     moved: dict[str, Tensor] = {}
     for name in names:
@@ -42,7 +44,11 @@ def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Tenso
                 f"{name}: shape {other} in {target.path}, {shape} in the pivot {pivot.path}, and no tokenizers to match rows by"
             )
         rows = pivot.tensor(name).clone()
-        pairs = [(i, theirs[token]) for token, i in own.items() if token in theirs and i < shape[0] and theirs[token] < other[0]]
+        pairs = [
+            (i, theirs[token])
+            for token, i in own.items()
+            if token in theirs and i < shape[0] and theirs[token] < other[0]
+        ]
         index = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
         rows[index[:, 0]] = target.tensor(name)[index[:, 1]].to(rows.dtype)
         moved[name] = rows

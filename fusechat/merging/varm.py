@@ -45,8 +45,12 @@ def group_of(name: str, granularity: str) -> str:
 
 
 def group_weights(
-    changes: Sequence[Mapping[str, Change]], granularity: str, variation: str = "square", weighting: str = "share", temperature: float = 1.0
-) -> dict[str, list[float] | None]:  # fmt: skip
+    changes: Sequence[Mapping[str, Change]],
+    granularity: str,
+    variation: str = "square",
+    weighting: str = "share",
+    temperature: float = 1.0,
+) -> dict[str, list[float] | None]:
     """Group -> one weight per target (sum 1), or None for a group that no target changed.
 
     variation: ``square`` (published) or ``abs``. weighting: ``share`` (published), or ``softmax`` of the variations over
@@ -61,7 +65,9 @@ def group_weights(
         sizes[group] += changes[0][name].size
         for j, change in enumerate(changes):
             sums[group][j] += change[name].square if variation == "square" else change[name].absolute
-    return {group: _normalised([s / sizes[group] for s in values], weighting, temperature) for group, values in sums.items()}
+    return {
+        group: _normalised([s / sizes[group] for s in values], weighting, temperature) for group, values in sums.items()
+    }
 
 
 def _normalised(variations: list[float], weighting: str, temperature: float) -> list[float] | None:
@@ -77,7 +83,11 @@ def _normalised(variations: list[float], weighting: str, temperature: float) -> 
 
 
 def measure(
-    pivot: LazyCheckpoint, target: LazyCheckpoint, names: Iterable[str], key: str, aligned: Mapping[str, Tensor] | None = None
+    pivot: LazyCheckpoint,
+    target: LazyCheckpoint,
+    names: Iterable[str],
+    key: str,
+    aligned: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Change]:
     """One pass over a target: the change of every tensor. Results are kept beside the target under ``key``, both contents' hashes.
 

@@ -8,21 +8,34 @@ from typing import Any
 
 
 def write_card(
-    directory: Path, title: str, made: str, inputs: Mapping[str, str], command: str, metrics: Mapping[str, float] | None = None
+    directory: Path,
+    title: str,
+    made: str,
+    inputs: Mapping[str, str],
+    command: str,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Writes README.md. inputs: role -> model; metrics go into the Hub's model-index."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type="held-out", dataset_name="held-out chats", metric_type=name, metric_value=value
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name="held-out chats",
+            metric_type=name,
+            metric_value=value,
         )
         for name, value in (metrics or {}).items()
     ]
     data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["fusechat", "model-fusion"],
-        base_model=_hub_ids(list(inputs.values())), model_name=title, eval_results=results or None,
-    )  # fmt: skip
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["fusechat", "model-fusion"],
+        base_model=_hub_ids(list(inputs.values())),
+        model_name=title,
+        eval_results=results or None,
+    )
     rows = "\n".join(f"| {role} | `{model}` |" for role, model in inputs.items())
     scores = "".join(f"| {name} | {value:.4f} |\n" for name, value in (metrics or {}).items())
     table = f"\n## Measured\n\n| metric | value |\n|---|---|\n{scores}" if scores else ""
@@ -38,19 +51,24 @@ def measured_card(directory: Path, results: Sequence[Mapping[str, Any]]) -> str:
     card.data.model_name = directory.name
     found = [
         EvalResult(
-            task_type="text-generation", dataset_type=result["kind"], dataset_name=f"{result['kind']} ({result['tests']})",
-            metric_type=name, metric_value=round(entry["all"]["value"], 5),
+            task_type="text-generation",
+            dataset_type=result["kind"],
+            dataset_name=f"{result['kind']} ({result['tests']})",
+            metric_type=name,
+            metric_value=round(entry["all"]["value"], 5),
             metric_name=f"{name}, 95 % {entry['all']['low']:.4f} to {entry['all']['high']:.4f}",
         )
         for result in results
         for name, entry in result["metrics"].items()
-    ]  # fmt: skip
+    ]
     card.data.eval_results = found or card.data.eval_results
     return str(card)
 
 
 def _hub_ids(names: Sequence[str]) -> Any:
-    ids = [name for name in names if name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/"))]
+    ids = [
+        name for name in names if name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/"))
+    ]
     return ids or None
 
 

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +19,13 @@ from torch import Tensor
 from fusechat.app.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | {
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool
-}  # fmt: skip
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -94,7 +96,9 @@ class CheckpointWriter:
     plan: name -> (shape, dtype). Tensors must be given in the plan's order; a tensor may be given in slices of rows.
     """
 
-    def __init__(self, path: Path, plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_shard_size: int) -> None:
+    def __init__(
+        self, path: Path, plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_shard_size: int
+    ) -> None:
         self.path, self.plan = path, dict(plan)
         self.shards = _shards(self.plan, max_shard_size)
         self.total = sum(_size(*entry) for entry in self.plan.values())
@@ -151,37 +155,6 @@ class CheckpointWriter:
         return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-@contextmanager
-def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A directory that appears under its name only when the block has ended without an error."""
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already; add overwrite=true to replace it, or choose another output_dir")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    for left in path.parent.glob(f".{path.name}.{host}-*.tmp"):
-        if not _alive(int(left.name.split("-")[-1].removesuffix(".tmp"))):
-            shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
-    temporary = path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")  # another job of a sweep may write the same name
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()  # our own has ended with an error before, or the number was another's
-
-
 def bytes_of(text: str | int) -> int:
     """``5GB``, ``200MB`` or a number, in bytes (decimal units, as transformers reads ``max_shard_size``)."""
     for unit, factor in {"GB": 10**9, "MB": 10**6, "KB": 10**3}.items():
@@ -231,4 +204,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{file} is truncated or not safetensors ({error}); copy it again") from error
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return {name: TensorInfo(tuple(e["shape"]), DTYPES[e["dtype"]], file, 8 + length + e["data_offsets"][0]) for name, e in entries.items()}
+    return {
+        name: TensorInfo(tuple(e["shape"]), DTYPES[e["dtype"]], file, 8 + length + e["data_offsets"][0])
+        for name, e in entries.items()
+    }

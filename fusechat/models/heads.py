@@ -21,7 +21,9 @@ class OutputHead:
         whole: Any = model
         self.model: Any = whole.get_base_model() if hasattr(model, "get_base_model") else whole
         config = self.model.config.get_text_config()
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):

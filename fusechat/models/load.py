@@ -45,13 +45,19 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if device_map:
         options["device_map"] = device_map
     if load_in:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit"
+        )
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError) as error:

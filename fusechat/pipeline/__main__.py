@@ -19,8 +19,11 @@ from fusechat.app.errors import UserError
 LOG = logging.getLogger(__name__)
 STEPS = ("extract", "align", "evaluate", "report", "judge", "publish", "tiny")
 ENTRIES = {name: f"fusechat.{name}.__main__" for name in STEPS} | {
-    "compare": "fusechat.compare", "merge_search": "fusechat.merge_search", "train": "train", "merge": "merge"
-}  # fmt: skip
+    "compare": "fusechat.compare",
+    "merge_search": "fusechat.merge_search",
+    "train": "train",
+    "merge": "merge",
+}
 
 
 def run(cfg: DictConfig) -> None:
@@ -59,7 +62,9 @@ def expand(step: str) -> list[tuple[str, list[str]]]:
     for override, text in zip(parser.parse_overrides(overrides), overrides, strict=True):
         if override.is_sweep_override():
             key = override.get_key_element()
-            choices.append([f"{key}={value}".replace("\\{", "{").replace("\\}", "}") for value in override.sweep_string_iterator()])
+            choices.append(
+                [f"{key}={value}".replace("\\{", "{").replace("\\}", "}") for value in override.sweep_string_iterator()]
+            )
         else:
             choices.append([text])
     return [(name, list(combination)) for combination in product(*choices)]

@@ -23,10 +23,14 @@ def run(cfg: DictConfig) -> None:
 
     directory = Path(cfg.model or "")
     if not cfg.model or not (directory / "fusechat.json").exists() or not (directory / "config.json").exists():
-        raise UserError(f"model={cfg.model} is no whole target or merged model (config.json and fusechat.json expected); make it first")
+        raise UserError(
+            f"model={cfg.model} is no whole target or merged model (config.json and fusechat.json expected); make it first"
+        )
     if not cfg.repo or cfg.repo.count("/") != 1:
         raise UserError(f"repo={cfg.repo} is no Hub id; write owner/name")
-    files = sorted(f for f in directory.rglob("*") if f.is_file() and not f.name.startswith(".") and f.name != "README.md")
+    files = sorted(
+        f for f in directory.rglob("*") if f.is_file() and not f.name.startswith(".") and f.name != "README.md"
+    )
     card = measured_card(directory, results_of(Path(cfg.paths.experiment), directory))
     if cfg.publish.dry_run:
         listed = "\n".join(f"  {f.relative_to(directory)}  {f.stat().st_size / 1e6:.1f} MB" for f in files)
@@ -41,7 +45,9 @@ def results_of(experiment: Path, directory: Path) -> list[dict[str, Any]]:
     from fusechat.report.results import read_result
 
     found = []
-    for file in sorted([*(experiment / "evaluation").glob("*.json"), *(experiment / "evaluation").glob("lm_eval/*.json")]):
+    for file in sorted(
+        [*(experiment / "evaluation").glob("*.json"), *(experiment / "evaluation").glob("lm_eval/*.json")]
+    ):
         content = read_result(file)
         if Path(content["model"]).resolve() == directory.resolve():
             found.append(content)
@@ -61,7 +67,9 @@ def send(cfg: DictConfig, directory: Path, files: list[Path], card: str) -> str:
         return str(api.create_commit(cfg.repo, operations, commit_message=cfg.publish.message).commit_url)
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the Hub refuses {cfg.repo}: {reason}; log in with `hf auth login`, or check the name") from error
+        raise UserError(
+            f"the Hub refuses {cfg.repo}: {reason}; log in with `hf auth login`, or check the name"
+        ) from error
 
 
 main = entry("publish")(run)

@@ -26,7 +26,9 @@ def run(cfg: DictConfig) -> None:
     folders = [Path(folder) for folder in (cfg.runs or [cfg.paths.experiment])]
     rows = results.collect(folders)
     if not rows:
-        raise UserError(f"{folders[0]} holds no evaluations; make one with: python -m fusechat.evaluate {experiment_of(cfg)} model=DIR")
+        raise UserError(
+            f"{folders[0]} holds no evaluations; make one with: python -m fusechat.evaluate {experiment_of(cfg)} model=DIR"
+        )
     rows = results.ordered(rows, cfg.report.metric)
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,10 @@ def weight_heatmap(groups: Mapping[str, Sequence[float] | None], names: Sequence
     rows = sorted({r for r, _ in cells}, key=lambda r: (r == "outside", int(r.split()[-1]) if r != "outside" else 0))
     columns = list(dict.fromkeys(c for _, c in cells))
     top = max((w for weights in cells.values() for w in weights if w == w), default=1.0)
-    size = (1.5 + len(names) * (1.2 + 0.32 * len(columns)), min(12.0, 2.6 + 0.28 * len(rows)))  # a deep model's picture stays one
+    size = (
+        1.5 + len(names) * (1.2 + 0.32 * len(columns)),
+        min(12.0, 2.6 + 0.28 * len(rows)),
+    )  # a deep model's picture stays one
     every = -(-len(rows) // 34)
     figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False)
     for j, (axis, name) in enumerate(zip(axes[0], names, strict=True)):
@@ -64,7 +67,9 @@ def skill_bars(names: Sequence[str], metrics: Sequence[Mapping[str, Mapping[str,
     skills = [tag for tag in metrics[0] if tag != "all"] or ["all"]
     columns = min(3, len(skills))
     rows = -(-len(skills) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, rows * (0.6 + 0.24 * len(names))), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, rows * (0.6 + 0.24 * len(names))), sharey=True, squeeze=False
+    )
     for axis, skill in zip(axes.flat, skills, strict=False):
         entries = [m.get(skill, {"value": np.nan, "low": np.nan, "high": np.nan}) for m in metrics]
         values = np.array([100 * e["value"] for e in entries])
@@ -102,7 +107,9 @@ def curves(runs: Mapping[str, Any], path: Path) -> Path:
             if column in frame and frame[column].notna().any():
                 part = frame[["step", column]].dropna()
                 if not (part[column] == 0).all():
-                    axis.plot(part["step"], part[column], label=name, color=plt.get_cmap("tab10")(number % 10), linewidth=1.2)
+                    axis.plot(
+                        part["step"], part[column], label=name, color=plt.get_cmap("tab10")(number % 10), linewidth=1.2
+                    )
         axis.set_title(title)
         axis.set_xlabel("optimizer step")
     axes[0].legend(fontsize=7)

@@ -27,7 +27,9 @@ def figures_of(folders: Sequence[Path], rows: Sequence[dict[str, Any]], output: 
     found = [
         (
             "Results: held-out bits per byte",
-            figures.result_bars(names, [row["metrics"]["bits_per_byte"]["all"] for row in rows], output / "results.png"),
+            figures.result_bars(
+                names, [row["metrics"]["bits_per_byte"]["all"] for row in rows], output / "results.png"
+            ),
         )
     ]
     if all("accuracy" in row["metrics"] for row in rows):
@@ -38,7 +40,9 @@ def figures_of(folders: Sequence[Path], rows: Sequence[dict[str, Any]], output: 
             )
         )
     targets = {
-        file.parent.name: json.loads(file.read_text()) for folder in folders for file in sorted(folder.glob("targets/*/fusechat.json"))
+        file.parent.name: json.loads(file.read_text())
+        for folder in folders
+        for file in sorted(folder.glob("targets/*/fusechat.json"))
     }
     curves = {name: curve for folder in folders for name, curve in training_curves(folder).items()}
     if curves:
@@ -46,13 +50,20 @@ def figures_of(folders: Sequence[Path], rows: Sequence[dict[str, Any]], output: 
     fused = {name: made for name, made in targets.items() if made["sources"]}
     if fused:
         found.append(
-            ("Who spoke for how many response tokens", figures.wins({n: m["wins"] for n, m in fused.items()}, output / "wins.png"))
+            (
+                "Who spoke for how many response tokens",
+                figures.wins({n: m["wins"] for n, m in fused.items()}, output / "wins.png"),
+            )
         )
     stores = {
-        file.parent.name: json.loads(file.read_text()) for folder in folders for file in sorted(folder.glob("aligned/*/manifest.json"))
+        file.parent.name: json.loads(file.read_text())
+        for folder in folders
+        for file in sorted(folder.glob("aligned/*/manifest.json"))
     }
     if stores:
-        found.append(("Alignment: how pivot positions found a partner", figures.alignment(stores, output / "alignment.png")))
+        found.append(
+            ("Alignment: how pivot positions found a partner", figures.alignment(stores, output / "alignment.png"))
+        )
     for folder in folders:
         for file in sorted(folder.glob("merged/*/merge_weights.png")):
             copy = output / f"merge_weights_{file.parent.name}.png"
@@ -67,19 +78,29 @@ def training_curves(folder: Path) -> dict[str, pd.DataFrame]:
     for directory in sorted((folder / "logs").glob("train-*")):
         parts = [pd.read_csv(file) for file in sorted(directory.glob("from_step_*/metrics.csv")) if file.stat().st_size]
         if parts:
-            found[directory.name.removeprefix("train-")] = pd.concat(parts).groupby("step", as_index=False).last()  # of each column
+            found[directory.name.removeprefix("train-")] = (
+                pd.concat(parts).groupby("step", as_index=False).last()
+            )  # of each column
     return found
 
 
 def page(title: str, table: pd.DataFrame, comparisons: pd.DataFrame, pictures: Sequence[tuple[str, Path]]) -> str:
     """One HTML file with everything inside."""
-    parts = [f"<h1>FuseChat: {html.escape(title)}</h1><h2>Results</h2><div class=wide>{table.to_html(index=False, na_rep='')}</div>"]
+    parts = [
+        f"<h1>FuseChat: {html.escape(title)}</h1><h2>Results</h2><div class=wide>{table.to_html(index=False, na_rep='')}</div>"
+    ]
     if len(comparisons):
-        note = "Paired bootstrap on the same test samples. Where the interval includes 0, the difference is within noise."
-        parts.append(f"<h2>Against the baseline</h2><p>{note}</p><div class=wide>{comparisons.to_html(index=False)}</div>")
+        note = (
+            "Paired bootstrap on the same test samples. Where the interval includes 0, the difference is within noise."
+        )
+        parts.append(
+            f"<h2>Against the baseline</h2><p>{note}</p><div class=wide>{comparisons.to_html(index=False)}</div>"
+        )
     for caption, path in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f"<h2>{html.escape(caption)}</h2><img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>")
+        parts.append(
+            f"<h2>{html.escape(caption)}</h2><img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>"
+        )
     head = f"<meta charset=utf-8><title>FuseChat: {html.escape(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en>{head}{''.join(parts)}</html>"
 

@@ -13,7 +13,10 @@ from fusechat.app.errors import UserError
 from fusechat.report.statistics import compare, interval
 
 ORDER = {"models": 0, "targets": 1, "merged": 2}
-SWEPT = {"train": ("loss", "fusion", "optimizer", "token_map", "alignment", "data", "lora", "seed"), "merge": ("merge",)}
+SWEPT = {
+    "train": ("loss", "fusion", "optimizer", "token_map", "alignment", "data", "lora", "seed"),
+    "merge": ("merge",),
+}
 LOWER_IS_BETTER = ("bits_per_byte", "nats_per_token")
 
 
@@ -48,7 +51,9 @@ def metrics(samples: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
     found = {}
     for name in names:
         having = [s for s in samples if has(s, name)]
-        groups = {"all": having} | {tag: [s for s in having if s["tag"] == tag] for tag in sorted({s["tag"] for s in having if s["tag"]})}
+        groups = {"all": having} | {
+            tag: [s for s in having if s["tag"] == tag] for tag in sorted({s["tag"] for s in having if s["tag"]})
+        }
         found[name] = {tag: interval(part, name) for tag, part in groups.items()}
     return found
 
@@ -62,14 +67,19 @@ def compared(first: dict[str, Any], second: dict[str, Any]) -> pd.DataFrame:
     """Two result files: second - first per metric and skill, paired. Raises `UserError` where they are of different test sets."""
     names = [name for name in first["metrics"] if name in second["metrics"]]
     if not names:
-        raise UserError(f"the two results share no metric ({', '.join(first['metrics'])} / {', '.join(second['metrics'])})")
+        raise UserError(
+            f"the two results share no metric ({', '.join(first['metrics'])} / {', '.join(second['metrics'])})"
+        )
     lines = []
     for name in names:
         for tag in first["metrics"][name]:
             pair = [[s for s in r["samples"] if has(s, name) and tag in ("all", s["tag"])] for r in (first, second)]
             found = compare(pair[0], pair[1], name)
             within = found["low"] <= 0 <= found["high"]
-            values = {"first": first["metrics"][name][tag]["value"], "second": second["metrics"][name].get(tag, {}).get("value")}
+            values = {
+                "first": first["metrics"][name][tag]["value"],
+                "second": second["metrics"][name].get(tag, {}).get("value"),
+            }
             lines.append({"metric": name, "skill": tag, **values, **found, "within noise": within})
     return pd.DataFrame(lines).round(4)
 
@@ -137,7 +147,11 @@ def _made(row: dict[str, Any]) -> dict[str, Any]:
         file = Path(row["model"]) / "fusechat.json"
         content = json.loads(file.read_text()) if file.exists() else {}
         flat = dict(_flat(content.get("config", {}), ""))
-        row["made"] = {k: v for k, v in flat.items() if k.split(".")[0] in SWEPT.get(content.get("stage", ""), ()) and k != "merge.name"}
+        row["made"] = {
+            k: v
+            for k, v in flat.items()
+            if k.split(".")[0] in SWEPT.get(content.get("stage", ""), ()) and k != "merge.name"
+        }
     return row["made"]  # type: ignore[no-any-return]
 
 

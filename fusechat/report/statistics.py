@@ -37,7 +37,9 @@ def interval(samples: Sequence[Sample], name: str, seed: int = 0) -> dict[str, f
 def compare(first: Sequence[Sample], second: Sequence[Sample], name: str, seed: int = 0) -> dict[str, float]:
     """Paired bootstrap of second - first: difference, 95 % interval, two-sided p. Raises `UserError` for other test sets."""
     if [s["id"] for s in first] != [s["id"] for s in second]:
-        raise UserError("the two results are of different test sets; evaluate both models with the same evaluation.chats")
+        raise UserError(
+            "the two results are of different test sets; evaluate both models with the same evaluation.chats"
+        )
     (a, na), (b, nb) = metric(first, name), metric(second, name)
     picks = _picks(len(a), seed)
     values = b[picks].sum(1) / nb[picks].sum(1) - a[picks].sum(1) / na[picks].sum(1)

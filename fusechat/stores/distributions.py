@@ -59,7 +59,9 @@ def top_p_from_logits(logits: Tensor, gold: Tensor, p: float, k: int, vocab_size
     return TopK(top.ids, top.logprobs.masked_fill(mass_before >= p, NEG_INF), top.gold_logprob)
 
 
-def sampled_from_logits(logits: Tensor, gold: Tensor, draws: int, generator: torch.Generator, vocab_size: int | None = None) -> TopK:
+def sampled_from_logits(
+    logits: Tensor, gold: Tensor, draws: int, generator: torch.Generator, vocab_size: int | None = None
+) -> TopK:
     """Random-sampling distillation (arXiv 2503.16870): ``draws`` samples from the distribution itself.
 
     Each distinct token is kept with its share of the draws, an unbiased estimate of its probability;

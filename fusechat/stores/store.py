@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,45 +20,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import FORMAT, file_hash, write_durably, write_json
 from fusechat.stores.encoding import DECODE, decode_counts
 
 LOG = logging.getLogger(__name__)
-FORMAT = 2
 MANIFEST = "manifest.json"
 Array = npt.NDArray[Any]
-
-
-def fingerprint(**parts: Any) -> str:
-    """A short hash of everything that decides a stage's output; equal inputs give equal fingerprints."""
-    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)  # no default: an object's repr may hide what differs
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file so that it is either whole or absent: temporary name, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON durably, keys in order, so that equal contents are equal bytes."""
-    write_durably(path, json.dumps(content, indent=1, sort_keys=True, default=str).encode())
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -82,7 +48,9 @@ class StoreWriter:
             if not held.exists():
                 write_durably(held, mark.encode())
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); choose another with output_dir=DIR") from error
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}); choose another with output_dir=DIR"
+            ) from error
         if (found := held.read_text()) != mark:
             raise UserError(
                 f"{path} holds a store of fingerprint {found}, this command makes {mark}; "
@@ -112,11 +80,13 @@ class StoreWriter:
                 f"{self.path / name}: {error.strerror}; the shards written so far are whole: make room and run the same command again"
             ) from error
         sha = hashlib.sha256(data).hexdigest()
-        self.record(index, {"file": name, "rows": table.num_rows, "bytes": len(data), "sha256": sha, "statistics": statistics})
+        self.record(
+            index, {"file": name, "rows": table.num_rows, "bytes": len(data), "sha256": sha, "statistics": statistics}
+        )
 
     def record(self, index: int, entry: Mapping[str, Any]) -> None:
         """Notes that a shard is whole: its file, rows, bytes, checksum and statistics."""
-        write_json(self._record(index), entry)
+        write_json(self._record(index), entry, sort_keys=True)
 
     def await_shards(self, wait: bool, every: float = 1.0) -> None:
         """Returns once every shard is recorded. wait: other ranks may still write some; else `UserError` names the first missing.
@@ -126,7 +96,9 @@ class StoreWriter:
         said = False
         while missing := [i for i in range(self.total) if not self._record(i).exists()]:
             if not wait:
-                raise UserError(f"{len(missing)} shards of {self.path} are missing (first: {missing[0]}); run the same command again")
+                raise UserError(
+                    f"{len(missing)} shards of {self.path} are missing (first: {missing[0]}); run the same command again"
+                )
             if not said:
                 LOG.info("waiting for the %d shards that other ranks still write", len(missing))
             said = True
@@ -143,10 +115,12 @@ class StoreWriter:
         state = {"_data_files": [{"filename": e["file"]} for e in entries], "_fingerprint": self.mark}
         write_json(
             self.path / "state.json",
-            {**state, "_format_columns": None, "_format_kwargs": {}, "_format_type": None} | {"_output_all_columns": False, "_split": None},
+            {**state, "_format_columns": None, "_format_kwargs": {}, "_format_type": None}
+            | {"_output_all_columns": False, "_split": None},
+            sort_keys=True,
         )
         manifest = {"format": FORMAT, "fingerprint": self.mark, **about, "shards": entries}
-        write_json(self.path / MANIFEST, manifest)
+        write_json(self.path / MANIFEST, manifest, sort_keys=True)
         for index in range(self.total):
             self._record(index).unlink()
         for stale in self.path.glob(".*.tmp"):  # left by a process that was killed while it wrote
@@ -184,7 +158,9 @@ class DistributionStore:
         for entry in self.manifest["shards"]:
             file = self.path / entry["file"]
             if not file.exists() or file_hash(file) != entry["sha256"]:
-                raise UserError(f"{file} is missing or does not match its checksum; remove it and {MANIFEST}, extract again")
+                raise UserError(
+                    f"{file} is missing or does not match its checksum; remove it and {MANIFEST}, extract again"
+                )
 
     def row(self, index: int, *columns: str) -> tuple[Array, ...]:
         """The named list columns of one row: NumPy views of the memory-mapped file, decoded where `fusechat.stores.encoding` says so."""
@@ -204,7 +180,10 @@ class DistributionStore:
 
     @cached_property
     def _tables(self) -> list[pa.Table]:
-        return [pa.ipc.open_stream(pa.memory_map(str(self.path / entry["file"]))).read_all() for entry in self.manifest["shards"]]
+        return [
+            pa.ipc.open_stream(pa.memory_map(str(self.path / entry["file"]))).read_all()
+            for entry in self.manifest["shards"]
+        ]
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
@@ -213,7 +192,11 @@ class DistributionStore:
     @cached_property
     def _shards(self) -> list[dict[str, tuple[Array, Array]]]:
         return [
-            {name: _list_views(table.column(name)) for name in table.column_names if pa.types.is_list(table.schema.field(name).type)}
+            {
+                name: _list_views(table.column(name))
+                for name in table.column_names
+                if pa.types.is_list(table.schema.field(name).type)
+            }
             for table in self._tables
         ]
 

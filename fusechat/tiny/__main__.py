@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 
 def run(cfg: DictConfig) -> None:
     """Writes ``world/chats/*.jsonl`` and ``world/models/*``; what is there and fits is kept."""
-    from fusechat.stores.store import fingerprint
+    from fusechat.app.outputs import fingerprint
     from fusechat.tiny.chats import World, generate
 
     tiny, root = cfg.tiny, Path(cfg.output_dir)
@@ -38,15 +38,17 @@ def run(cfg: DictConfig) -> None:
     for name, model in tiny.models.items():
         mark = fingerprint(seed=cfg.seed, tiny=plain(tiny), model=plain(model))
         target = root / "models" / name
-        if (target / "fusechat.json").exists() and json.loads((target / "fusechat.json").read_text())["fingerprint"] == mark:
+        if (target / "fusechat.json").exists() and json.loads((target / "fusechat.json").read_text())[
+            "fingerprint"
+        ] == mark:
             LOG.info("skip: %s is trained already (fingerprint %s)", target, mark)
             continue
         _train(cfg, name, files[f"train_{name}"], target, mark)
 
 
 def _train(cfg: DictConfig, name: str, rows: list[Any], target: Path, mark: str) -> None:
+    from fusechat.app.outputs import whole_directory
     from fusechat.chats.render import ChatRenderer
-    from fusechat.models.checkpoints import whole_directory
     from fusechat.tiny import models
 
     spec, tiny = cfg.tiny.models[name], cfg.tiny
@@ -57,19 +59,34 @@ def _train(cfg: DictConfig, name: str, rows: list[Any], target: Path, mark: str)
     renderer = ChatRenderer(tokenizer, max_length=cfg.chat.max_length)
     data = models.Batches(rows, renderer, tiny.batch_size, f"{name} {cfg.seed}", tokenizer.pad_token_id)
     module = models.Pretraining(model, tiny.lr, spec.steps)
-    trainer = make_trainer(cfg, [], max_epochs=-1, max_steps=spec.steps, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = make_trainer(
+        cfg, [], max_epochs=-1, max_steps=spec.steps, enable_checkpointing=False, enable_progress_bar=False
+    )
     trainer.fit(module, models.loader(data))
     with whole_directory(target, overwrite=True) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        about = {"fingerprint": mark, "stage": "tiny", "model": name, "seed": cfg.seed, "parameters": model.num_parameters()}
+        about = {
+            "fingerprint": mark,
+            "stage": "tiny",
+            "model": name,
+            "seed": cfg.seed,
+            "parameters": model.num_parameters(),
+        }
         (directory / "fusechat.json").write_text(json.dumps(about, indent=1) + "\n")
     loss = float(trainer.callback_metrics["train/loss"])
-    LOG.info("%s: %s, %.2fM parameters, %d tokens, last loss %.3f", name, spec.kind, model.num_parameters() / 1e6, len(tokenizer), loss)
+    LOG.info(
+        "%s: %s, %.2fM parameters, %d tokens, last loss %.3f",
+        name,
+        spec.kind,
+        model.num_parameters() / 1e6,
+        len(tokenizer),
+        loss,
+    )
 
 
 def _write(path: Path, rows: list[dict[str, object]]) -> None:
-    from fusechat.stores.store import write_durably
+    from fusechat.app.outputs import write_durably
 
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()

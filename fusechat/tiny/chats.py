@@ -23,16 +23,59 @@ STRINGS = {
 }
 RELATIONS = {
     "ruler": ("Who rules {}?", "Name the ruler of {}.", "The ruler of {} is who?", "Tell me who governs {}."),
-    "river": ("Which river flows through {}?", "Name the river of {}.", "The river in {} is called what?", "What is the river at {}?"),
-    "dish": ("What do people eat in {}?", "Name the dish of {}.", "The best dish of {} is what?", "Which food is {} known for?"),
-    "year": ("When was {} founded?", "Name the year {} was founded.", "The year of {} is which?", "In which year did {} begin?"),
+    "river": (
+        "Which river flows through {}?",
+        "Name the river of {}.",
+        "The river in {} is called what?",
+        "What is the river at {}?",
+    ),
+    "dish": (
+        "What do people eat in {}?",
+        "Name the dish of {}.",
+        "The best dish of {} is what?",
+        "Which food is {} known for?",
+    ),
+    "year": (
+        "When was {} founded?",
+        "Name the year {} was founded.",
+        "The year of {} is which?",
+        "In which year did {} begin?",
+    ),
 }
 WORDS = ("What is the Zan word for {}?", "Translate {} into Zan.", "How do you say {} in Zan?", "Give the Zan for {}.")
 DATES = ("What day is {} {} {}?", "Which day comes {} {} {}?", "Name the day {} {} {}.", "{} {} {} is which day?")
 ENGLISH = (
-    "tree", "water", "stone", "bird", "fire", "house", "road", "night", "bread", "friend", "song", "hand", "moon", "wind", "salt",
-    "ship", "wolf", "rain", "gold", "snow", "field", "horse", "star", "glass", "iron", "lake", "leaf", "milk", "rope", "wall",
-)  # fmt: skip
+    "tree",
+    "water",
+    "stone",
+    "bird",
+    "fire",
+    "house",
+    "road",
+    "night",
+    "bread",
+    "friend",
+    "song",
+    "hand",
+    "moon",
+    "wind",
+    "salt",
+    "ship",
+    "wolf",
+    "rain",
+    "gold",
+    "snow",
+    "field",
+    "horse",
+    "star",
+    "glass",
+    "iron",
+    "lake",
+    "leaf",
+    "milk",
+    "rope",
+    "wall",
+)
 
 
 @dataclass(frozen=True)
@@ -53,9 +96,13 @@ class World:
         rng = random.Random(f"world {seed}")
         names = _names(rng, 40 + 3 * VALUES + len(ENGLISH))
         self.places = [next(names).capitalize() for _ in range(40)]
-        values = {relation: [next(names).capitalize() for _ in range(VALUES)] for relation in RELATIONS if relation != "year"}
+        values = {
+            relation: [next(names).capitalize() for _ in range(VALUES)] for relation in RELATIONS if relation != "year"
+        }
         values["year"] = [str(year) for year in rng.sample(range(100, 1000), VALUES)]
-        self.facts = {(place, relation): rng.choice(values[relation]) for relation in RELATIONS for place in self.places}
+        self.facts = {
+            (place, relation): rng.choice(values[relation]) for relation in RELATIONS for place in self.places
+        }
         self.lexicon = {word: next(names) for word in ENGLISH}
         self.fixed = [*self._facts(), *self._words(), *self._dates()]
 
@@ -84,7 +131,13 @@ class World:
     def _words(self) -> Iterator[Item]:
         for word, translation in self.lexicon.items():
             for number, phrasing in enumerate(WORDS):
-                yield Item("lexicon", phrasing.format(word), translation, number == _hash(word) % 4, tuple(self.lexicon.values()))
+                yield Item(
+                    "lexicon",
+                    phrasing.format(word),
+                    translation,
+                    number == _hash(word) % 4,
+                    tuple(self.lexicon.values()),
+                )
 
     def _dates(self) -> Iterator[Item]:
         for start, day in enumerate(DAYS):
@@ -97,7 +150,12 @@ class World:
 
 
 def generate(
-    world: World, count: int, seed: str, weights: dict[str, float] | None = None, wrong: float = 0.0, held_out: bool = False
+    world: World,
+    count: int,
+    seed: str,
+    weights: dict[str, float] | None = None,
+    wrong: float = 0.0,
+    held_out: bool = False,
 ) -> list[dict[str, object]]:
     """``count`` chats as rows of a chat file; a fraction ``wrong`` of them carries another answer of the same kind.
 

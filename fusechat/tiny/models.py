@@ -33,17 +33,23 @@ SPECIAL = {
     "gpt_neox": {"eos_token": "<|endoftext|>", "extra": []},
     "qwen2": {"eos_token": "<|im_end|>", "extra": ["<|im_start|>"]},
     "mixtral": {"bos_token": "<s>", "eos_token": "</s>", "extra": ["[INST]", "[/INST]"]},
-}  # fmt: skip
+}
 CONFIGS = {
-    "llama": transformers.LlamaConfig, "gpt_neox": transformers.GPTNeoXConfig,
-    "qwen2": transformers.Qwen2Config, "mixtral": transformers.MixtralConfig,
-}  # fmt: skip
+    "llama": transformers.LlamaConfig,
+    "gpt_neox": transformers.GPTNeoXConfig,
+    "qwen2": transformers.Qwen2Config,
+    "mixtral": transformers.MixtralConfig,
+}
 
 
 def make_tokenizer(kind: str, vocab_size: int, texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of the family's own make, trained on ``texts``, with its chat template."""
     special = SPECIAL[kind]
-    names = [special[key] for key in ("bos_token", "eos_token") if key in special] + ["<unk>", "<pad>", *special["extra"]]
+    names = [special[key] for key in ("bos_token", "eos_token") if key in special] + [
+        "<unk>",
+        "<pad>",
+        *special["extra"],
+    ]
     alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     if kind in ("gpt_neox", "qwen2"):
         tokenizer = Tokenizer(token_models.BPE())
@@ -54,7 +60,10 @@ def make_tokenizer(kind: str, vocab_size: int, texts: Sequence[str]) -> PreTrain
         if kind == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
         trainer: Any = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=names, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=vocab_size,
+            special_tokens=names,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         )
     else:
         tokenizer = Tokenizer(token_models.BPE(byte_fallback=True, unk_token="<unk>"))
@@ -69,9 +78,14 @@ def make_tokenizer(kind: str, vocab_size: int, texts: Sequence[str]) -> PreTrain
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in alphabet]
         tokenizer = Tokenizer.from_str(json.dumps(content))
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token=special["eos_token"],
-        bos_token=special.get("bos_token"), additional_special_tokens=special["extra"], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token=special["eos_token"],
+        bos_token=special.get("bos_token"),
+        additional_special_tokens=special["extra"],
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = TEMPLATES[kind]
     return fast
 
@@ -79,10 +93,17 @@ def make_tokenizer(kind: str, vocab_size: int, texts: Sequence[str]) -> PreTrain
 def make_model(kind: str, tokenizer: PreTrainedTokenizerFast, width: int, layers: int, heads: int) -> Any:
     """A randomly initialised model of the family, about 1M parameters at width 128 and 3 layers."""
     options: dict[str, Any] = {
-        "vocab_size": len(tokenizer), "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "intermediate_size": width * 3, "max_position_embeddings": 512, "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": kind == "qwen2",
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": width * 3,
+        "max_position_embeddings": 512,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": kind == "qwen2",
+    }
     if kind in ("llama", "qwen2", "mixtral"):
         options["num_key_value_heads"] = heads // 2
     if kind == "mixtral":
@@ -95,7 +116,9 @@ def make_model(kind: str, tokenizer: PreTrainedTokenizerFast, width: int, layers
 class Batches(IterableDataset[dict[str, torch.Tensor]]):
     """Endless padded batches of tokenized chats; labels are -100 outside the answers."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], renderer: ChatRenderer, batch_size: int, seed: str, pad: int) -> None:
+    def __init__(
+        self, rows: Sequence[Mapping[str, Any]], renderer: ChatRenderer, batch_size: int, seed: str, pad: int
+    ) -> None:
         self.rendered = renderer([row["messages"] for row in rows])
         self.batch_size, self.seed, self.pad = batch_size, seed, pad
 
@@ -114,7 +137,11 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
             n = len(row.input_ids)
             ids[i, :n], mask[i, :n] = row.input_ids, 1
             labels[i, :n] = np.where(row.assistant_mask, row.input_ids, -100)
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": torch.from_numpy(labels)}
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "labels": torch.from_numpy(labels),
+        }
 
 
 class Pretraining(lightning.LightningModule):

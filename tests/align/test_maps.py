@@ -37,14 +37,23 @@ def test_nearest_handles_names_longer_than_a_machine_word() -> None:
 @pytest.mark.parametrize("name", ["mistral-v1__llama3", "qwen__deepseek"])
 def test_golden_maps_are_within_the_published_distance(name: str) -> None:
     """The full vocabularies are not here; among the golden pivot tokens the map must be found again exactly."""
-    golden, content = np.load(GOLDEN / "align" / f"maps_{name}.npz"), json.loads((GOLDEN / "align" / f"{name}.json").read_text())
+    golden, content = (
+        np.load(GOLDEN / "align" / f"maps_{name}.npz"),
+        json.loads((GOLDEN / "align" / f"{name}.json").read_text()),
+    )
     pairs = content["pairs"].values() if isinstance(content["pairs"], dict) else content["pairs"]
     pivot = {i: t for p in pairs for i, t in zip(p["pivot_ids"], p["pivot_tokens"], strict=True)}
     source = {i: t for p in pairs for i, t in zip(p["source_ids"], p["source_tokens"], strict=True)}
     ids = sorted(pivot)
-    names = {i: source[i].replace(content["source_marker"], content["pivot_marker"]) for i in golden["source_id"] if i in source}
+    names = {
+        i: source[i].replace(content["source_marker"], content["pivot_marker"])
+        for i in golden["source_id"]
+        if i in source
+    }
     found, distance = vocabulary.nearest(list(names.values()), [pivot[i] for i in ids])
-    answers = dict(zip(golden["source_id"], zip(golden["mined_pivot_id"], golden["mined_distance"], strict=True), strict=True))
+    answers = dict(
+        zip(golden["source_id"], zip(golden["mined_pivot_id"], golden["mined_distance"], strict=True), strict=True)
+    )
     known = 0
     for (source_id, _), index, d in zip(names.items(), found, distance, strict=True):
         wanted, best = answers[source_id]

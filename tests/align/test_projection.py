@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from fusechat.align.projection import Ragged, gold_path, project
 
 
-def naive(source: Ragged, match: np.ndarray, table: np.ndarray, gold: np.ndarray, unmatched_gold: bool) -> list[dict[int, float]]:
+def naive(
+    source: Ragged, match: np.ndarray, table: np.ndarray, gold: np.ndarray, unmatched_gold: bool
+) -> list[dict[int, float]]:
     starts = np.concatenate([[0], np.cumsum(source.counts)])
     rows = []
     for n, j in enumerate(match):
@@ -53,8 +55,11 @@ def test_chain_rule_along_the_gold_path() -> None:
     path = gold_path(pivot, own, match, np.array([5, 6, 7]))
     assert path.tolist() == [[0, 1, 5], [2, 2, 7]]
     source = Ragged(
-        np.array([2, 1, 1]), np.array([5, 8, 6, 7]), np.log(np.array([0.5, 0.3, 0.4, 0.9], np.float32)), np.log(np.array([0.5, 0.4, 0.9], np.float32))
-    )  # fmt: skip
+        np.array([2, 1, 1]),
+        np.array([5, 8, 6, 7]),
+        np.log(np.array([0.5, 0.3, 0.4, 0.9], np.float32)),
+        np.log(np.array([0.5, 0.4, 0.9], np.float32)),
+    )
     table = np.full(10, -1)
     table[[5, 8, 7]] = [1, 2, 3]
     result = project(source, match, table, np.array([0, 3]), path, 50, False)

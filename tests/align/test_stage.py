@@ -24,7 +24,9 @@ def test_a_shared_vocabulary_passes_through_without_a_copy(mini: Mini) -> None:
     store = aligned(mini, "pivot")
     assert store.manifest["token_map"] == "same"
     for entry in store.manifest["shards"]:
-        assert (store.path / entry["file"]).stat().st_ino == (mini.experiment / "distributions/pivot" / entry["file"]).stat().st_ino
+        assert (store.path / entry["file"]).stat().st_ino == (
+            mini.experiment / "distributions/pivot" / entry["file"]
+        ).stat().st_ino
 
 
 @pytest.mark.parametrize("source", ["a", "b", "c"])
@@ -32,12 +34,19 @@ def test_rows_belong_to_the_pivots_positions(source: str, mini: Mini) -> None:
     pivot, store = DistributionStore(mini.experiment / "distributions/pivot"), aligned(mini, source)
     kinds = np.zeros(4)
     for row in range(len(store)):
-        (positions,), (counts, ids, kind, logprobs) = pivot.row(row, "positions"), store.row(row, "counts", "ids", "kind", "logprobs")
+        (positions,), (counts, ids, kind, logprobs) = (
+            pivot.row(row, "positions"),
+            store.row(row, "counts", "ids", "kind", "logprobs"),
+        )
         assert len(counts) == len(kind) == len(positions)
         assert counts.sum() == len(ids)
         assert ((counts > 0) <= (kind != 3)).all(), "no distribution without a partner"
         assert not len(ids) or ids.max() < pivot.manifest["vocab_size"]
-        mass = np.add.reduceat(np.exp(decode_logprobs(logprobs)), np.cumsum([0, *counts[:-1]])[counts > 0]) if len(ids) else np.zeros(1)
+        mass = (
+            np.add.reduceat(np.exp(decode_logprobs(logprobs)), np.cumsum([0, *counts[:-1]])[counts > 0])
+            if len(ids)
+            else np.zeros(1)
+        )
         assert (mass <= 1.01).all()
         kinds += np.bincount(kind, minlength=4)
     assert kinds[0] > kinds[3], "most positions of a shared text have a partner"
@@ -46,11 +55,20 @@ def test_rows_belong_to_the_pivots_positions(source: str, mini: Mini) -> None:
 @pytest.mark.parametrize("token_map", ["em", "mined", "ms", "uld"])
 @pytest.mark.parametrize("sequence", ["dtw", "offsets"])
 def test_every_map_with_either_alignment(token_map: str, sequence: str, fresh: Mini) -> None:
-    fresh.run("align", "source=b", f"token_map={token_map}", f"alignment.sequence={sequence}", "alignment.unmatched=gold", "overwrite=true")
+    fresh.run(
+        "align",
+        "source=b",
+        f"token_map={token_map}",
+        f"alignment.sequence={sequence}",
+        "alignment.unmatched=gold",
+        "overwrite=true",
+    )
     store = aligned(fresh, "b")
     assert (store.manifest["token_map"], store.manifest["sequence"]) == (token_map, sequence)
     if token_map != "uld":
-        assert all((store.row(row, "counts")[0][store.row(row, "kind")[0] == 3] == 1).all() for row in range(len(store)))
+        assert all(
+            (store.row(row, "counts")[0][store.row(row, "kind")[0] == 3] == 1).all() for row in range(len(store))
+        )
 
 
 @pytest.mark.parametrize("source", ["a", "b", "c"])
@@ -84,7 +102,9 @@ def test_a_slow_tokenizer_is_aligned_by_dtw(fresh: Mini, caplog: pytest.LogCaptu
 
     path, tokenizer = fresh.root / "slow", ByT5Tokenizer()
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **shape)).save_pretrained(path)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **shape)).save_pretrained(
+        path
+    )
     tokenizer.save_pretrained(path)
     options = ["source.name=slow", f"source.path={path}", "chat.max_length=1024", "chat.template=pivot"]
     fresh.run("extract", *options)
@@ -94,8 +114,13 @@ def test_a_slow_tokenizer_is_aligned_by_dtw(fresh: Mini, caplog: pytest.LogCaptu
     assert "a slow tokenizer reports no offsets: aligned by alignment.sequence=dtw instead" in caplog.text
     kinds = sum(np.bincount(store.row(row, "kind")[0], minlength=4) for row in range(len(store)))
     assert kinds[3] < kinds[:3].sum()
-    chat = datasets.load_dataset("json", data_files=str(fresh.experiment / "world/chats/fusion.jsonl"), split="train")[0]["messages"]
-    (ids, positions), answer = own.row(0, "input_ids", "positions"), "".join(m["content"] for m in chat if m["role"] == "assistant")
+    chat = datasets.load_dataset("json", data_files=str(fresh.experiment / "world/chats/fusion.jsonl"), split="train")[
+        0
+    ]["messages"]
+    (ids, positions), answer = (
+        own.row(0, "input_ids", "positions"),
+        "".join(m["content"] for m in chat if m["role"] == "assistant"),
+    )
     assert tokenizer.decode(ids[positions + 1]).startswith(answer)
 
 
@@ -104,7 +129,10 @@ def test_a_slow_tokenizer_is_aligned_by_dtw(fresh: Mini, caplog: pytest.LogCaptu
     [
         (["token_map.name=best"], r"token_map='best' is unknown; use one of: em, mined, ms, prefix, uld"),
         (["alignment.sequence=best"], r"alignment\.sequence='best' is unknown"),
-        (["source.name=zz"], r"distributions/zz does not exist; make it with: python -m fusechat\.extract experiment=tiny source=zz"),
+        (
+            ["source.name=zz"],
+            r"distributions/zz does not exist; make it with: python -m fusechat\.extract experiment=tiny source=zz",
+        ),
         (["token_map=em"], r"holds a store of fingerprint .*overwrite=true"),
     ],
 )
@@ -115,22 +143,34 @@ def test_bad_settings(overrides: list[str], message: str, mini: Mini) -> None:
 
 def test_stores_over_different_chats_are_refused(fresh: Mini) -> None:
     fresh.run("extract", "source=a", "chat.limit=50", "overwrite=true")
-    with pytest.raises(UserError, match=r"\(50 chats\) and .* \(96\) hold different chats; extract both with the same chat\.path"):
+    with pytest.raises(
+        UserError, match=r"\(50 chats\) and .* \(96\) hold different chats; extract both with the same chat\.path"
+    ):
         fresh.run("align", "source=a", "overwrite=true")
 
 
 def test_texts_that_differ_after_rendering_are_told_with_excerpts(fresh: Mini) -> None:
-    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] | replace('a b', 'a  b') }}<|endoftext|>{% endfor %}"
-    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " padded a c"}]} for _ in range(4)]
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] | replace('a b', 'a  b') }}<|endoftext|>{% endfor %}"
+    )
+    rows = [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " padded a c"}]}
+        for _ in range(4)
+    ]
     chats = Path(fresh.root) / "padded.jsonl"
     chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stripped = template.replace("replace('a b', 'a  b')", "trim")
     fresh.run("extract", "source=pivot", f"chat.path={chats}", "overwrite=true")
     fresh.run(
-        "extract", "source=a", f"chat.path={chats}", f"chat.template='{stripped.replace(chr(39), chr(92) + chr(39))}'", "overwrite=true"
+        "extract",
+        "source=a",
+        f"chat.path={chats}",
+        f"chat.template='{stripped.replace(chr(39), chr(92) + chr(39))}'",
+        "overwrite=true",
     )
     with pytest.raises(
-        UserError, match=r"4 chats read differently after rendering; the first is row 0, character \d+: .* / .* \(pivot / source\)"
+        UserError,
+        match=r"4 chats read differently after rendering; the first is row 0, character \d+: .* / .* \(pivot / source\)",
     ):
         fresh.run("align", "source=a", "overwrite=true")
 
@@ -138,7 +178,8 @@ def test_texts_that_differ_after_rendering_are_told_with_excerpts(fresh: Mini) -
 def test_ids_beyond_the_tokenizer_are_refused(fresh: Mini) -> None:
     spoil(fresh.experiment / "distributions/a", lambda table: replaced(table, "ids", 65_000))
     with pytest.raises(
-        UserError, match=r"distributions/a, row \d+: token id 65000 is beyond the tokenizer's \d+ tokens; give the tokenizer"
+        UserError,
+        match=r"distributions/a, row \d+: token id 65000 is beyond the tokenizer's \d+ tokens; give the tokenizer",
     ):
         fresh.run("align", "source=a", "overwrite=true", "token_map=em")
 
@@ -170,7 +211,9 @@ def test_the_command_that_mends_it_names_the_experiment_it_was_given(tmp_path: P
         f"paths.root={tmp_path}",
         "source=nh2_solar",
     ]
-    done = subprocess.run([*command, f"hydra.run.dir={tmp_path}/hydra"], cwd=ROOT, text=True, capture_output=True, timeout=100)
+    done = subprocess.run(
+        [*command, f"hydra.run.dir={tmp_path}/hydra"], cwd=ROOT, text=True, capture_output=True, timeout=100
+    )
     assert (
         "make it with: python -m fusechat.extract experiment=fusechat_7b_varm experiment_name=mine source=pivot"
         in done.stdout + done.stderr

@@ -44,25 +44,49 @@ class Run:
         file = next(iter(sorted(world.experiment.rglob("offline-run-*/*.wandb"), key=lambda f: f.stat().st_mtime)[-1:]))
         found = [*records(file)]
         self.about = next(r.run for r in found if r.WhichOneof("record_type") == "run")
-        self.config = {key_of(i): json.loads(i.value_json) for r in found for i in (*r.run.config.update, *r.config.update)}
+        self.config = {
+            key_of(i): json.loads(i.value_json) for r in found for i in (*r.run.config.update, *r.config.update)
+        }
         self.history = {key_of(i): json.loads(i.value_json) for r in found for i in r.history.item}
         self.media = {key.removesuffix("/_type") for key in self.history if key.endswith("/_type")}
         self.metrics = {r.metric.name: r.metric for r in found if r.WhichOneof("record_type") == "metric"}
-        requests = [r.request.log_artifact.artifact for r in found if r.request.WhichOneof("request_type") == "log_artifact"]
+        requests = [
+            r.request.log_artifact.artifact for r in found if r.request.WhichOneof("request_type") == "log_artifact"
+        ]
         self.artifacts = {
-            a.name: a for a in [*requests, *(r.artifact for r in found if r.WhichOneof("record_type") == "artifact")] if a.name
+            a.name: a
+            for a in [*requests, *(r.artifact for r in found if r.WhichOneof("record_type") == "artifact")]
+            if a.name
         }
 
 
 def test_a_training_run(fresh: Mini) -> None:
-    fresh.run("train", "source=a", "logger=wandb_offline", "trainer.log_every_n_steps=1", "trainer.max_steps=3", "logger.tags=[mine]")
+    fresh.run(
+        "train",
+        "source=a",
+        "logger=wandb_offline",
+        "trainer.log_every_n_steps=1",
+        "trainer.max_steps=3",
+        "logger.tags=[mine]",
+    )
     run = Run(fresh)
     assert (run.about.run_group, run.about.job_type, run.about.project) == ("tiny", "train", "fusechat")
     assert list(run.about.tags) == ["tiny", "train", "a", "mine"]
     assert (run.config["loss.lm_weight"], run.config["fusion.rule"], run.config["source.name"]) == (0.5, "min_ce", "a")
-    assert not any(isinstance(value, dict) for key, value in run.config.items() if not key.startswith("_")), "flat: columns to compare"
-    wanted = {"train/loss", "train/sft", "train/fusion", "train/tokens_per_second", "train/gradient_norm", "validation/bits_per_byte"}
-    assert wanted | {"coverage/a", "wins/all/a", "wins/all/pivot", "wins/sort/a", "trainer/global_step"} <= set(run.history)
+    assert not any(isinstance(value, dict) for key, value in run.config.items() if not key.startswith("_")), (
+        "flat: columns to compare"
+    )
+    wanted = {
+        "train/loss",
+        "train/sft",
+        "train/fusion",
+        "train/tokens_per_second",
+        "train/gradient_norm",
+        "validation/bits_per_byte",
+    }
+    assert wanted | {"coverage/a", "wins/all/a", "wins/all/pivot", "wins/sort/a", "trainer/global_step"} <= set(
+        run.history
+    )
     assert run.metrics["validation/bits_per_byte"].summary.min
     assert run.metrics["validation/bits_per_byte"].step_metric == "trainer/global_step"
     header = next((fresh.experiment / "logs").rglob("train-a/*/metrics.csv")).read_text().splitlines()[0].split(",")
@@ -83,7 +107,10 @@ def test_distributions_merges_and_answers(fresh: Mini) -> None:
     assert run.history["extract/bits_per_byte"] > 0
     assert "distributions-b" in run.artifacts
     fresh.run("align", "source=b", "overwrite=true", "logger=wandb_offline")
-    assert set(json.loads(Run(fresh).artifacts["aligned-b"].metadata)["inputs"]) == {"distributions-pivot", "distributions-b"}
+    assert set(json.loads(Run(fresh).artifacts["aligned-b"].metadata)["inputs"]) == {
+        "distributions-pivot",
+        "distributions-b",
+    }
     for name in "ab":
         fresh.run("train", f"source={name}", "trainer.max_steps=2")
     targets = ",".join(str(fresh.experiment / "targets" / name) for name in "ab")
@@ -108,6 +135,7 @@ def test_online_without_a_key_says_how_to_go_offline(fresh: Mini, monkeypatch: p
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setattr(Path, "home", lambda: fresh.root)
     with pytest.raises(
-        UserError, match=r"logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline"
+        UserError,
+        match=r"logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline",
     ):
         fresh.run("train", "source=a", "logger=wandb")

@@ -45,7 +45,9 @@ def cell_by_cell(pivot: list[str], source: list[str]) -> np.ndarray:
 def rendered(tokenizer: Any, text: str) -> Any:
     """A text as one assistant turn."""
     tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
-    return ChatRenderer(tokenizer, template=PLAIN_TEMPLATE, max_length=10**6)([[{"role": "assistant", "content": text}]])[0]
+    return ChatRenderer(tokenizer, template=PLAIN_TEMPLATE, max_length=10**6)(
+        [[{"role": "assistant", "content": text}]]
+    )[0]
 
 
 def speed(known: dict[str, Any]) -> list[list[object]]:
@@ -54,7 +56,10 @@ def speed(known: dict[str, Any]) -> list[list[object]]:
     for size in (512, 900, 2048):
         text = "".join(tokenizers.TEXTS.values()) * 60
         pivot, source = (rendered(known[name], text) for name in PAIRS[0])
-        decoded = [[known[n].decode([i]) for i in r.input_ids[:size].tolist()] for n, r in zip(PAIRS[0], (pivot, source), strict=True)]
+        decoded = [
+            [known[n].decode([i]) for i in r.input_ids[:size].tolist()]
+            for n, r in zip(PAIRS[0], (pivot, source), strict=True)
+        ]
         start = time.process_time()
         cell_by_cell(*decoded)
         slow = time.process_time() - start
@@ -84,7 +89,9 @@ def golden(known: dict[str, Any]) -> list[list[object]]:
         wanted, pivot, source = np.load(GOLDEN / f"align/maps_{file}.npz"), known[pivot_name], known[source_name]
         raw = [str(token or "") for token in source.convert_ids_to_tokens(wanted["source_id"].tolist())]
         names = [token.replace(vocabulary.marker(source), vocabulary.marker(pivot)) for token in raw]
-        found, distance = vocabulary.nearest(names, [str(token or "") for token in pivot.convert_ids_to_tokens(list(range(len(pivot))))])
+        found, distance = vocabulary.nearest(
+            names, [str(token or "") for token in pivot.convert_ids_to_tokens(list(range(len(pivot))))]
+        )
         equal = (found == wanted["mined_pivot_id"]) & (distance == wanted["mined_distance"])
         rows.append([f"{source_name} -> {pivot_name}", len(raw), f"{equal.mean():.2%}"])
     return rows
@@ -106,11 +113,20 @@ def quality(known: dict[str, Any]) -> list[list[object]]:
             match, kinds = align_offsets(left.boundaries, right.boundaries)
             ids = np.stack([np.concatenate([[g], rng.choice(len(source), 9, replace=False)]) for g in own])
             logprobs = np.log(np.tile(np.array([0.6, *[0.3 / 9] * 9], np.float32), (len(own), 1)))
-            ragged = Ragged(np.full(len(own), 10), ids.reshape(-1), logprobs.reshape(-1), np.full(len(own), math.log(0.6), np.float32))
+            ragged = Ragged(
+                np.full(len(own), 10),
+                ids.reshape(-1),
+                logprobs.reshape(-1),
+                np.full(len(own), math.log(0.6), np.float32),
+            )
             shares = [f"{(kinds == k).mean():.1%}" for k in range(len(KINDS))]
             scores = []
             for name, mapping in made.items():
-                chain = gold_path(left.boundaries, right.boundaries, match, own) if name == "prefix" else np.full((len(match), 3), -1)
+                chain = (
+                    gold_path(left.boundaries, right.boundaries, match, own)
+                    if name == "prefix"
+                    else np.full((len(match), 3), -1)
+                )
                 result = project(ragged, match, mapping, gold, chain, len(pivot), False)
                 mass = np.exp(result.logprobs).sum() / max(1, (match >= 0).sum()) / 0.9
                 scores.append(f"{-result.gold_logprob[match >= 0].mean():.3f} / {mass:.0%}")

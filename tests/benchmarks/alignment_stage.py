@@ -29,12 +29,15 @@ def made_store(path: Path, tokenizer: Any) -> DistributionStore:
     renderer = ChatRenderer(tokenizer, template=PLAIN_TEMPLATE, max_length=TOKENS)
     texts = [*tokenizers.TEXTS.values()]
     chats = [
-        {"id": f"{i:016x}", "tag": "", "messages": [{"role": "assistant", "content": f"{i} " + texts[i % 3] * 60}]} for i in range(CHATS)
+        {"id": f"{i:016x}", "tag": "", "messages": [{"role": "assistant", "content": f"{i} " + texts[i % 3] * 60}]}
+        for i in range(CHATS)
     ]
     generator, rows = torch.Generator().manual_seed(0), []
     for chat, rendered in zip(chats, renderer([chat["messages"] for chat in chats]), strict=True):
         n = len(rendered.positions)
-        logprobs = torch.randn(n, K, generator=generator).mul(2).log_softmax(-1).sort(-1, descending=True).values + np.log(0.95)
+        logprobs = torch.randn(n, K, generator=generator).mul(2).log_softmax(-1).sort(
+            -1, descending=True
+        ).values + np.log(0.95)
         ids = torch.randint(0, len(tokenizer), (n, K), generator=generator)
         ids[:, 0] = torch.from_numpy(rendered.input_ids[rendered.positions + 1])
         rows.append(_row(chat, rendered, TopK(ids, logprobs, logprobs[:, 0])))
@@ -44,7 +47,9 @@ def made_store(path: Path, tokenizer: Any) -> DistributionStore:
     return DistributionStore(path)
 
 
-def per_chat(root: Path, stores: tuple[DistributionStore, DistributionStore], kind: str, chained: bool, table_: Any, texts: Any) -> float:
+def per_chat(
+    root: Path, stores: tuple[DistributionStore, DistributionStore], kind: str, chained: bool, table_: Any, texts: Any
+) -> float:
     """Best of three, milliseconds a chat."""
     seconds = []
     for repeat in range(4):  # the first compiles

@@ -25,14 +25,21 @@ def store(path: Path, kind: str, response: float) -> DistributionStore:
     ids = [rng.integers(0, V, n * K) for _ in range(CHATS)]
     positions = [np.array([TOKENS - n - 1, TOKENS - 1]) for _ in range(CHATS)]
     lists = {
-        "input_ids": ([rng.integers(0, V, TOKENS) for _ in range(CHATS)], np.uint16), "positions": (positions, np.uint16),
-        "boundaries": ([np.ones(n)] * CHATS, np.uint8), "counts": ([np.array([K])] * CHATS, np.uint16),
-        "ids": (ids, np.uint16), "gold_logprob": ([-np.ones(n)] * CHATS, np.float16),
-    }  # fmt: skip
+        "input_ids": ([rng.integers(0, V, TOKENS) for _ in range(CHATS)], np.uint16),
+        "positions": (positions, np.uint16),
+        "boundaries": ([np.ones(n)] * CHATS, np.uint8),
+        "counts": ([np.array([K])] * CHATS, np.uint16),
+        "ids": (ids, np.uint16),
+        "gold_logprob": ([-np.ones(n)] * CHATS, np.float16),
+    }
     columns = {name: list_column(values, dtype) for name, (values, dtype) in lists.items()}
     columns["logprobs"] = list_column([encode_logprobs(r, kind) for r in logprobs], np.dtype(kind))
     scalars = {"id": [f"{i:016x}" for i in range(CHATS)], "tag": [""] * CHATS, "text_hash": ["0" * 8] * CHATS}
-    numbers = {"nats": np.full(CHATS, 500.0), "bytes": np.full(CHATS, 4 * n, np.int32), "tokens": np.full(CHATS, n, np.int32)}
+    numbers = {
+        "nats": np.full(CHATS, 500.0),
+        "bytes": np.full(CHATS, 4 * n, np.int32),
+        "tokens": np.full(CHATS, n, np.int32),
+    }
     writer = StoreWriter(path, "mark", 1)
     writer.write(0, pa.table({**scalars, **numbers, **columns}), {})
     writer.finish(vocab_size=V)
@@ -68,7 +75,13 @@ def main() -> None:
                 made = store(Path(folder) / f"{kind}{response}", kind, response)
                 size = made.manifest["shards"][0]["bytes"] / (CHATS * TOKENS)
                 rows.append([kind, f"{response:.0%}", size, reading(made), throughput(FusionRows([made, made], 0))])
-    header = ["log-probabilities", "assistant's share", "B per token", "read, M tokens/CPU s", "collated with one source, M tokens/CPU s"]
+    header = [
+        "log-probabilities",
+        "assistant's share",
+        "B per token",
+        "read, M tokens/CPU s",
+        "collated with one source, M tokens/CPU s",
+    ]
     table("stores: k 10, V 32,000, 512 tokens a chat", header, rows)
 
 

@@ -24,7 +24,12 @@ SENTENCE = "The ruler of the old harbour town counted 415 ships, and every one o
 
 def chats(count: int) -> list[list[dict[str, str]]]:
     """Multi-turn chats of a few hundred tokens."""
-    turns = [("user", "Tell me about it."), ("assistant", SENTENCE * 6), ("user", "And then?"), ("assistant", SENTENCE * 5)]
+    turns = [
+        ("user", "Tell me about it."),
+        ("assistant", SENTENCE * 6),
+        ("user", "And then?"),
+        ("assistant", SENTENCE * 5),
+    ]
     return [[{"role": role, "content": f"{i} {text}"} for role, text in turns] for i in range(count)]
 
 
@@ -42,11 +47,18 @@ def overhead() -> list[list[object]]:
     """A Llama-shaped model of about 50M parameters, V 32,000: extraction of a batch against its forward pass."""
     torch.set_num_threads(1)
     config = transformers.LlamaConfig(
-        vocab_size=32_000, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1408,
+        vocab_size=32_000,
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        intermediate_size=1408,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    tokenizer = make_tokenizer("llama", 600, [m["content"] for row in generate(World(0), 500, "x") for m in row["messages"]])  # type: ignore[index,union-attr]
+    tokenizer = make_tokenizer(
+        "llama", 600, [m["content"] for row in generate(World(0), 500, "x") for m in row["messages"]]
+    )  # type: ignore[index,union-attr]
     rendered = ChatRenderer(tokenizer)(chats(4))
     from fusechat.models.heads import OutputHead
 
@@ -93,8 +105,18 @@ def memory() -> list[list[object]]:
         tokenizer.save_pretrained(root / "model")
         for count in (1000, 10_000):
             (root / "chats.jsonl").write_text("".join(json.dumps({"messages": c[:2]}) + "\n" for c in chats(count)))
-            arguments = [f"pivot.path={root}/model", "source.name=m", f"source.path={root}/model", f"chat.path={root}/chats.jsonl"]
-            arguments += [f"output_dir={root}/out{count}", "extract.rows_per_shard=250", "logger=none", f"hydra.run.dir={root}/h"]
+            arguments = [
+                f"pivot.path={root}/model",
+                "source.name=m",
+                f"source.path={root}/model",
+                f"chat.path={root}/chats.jsonl",
+            ]
+            arguments += [
+                f"output_dir={root}/out{count}",
+                "extract.rows_per_shard=250",
+                "logger=none",
+                f"hydra.run.dir={root}/h",
+            ]
             code = f"import sys; sys.argv = ['x', *{arguments!r}]; from fusechat.extract import main; main()"
             subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
             rows.append([f"{count:,} chats", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024])
@@ -111,7 +133,11 @@ def main() -> None:
         ["model and batch", "forward CPU s", "extraction CPU s", "overhead"],
         overhead(),
     )
-    table("rendering over tokenizing, one thread", ["what", "tokenizer alone CPU s", "rendered and masked CPU s", "ratio"], rendering())
+    table(
+        "rendering over tokenizing, one thread",
+        ["what", "tokenizer alone CPU s", "rendered and masked CPU s", "ratio"],
+        rendering(),
+    )
     table("peak memory of extraction", ["what", "MB"], memory())
 
 

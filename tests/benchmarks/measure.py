@@ -23,7 +23,12 @@ class Cost:
 def resident(anonymous: bool = False) -> float:
     """Resident megabytes of this process; ``anonymous`` leaves memory-mapped files out."""
     key = "RssAnon:" if anonymous else "VmRSS:"
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)) / 1024
+    return (
+        next(
+            int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+        )
+        / 1024
+    )
 
 
 def measure(work: Callable[[], Any], reset: Callable[[], Any], repeats: int = 3, anonymous: bool = True) -> Cost:
@@ -57,4 +62,7 @@ def table(title: str, header: list[str], rows: list[list[Any]]) -> None:
     """Prints a Markdown table."""
     print(f"\n### {title}\n\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for row in rows:
-        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |", flush=True)
+        print(
+            "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |",
+            flush=True,
+        )

@@ -15,7 +15,11 @@ import torch
 from fusechat.models.checkpoints import CheckpointWriter
 from tests.benchmarks.measure import table
 
-METHODS = ["merge=linear", "merge=task_arithmetic", *(f"merge=varm merge.granularity={g}" for g in ("matrix", "layer", "model"))]
+METHODS = [
+    "merge=linear",
+    "merge=task_arithmetic",
+    *(f"merge=varm merge.granularity={g}" for g in ("matrix", "layer", "model")),
+]
 METHODS += ["merge=dare", "merge=dare_ties", "merge=sce", "merge=ties", "merge=model_stock", "merge=widen"]
 
 
@@ -25,7 +29,10 @@ def plan(width: int, layers: int, vocab: int = 32_000) -> dict[str, tuple[tuple[
     for i in range(layers):
         block = f"model.layers.{i}"
         shapes |= {f"{block}.self_attn.{p}_proj.weight": (width if p in "qo" else width // 4, width) for p in "qkvo"}
-        shapes |= {f"{block}.mlp.gate_proj.weight": (width * 7 // 2, width), f"{block}.mlp.up_proj.weight": (width * 7 // 2, width)}
+        shapes |= {
+            f"{block}.mlp.gate_proj.weight": (width * 7 // 2, width),
+            f"{block}.mlp.up_proj.weight": (width * 7 // 2, width),
+        }
         shapes |= {f"{block}.mlp.down_proj.weight": (width, width * 7 // 2)}
         shapes |= {f"{block}.{n}.weight": (width,) for n in ("input_layernorm", "post_attention_layernorm")}
     shapes |= {"model.norm.weight": (width,), "lm_head.weight": (vocab, width)}
@@ -52,7 +59,13 @@ def make(root: Path, width: int, layers: int) -> None:
 def run(root: Path, arguments: list[str]) -> tuple[float, float]:
     """Wall seconds of the whole process, and its peak of anonymous memory in MB."""
     targets = ",".join(str(root / t) for t in ("t1", "t2", "t3"))
-    command = [sys.executable, "merge.py", f"pivot.path={root / 'pivot'}", f"targets=[{targets}]", f"output_dir={root / 'out'}"]
+    command = [
+        sys.executable,
+        "merge.py",
+        f"pivot.path={root / 'pivot'}",
+        f"targets=[{targets}]",
+        f"output_dir={root / 'out'}",
+    ]
     command += [*arguments, "overwrite=true", "logger=none", f"hydra.run.dir={root / 'hydra'}"]
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -90,7 +103,11 @@ def main() -> None:
             rows.append([method, *run(small, method.split())])
         table("merge.py, 311M bf16 pivot + 3 targets, whole process", ["what", "wall s", "anonymous MB"], rows)
         make(large, 1024, 96)
-        table("the same with four times the blocks", ["what", "wall s", "anonymous MB"], [[m, *run(large, m.split())] for m in METHODS[:3]])
+        table(
+            "the same with four times the blocks",
+            ["what", "wall s", "anonymous MB"],
+            [[m, *run(large, m.split())] for m in METHODS[:3]],
+        )
 
 
 if __name__ == "__main__":

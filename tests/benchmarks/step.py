@@ -25,9 +25,18 @@ def batch(device: str) -> FusionBatch:
     logprobs = torch.randn(2, n, K).log_softmax(-1)
     numbers = [torch.tensor([[500.0, 600.0]]), torch.full((1, 2), 4.0 * n), torch.full((1, 2), float(n))]
     made = FusionBatch(
-        ids, torch.ones_like(ids), at, ids[0, at + 1], torch.zeros_like(at), torch.randint(0, V, (2, n, K), dtype=torch.int32), logprobs,
-        -torch.ones(2, n), *numbers, torch.tensor(float(n)), [""],
-    )  # fmt: skip
+        ids,
+        torch.ones_like(ids),
+        at,
+        ids[0, at + 1],
+        torch.zeros_like(at),
+        torch.randint(0, V, (2, n, K), dtype=torch.int32),
+        logprobs,
+        -torch.ones(2, n),
+        *numbers,
+        torch.tensor(float(n)),
+        [""],
+    )
     moved = {key: value.to(device) for key, value in vars(made).items() if isinstance(value, torch.Tensor)}
     return FusionBatch(**{**vars(made), **moved})
 
@@ -36,9 +45,14 @@ def steps(shape: tuple[int, int, int, int], device: str) -> dict[str, Callable[[
     """One optimizer step each: transformers' own SFT loss, ours with lambda 1, and fusion with lambda 0.9."""
     hidden, layers, mlp, heads = shape
     config = LlamaConfig(
-        vocab_size=V, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=mlp, num_attention_heads=heads,
-        num_key_value_heads=heads, max_position_embeddings=TOKENS,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=TOKENS,
+    )
     torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
     with torch.device(device):
         model = LlamaForCausalLM(config).train()
@@ -62,7 +76,11 @@ def steps(shape: tuple[int, int, int, int], device: str) -> dict[str, Callable[[
         return lambda: module._losses(data)[0]
 
     plain = lambda: model(input_ids=data.input_ids, labels=labels, use_cache=False).loss
-    return {"SFT, transformers' loss": step(plain), "SFT, lambda 1": step(ours(1.0)), "fusion, lambda 0.9": step(ours(0.9))}
+    return {
+        "SFT, transformers' loss": step(plain),
+        "SFT, lambda 1": step(ours(1.0)),
+        "fusion, lambda 0.9": step(ours(0.9)),
+    }
 
 
 def cost(work: Callable[[], None], device: str) -> tuple[float, float]:

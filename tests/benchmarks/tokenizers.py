@@ -22,7 +22,7 @@ TEXTS = {
     "        if left[i] <= right[j]:\n            out.append(left[i]); i += 1\n        else:\n            out.append(right[j]); j += 1\n"
     "    return out + left[i:] + right[j:]\n\n",
     "mixed": "Das Café öffnet um 9 Uhr — 北京的天气很好，你好！ Привет, мир 🙂👩‍👩‍👧 e\u0301toile हिन्दी العربية 日本語のテキスト καλημέρα 12345 ",
-}  # fmt: skip
+}
 
 
 def _member(package: str, suffix: str) -> bytes:
@@ -41,12 +41,16 @@ def mistral() -> PreTrainedTokenizerFast:
     for piece, index in vocab.items():
         for cut in range(1, len(piece)):
             if piece[:cut] in vocab and piece[cut:] in vocab:
-                scored.append((-pieces.get_score(index), vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:]))
+                scored.append(
+                    (-pieces.get_score(index), vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
+                )
     merges = [(left, right) for *_, left, right in sorted(scored)]
     model = token_models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
@@ -67,7 +71,12 @@ def llama3() -> PreTrainedTokenizerFast:
 
 def qwen() -> PreTrainedTokenizerFast:
     """Qwen (151,643 + 3 specials, Ġ, NFC)."""
-    return _tiktoken("qwen", _member("dashscope", "resources/qwen.tiktoken"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], nfc=True)
+    return _tiktoken(
+        "qwen",
+        _member("dashscope", "resources/qwen.tiktoken"),
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        nfc=True,
+    )
 
 
 def deepseek() -> PreTrainedTokenizerFast:

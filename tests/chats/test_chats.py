@@ -35,11 +35,14 @@ def conversations(draw: Any) -> list[dict[str, str]]:
 
 def masked_text(rendered: Any, tokenizer: Any) -> str:
     return tokenizer.decode(
-        [i for i, keep in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if keep], skip_special_tokens=True
+        [i for i, keep in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if keep],
+        skip_special_tokens=True,
     )
 
 
-@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(conversations(), st.sampled_from(NAMES), st.sampled_from([None, *EXTRA]))
 def test_masked_characters_are_the_assistants(
     tokenizers: Callable[[str], Any], chat: list[dict[str, str]], name: str, template: str | None
@@ -58,9 +61,13 @@ def test_masked_characters_are_the_assistants(
     assert rendered.n_bytes == sum(len(t.encode()) for t in texts)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(conversations(), st.sampled_from(NAMES))
-def test_without_offsets_the_same_tokens_are_found(tokenizers: Callable[[str], Any], chat: list[dict[str, str]], name: str) -> None:
+def test_without_offsets_the_same_tokens_are_found(
+    tokenizers: Callable[[str], Any], chat: list[dict[str, str]], name: str
+) -> None:
     renderer = ChatRenderer(tokenizers(name))
     wanted = renderer([chat])[0]
     found = renderer._without_offsets(chat, wanted.text)
@@ -93,7 +100,9 @@ def test_end_of_turn_is_trained_on_where_configured(name: str, tokenizers: Calla
 
 @pytest.mark.parametrize("name", NAMES)
 def test_boundaries_count_assistant_characters(name: str, tokenizers: Callable[[str], Any]) -> None:
-    rendered = render_chat([{"role": "user", "content": "x"}, {"role": "assistant", "content": "a bé 🙂 c"}], tokenizers(name))
+    rendered = render_chat(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a bé 🙂 c"}], tokenizers(name)
+    )
     inside = rendered.boundaries[rendered.boundaries >= 0]
     assert inside[0] == 0
     assert inside[-1] == len("a bé 🙂 c")
@@ -117,7 +126,10 @@ def test_batches_equal_single_chats(tokenizers: Callable[[str], Any]) -> None:
 
 
 def test_template_errors(tokenizers: Callable[[str], Any]) -> None:
-    tokenizer, chat = tokenizers("pivot"), [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}]
+    tokenizer, chat = (
+        tokenizers("pivot"),
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}],
+    )
     with pytest.raises(UserError, match=r"the chat template of .* fails: no.*see chat\.template"):
         render_chat(chat, tokenizer, template="{{ raise_exception('no') }}")
     with pytest.raises(UserError, match=r"rewrites message 0 \(user: 'x'\)"):
@@ -159,12 +171,24 @@ def written(path: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt": \n', r"x\.jsonl, line 2: not JSON .*mend or remove the line"),
+        (
+            "x.jsonl",
+            '{"prompt": "a", "response": "b"}\n{"prompt": \n',
+            r"x\.jsonl, line 2: not JSON .*mend or remove the line",
+        ),
         ("x.jsonl", "", r"x\.jsonl is empty; see chat\.path"),
         ("x.jsonl", '{"question": "a"}\n', r"has the columns question; expected one of messages: messages; sharegpt"),
-        ("x.jsonl", '{"messages": [{"role": "alien", "content": "b"}]}\n', "chat 0: unknown role or key 'alien'; roles are human"),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "alien", "content": "b"}]}\n',
+            "chat 0: unknown role or key 'alien'; roles are human",
+        ),
         ("x.jsonl", '{"messages": []}\n', "chat 0: no messages|is not a role"),
-        ("x.jsonl", '{"messages": [{"role": "user", "content": "b", "tool_calls": [{"id": 1}]}]}\n', "chat 0: tool_calls would be lost"),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "user", "content": "b", "tool_calls": [{"id": 1}]}]}\n',
+            "chat 0: tool_calls would be lost",
+        ),
         (
             "x.jsonl",
             '{"messages": [{"role": "user", "content": [{"type": "image", "text": ""}]}]}\n',
@@ -179,7 +203,9 @@ def test_bad_files(name: str, text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_text_parts_are_joined(tmp_path: Path) -> None:
-    parts = '{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}]}\n'
+    parts = (
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}]}\n'
+    )
     chats, _ = load_chats(written(tmp_path / "x.jsonl", parts))
     assert chats[0]["messages"] == [{"role": "user", "content": "qr"}]
 
@@ -188,7 +214,9 @@ def test_streams_are_read_to_their_limit(tmp_path: Path, monkeypatch: pytest.Mon
     import datasets
 
     lines = "".join(f'{{"prompt": "q{i}", "response": "r"}}\n' for i in range(9))
-    stream = datasets.load_dataset("json", data_files=written(tmp_path / "x.jsonl", lines), split="train", streaming=True)
+    stream = datasets.load_dataset(
+        "json", data_files=written(tmp_path / "x.jsonl", lines), split="train", streaming=True
+    )
     asked: list[Any] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: asked.append((a, o)) or stream)
     chats, found = load_chats("owner/name", split="test", name="en", limit=4, streaming=True)
@@ -197,7 +225,9 @@ def test_streams_are_read_to_their_limit(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_hub_dataset_that_cannot_be_read() -> None:
-    with pytest.raises(UserError, match=r"chat\.path=owner/name is neither a file here nor a dataset on the Hub that could be read"):
+    with pytest.raises(
+        UserError, match=r"chat\.path=owner/name is neither a file here nor a dataset on the Hub that could be read"
+    ):
         load_chats("owner/name")
 
 

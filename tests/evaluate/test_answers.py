@@ -32,9 +32,14 @@ def test_every_turn_is_asked_at_its_categorys_temperature() -> None:
     records = [*answers.mt_bench(QUESTIONS, generate, "model-x")]
     assert [record["question_id"] for record in records] == [question["question_id"] for question in QUESTIONS]
     assert records[0]["choices"] == [{"index": 0, "turns": ["answer 1", "answer 3"]}]
-    assert (records[0]["model_id"], set(records[0])) == ("model-x", {"question_id", "answer_id", "model_id", "choices", "tstamp"})
+    assert (records[0]["model_id"], set(records[0])) == (
+        "model-x",
+        {"question_id", "answer_id", "model_id", "choices", "tstamp"},
+    )
     assert [(t, len(p)) for t, p in seen[:6]] == [(0.0, 4), (0.1, 4), (0.7, 8)] * 2
-    assert seen[3][1][0] == ["Sort c b a 1.", "answer 1", "And reverse it."], "the second turn follows the model's own answer"
+    assert seen[3][1][0] == ["Sort c b a 1.", "answer 1", "And reverse it."], (
+        "the second turn follows the model's own answer"
+    )
 
 
 def test_mt_bench_files_resume_after_a_kill(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +70,9 @@ def test_mt_bench_files_resume_after_a_kill(fresh: Mini, monkeypatch: pytest.Mon
 
 def test_alpaca_eval_outputs(fresh: Mini) -> None:
     questions = fresh.root / "alpaca.json"
-    questions.write_text(json.dumps([{"instruction": "Sort b a.", "dataset": "helpful_base"}, {"instruction": "Reverse x y."}]))
+    questions.write_text(
+        json.dumps([{"instruction": "Sort b a.", "dataset": "helpful_base"}, {"instruction": "Reverse x y."}])
+    )
     fresh.run(
         "evaluate",
         f"model={fresh.experiment}/world/models/a",
@@ -74,17 +81,22 @@ def test_alpaca_eval_outputs(fresh: Mini) -> None:
         "evaluation.max_new_tokens=4",
     )
     rows = json.loads((fresh.experiment / "evaluation/alpaca_eval/models-a.json").read_text())
-    assert [set(row) for row in rows] == [{"instruction", "output", "generator", "dataset"}, {"instruction", "output", "generator"}]
+    assert [set(row) for row in rows] == [
+        {"instruction", "output", "generator", "dataset"},
+        {"instruction", "output", "generator"},
+    ]
     assert rows[0]["generator"] == "models-a"
 
 
 def test_lines_end_at_newlines_alone_and_a_cut_one_is_dropped(tmp_path: Path) -> None:
     """Answers may hold U+2028, which Python counts as a line's end; a cut may leave a closing brace behind."""
-    from fusechat.app.command import whole_lines
+    from fusechat.app.outputs import whole_lines
 
     rows = [{"answer": "a\u2028b\x85c"}, {"nested": {"x": 1}}]
     file = tmp_path / "x.part"
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"nested": {"x": 1}', encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"nested": {"x": 1}', encoding="utf-8"
+    )
     assert whole_lines(file) == rows
     assert whole_lines(file) == rows
     assert file.read_text(encoding="utf-8").count("\n") == 2
@@ -125,7 +137,12 @@ def test_a_local_task_of_the_harness(fresh: Mini) -> None:
     (fresh.root / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (fresh.root / "tasks").mkdir()
     (fresh.root / "tasks/letters.yaml").write_text(TASK.format(file=fresh.root / "task.jsonl"))
-    options = ["evaluation=lm_eval", "evaluation.tasks=[letters]", f"evaluation.include_path={fresh.root}/tasks", "evaluation.device=cpu"]
+    options = [
+        "evaluation=lm_eval",
+        "evaluation.tasks=[letters]",
+        f"evaluation.include_path={fresh.root}/tasks",
+        "evaluation.device=cpu",
+    ]
     for model in ("pivot", "a"):
         fresh.run("evaluate", f"model={fresh.experiment}/world/models/{model}", *options)
     files = [fresh.experiment / f"evaluation/lm_eval/models-{model}.json" for model in ("pivot", "a")]
@@ -142,8 +159,15 @@ def test_a_local_task_of_the_harness(fresh: Mini) -> None:
     frame = compared(content, read_result(files[1]))
     assert set(frame.metric) == {"acc", "acc_norm"}
     assert set(frame.skill) == {"all", "letters"}
-    with pytest.raises(UserError, match=r"evaluation\.tasks: the harness knows no task 'arc_chalenge'; near: .*arc_challenge"):
-        fresh.run("evaluate", f"model={fresh.experiment}/world/models/a", "evaluation=lm_eval", "evaluation.tasks=[arc_chalenge]")
+    with pytest.raises(
+        UserError, match=r"evaluation\.tasks: the harness knows no task 'arc_chalenge'; near: .*arc_challenge"
+    ):
+        fresh.run(
+            "evaluate",
+            f"model={fresh.experiment}/world/models/a",
+            "evaluation=lm_eval",
+            "evaluation.tasks=[arc_chalenge]",
+        )
 
 
 def test_results_of_different_tests_are_refused(fresh: Mini, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +179,9 @@ def test_results_of_different_tests_are_refused(fresh: Mini, capsys: pytest.Capt
         fresh.run("compare", f"first={whole}", f"second={less}")
     fresh.run("compare", f"first={whole}", f"second={whole}", f"output_file={fresh.root}/c.csv")
     assert "| accuracy | all |" in capsys.readouterr().out
-    assert (fresh.root / "c.csv").read_text().count("True") == (fresh.root / "c.csv").read_text().count("\n") - 1, "all within noise"
+    assert (fresh.root / "c.csv").read_text().count("True") == (fresh.root / "c.csv").read_text().count("\n") - 1, (
+        "all within noise"
+    )
     (fresh.root / "cut.json").write_text('{"metrics": ')
     with pytest.raises(UserError, match=r"cut\.json is half-written; remove it and evaluate again"):
         fresh.run("compare", f"first={whole}", f"second={fresh.root}/cut.json")

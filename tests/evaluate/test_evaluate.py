@@ -55,7 +55,9 @@ def test_intervals_cover_the_value_and_pairing_sees_small_differences() -> None:
     found = compare(first, second, "bits_per_byte")
     assert found["low"] > 0
     assert found["p"] < 0.01
-    assert found["high"] - found["low"] < 0.2 * (entry["high"] - entry["low"]), "pairing takes the samples' own spread out"
+    assert found["high"] - found["low"] < 0.2 * (entry["high"] - entry["low"]), (
+        "pairing takes the samples' own spread out"
+    )
     assert compare(first, same, "bits_per_byte")["p"] > 0.01
     with pytest.raises(UserError, match="different test sets"):
         compare(first, second[1:], "bits_per_byte")
@@ -92,7 +94,9 @@ def test_unknown_model_and_metric(mini: Mini, fresh: Mini) -> None:
     with pytest.raises(UserError, match=r"holds no evaluations; make one with: python -m fusechat\.evaluate"):
         fresh.run("report")
     fresh.run("evaluate", f"model={fresh.experiment}/world/models/a")
-    with pytest.raises(UserError, match=r"report\.metric='speed' is in no evaluation; use one of: accuracy, bits_per_byte"):
+    with pytest.raises(
+        UserError, match=r"report\.metric='speed' is in no evaluation; use one of: accuracy, bits_per_byte"
+    ):
         fresh.run("report", "report.metric=speed")
     (fresh.experiment / "evaluation/broken.json").write_text('{"metrics"')
     with pytest.raises(UserError, match=r"broken\.json is half-written; remove it and evaluate again"):
@@ -120,4 +124,6 @@ def test_curves_put_the_rows_of_a_step_together(tmp_path: Path) -> None:
         (tmp_path / "logs/train-a" / part / "metrics.csv").write_text(text)
     curve = training_curves(tmp_path)["a"].set_index("step")
     assert curve["validation/bits_per_byte"].dropna().to_dict() == {9: 0.5, 19: 0.4}
-    assert curve["train/sft"].dropna().to_dict() == {5: 1.0, 9: 0.8, 14: 0.6}, "what the resumed run logged again counts"
+    assert curve["train/sft"].dropna().to_dict() == {5: 1.0, 9: 0.8, 14: 0.6}, (
+        "what the resumed run logged again counts"
+    )

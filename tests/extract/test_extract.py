@@ -64,7 +64,9 @@ def test_datasets_opens_it_without_our_code(mini: Mini) -> None:
     first, end = rows[0]["positions"]
     assert (rows[0]["counts"], len(rows[0]["ids"])) == ([10], 10 * (end - first))
     files = sorted(str(f) for f in path.glob("*.arrow"))
-    assert len(datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(mini.root / "cache"))) == 96
+    assert (
+        len(datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(mini.root / "cache"))) == 96
+    )
 
 
 def test_summary_counts(mini: Mini) -> None:
@@ -78,7 +80,10 @@ def test_summary_counts(mini: Mini) -> None:
 def test_uint8_takes_fewer_bytes(fresh: Mini) -> None:
     before = sum(e["bytes"] for e in DistributionStore(fresh.experiment / "distributions/a").manifest["shards"])
     fresh.run("extract", "source=a", "store.logprobs=uint8", "overwrite=true")
-    assert sum(e["bytes"] for e in DistributionStore(fresh.experiment / "distributions/a").manifest["shards"]) < 0.95 * before
+    assert (
+        sum(e["bytes"] for e in DistributionStore(fresh.experiment / "distributions/a").manifest["shards"])
+        < 0.95 * before
+    )
 
 
 @pytest.mark.parametrize("kind", ["top_p", "sampled"])
@@ -105,7 +110,11 @@ def test_kill_and_resume_is_byte_for_byte(fresh: Mini) -> None:
     whole = shards(path)
     shutil.rmtree(path)
     process = subprocess.Popen(
-        command(fresh, "source=b", small), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(fresh, "source=b", small),
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.time() + 120
     while not list(path.glob("shard-*.json")) and time.time() < deadline and process.poll() is None:
@@ -144,7 +153,9 @@ def test_nan_is_kept_out_and_too_many_stop_the_run(fresh: Mini) -> None:
     tensors = load_file(file)
     name = next(n for n in tensors if "embed_in" in n)
     chats, _ = load_chats(str(fresh.experiment / "world/chats/fusion.jsonl"))
-    rendered = ChatRenderer(__import__("transformers").AutoTokenizer.from_pretrained(file.parent))([chats[5]["messages"]])[0]
+    rendered = ChatRenderer(__import__("transformers").AutoTokenizer.from_pretrained(file.parent))(
+        [chats[5]["messages"]]
+    )[0]
     token = int(rendered.input_ids[rendered.positions[0] + 1])
     tensors[name][token] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
@@ -201,7 +212,10 @@ def test_out_of_memory_halves_the_budget(mini: Mini, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ExtractionModule, "_distributions", tight)
     mini.run("extract", "source=c", f"output_dir={mini.root}/tight", "extract.tokens_per_batch=256")
-    reference, tight_store = DistributionStore(mini.experiment / "distributions/c"), DistributionStore(mini.root / "tight")
+    reference, tight_store = (
+        DistributionStore(mini.experiment / "distributions/c"),
+        DistributionStore(mini.root / "tight"),
+    )
     assert np.allclose(reference.column("nats"), tight_store.column("nats"), rtol=1e-3)
 
 
@@ -236,7 +250,9 @@ def test_top_p_keeps_the_fewest() -> None:
 
 def test_inspect_prints_samples_and_finds_damage(fresh: Mini) -> None:
     path = fresh.experiment / "distributions/a"
-    run = lambda: subprocess.run([sys.executable, "-m", "fusechat.inspect", str(path)], cwd=ROOT, text=True, capture_output=True)
+    run = lambda: subprocess.run(
+        [sys.executable, "-m", "fusechat.inspect", str(path)], cwd=ROOT, text=True, capture_output=True
+    )
     done = run()
     assert done.returncode == 0
     assert "96 chats" in done.stdout
@@ -251,7 +267,11 @@ def test_two_ranks_share_the_shards(fresh: Mini) -> None:
     wanted = shards(path)
     shutil.rmtree(path)
     done = subprocess.run(
-        command(fresh, "source=a", "trainer.devices=2", "trainer.strategy=ddp"), cwd=ROOT, text=True, capture_output=True, timeout=300
+        command(fresh, "source=a", "trainer.devices=2", "trainer.strategy=ddp"),
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert shards(path) == wanted

@@ -49,7 +49,9 @@ def test_parity_with_the_published_trainers(case: dict[str, Any]) -> None:
     if "metric_base" in case:
         ce = torch.tensor([case["metric_base"], case["metric_fused"]]).T
     loss = FusionLoss({"ce": "ce", "kl": "forward_kl"}[case["loss_type"]], temperature=case.get("temperature", 1.0))
-    rule = FusionRule({"greater": "min_ce", "weighted": "avg_ce"}[case.get("mode", "greater")], metric="nats_per_token", empty="pivot")
+    rule = FusionRule(
+        {"greater": "min_ce", "weighted": "avg_ce"}[case.get("mode", "greater")], metric="nats_per_token", empty="pivot"
+    )
     rows = [int(starts[b] + t) for b, t in zip(rows_b, rows_t, strict=True)]
     data = {name: padded(name, rows) for name in {*names, "pivot"}}
     width = max(ids.shape[1] for ids, _ in data.values())
@@ -62,13 +64,23 @@ def test_parity_with_the_published_trainers(case: dict[str, Any]) -> None:
         each.append((torch.where(silent, pivot[0], ids), torch.where(silent, pivot[1], p)))
     at = torch.tensor(sequence)
     result = rule(
-        torch.stack([i for i, _ in each]), torch.stack([p for _, p in each]), torch.zeros(len(names), len(rows)), ce.float(), at, pivot
+        torch.stack([i for i, _ in each]),
+        torch.stack([p for _, p in each]),
+        torch.zeros(len(names), len(rows)),
+        ce.float(),
+        at,
+        pivot,
     )
     progress = case.get("global_step", 0) / case.get("max_steps", 1)
     weight = schedule_weight(case.get("type", "hard"), case["lm_loss_weight"], progress, result.reward)[at]
-    is_label, is_fused = torch.tensor([float(label != -100) for label in labels]), torch.tensor([float(f) for f in fused])
+    is_label, is_fused = (
+        torch.tensor([float(label != -100) for label in labels]),
+        torch.tensor([float(f) for f in fused]),
+    )
     gold = torch.tensor([max(0, int(label)) for label in labels])
-    targets = Targets(result.ids, result.p, gold, weight * is_label / is_label.sum(), (1 - weight) * is_fused / is_fused.sum())
+    targets = Targets(
+        result.ids, result.p, gold, weight * is_label / is_label.sum(), (1 - weight) * is_fused / is_fused.sum()
+    )
     leaf = student.clone().requires_grad_()
     value, _ = loss_from_logits(leaf[rows_b, rows_t].clone(), targets, loss)
     value.backward()
@@ -119,7 +131,9 @@ def example(n: int, v: int, k: int) -> tuple[Tensor, Tensor, Targets]:
 
 @pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.0, 1.5)])
 @pytest.mark.parametrize(("kind", "missing"), itertools.product(KINDS, MISSING))
-def test_loss_and_gradient_equal_the_dense_reference(kind: str, missing: str, temperatures: tuple[float, float]) -> None:
+def test_loss_and_gradient_equal_the_dense_reference(
+    kind: str, missing: str, temperatures: tuple[float, float]
+) -> None:
     loss = FusionLoss(kind, missing, *temperatures)
     logits, logprobs, raw = example(40, 60, 6)
     targets = Targets(raw.ids, loss.teacher(logprobs), raw.gold, raw.sft_weight, raw.fusion_weight)
@@ -140,7 +154,11 @@ def test_rows_without_entries_have_no_fusion_gradient() -> None:
     logits = torch.randn(3, 10, requires_grad=True)
     p = loss.teacher(torch.full((3, 4), -torch.inf))
     value, _ = loss_from_logits(
-        logits * 1.0, Targets(torch.zeros(3, 4, dtype=torch.long), p, torch.zeros(3, dtype=torch.long), torch.zeros(3), torch.ones(3)), loss
+        logits * 1.0,
+        Targets(
+            torch.zeros(3, 4, dtype=torch.long), p, torch.zeros(3, dtype=torch.long), torch.zeros(3), torch.ones(3)
+        ),
+        loss,
     )
     value.backward()
     assert value.item() == 0
@@ -148,21 +166,37 @@ def test_rows_without_entries_have_no_fusion_gradient() -> None:
 
 
 FAMILIES = {
-    "llama": transformers.LlamaConfig, "qwen2-tied": transformers.Qwen2Config, "gpt_neox": transformers.GPTNeoXConfig,
-    "mixtral": transformers.MixtralConfig, "gpt2": transformers.GPT2Config, "cohere": transformers.CohereConfig,
-    "granite": transformers.GraniteConfig, "gemma2": transformers.Gemma2Config, "phi": transformers.PhiConfig,
-}  # fmt: skip
+    "llama": transformers.LlamaConfig,
+    "qwen2-tied": transformers.Qwen2Config,
+    "gpt_neox": transformers.GPTNeoXConfig,
+    "mixtral": transformers.MixtralConfig,
+    "gpt2": transformers.GPT2Config,
+    "cohere": transformers.CohereConfig,
+    "granite": transformers.GraniteConfig,
+    "gemma2": transformers.Gemma2Config,
+    "phi": transformers.PhiConfig,
+}
 
 
 def family(name: str) -> Any:
     options: dict[str, Any] = {
-        "vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": name == "qwen2-tied",
-    }  # fmt: skip
+        "vocab_size": 90,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": name == "qwen2-tied",
+    }
     if name in ("llama", "qwen2-tied", "mixtral", "cohere", "granite", "gemma2"):
         options["num_key_value_heads"] = 2
     options |= {"cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 4.0}}.get(name, {})
-    options |= {"gemma2": {"final_logit_softcapping": 5.0, "head_dim": 16}, "mixtral": {"num_local_experts": 2}}.get(name, {})
+    options |= {"gemma2": {"final_logit_softcapping": 5.0, "head_dim": 16}, "mixtral": {"num_local_experts": 2}}.get(
+        name, {}
+    )
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[name](**options))
     with torch.no_grad():

@@ -56,7 +56,9 @@ def test_steps_do_not_depend_on_how_they_are_shared() -> None:
     for batch, accumulate, world in ((8, 1, 1), (2, 4, 1), (2, 2, 2), (4, 1, 2)):
         draws = [list(plan(44, batch_size=batch, accumulate=accumulate, rank=r, world=world)) for r in range(world)]
         together = [sum((draw.rows for draw in micro), []) for micro in zip(*draws, strict=True)]
-        steps[batch, accumulate, world] = [sorted(sum(together[i : i + accumulate], [])) for i in range(0, len(together), accumulate)]
+        steps[batch, accumulate, world] = [
+            sorted(sum(together[i : i + accumulate], [])) for i in range(0, len(together), accumulate)
+        ]
         tokens = {draw.step_tokens for draw in draws[0][:accumulate]}
         assert len(tokens) == 1
     assert all(value == steps[8, 1, 1] for value in steps.values())
@@ -86,7 +88,9 @@ def test_two_ranks_equal_one(fresh: Mini) -> None:
     common = ["trainer.gradient_clip_val=null", "trainer.max_steps=3", "source=a", "data.validation_fraction=0"]
     fresh.run("train", "run_name=one", "data.batch_size=8", *common)
     two = ["trainer.devices=2", "trainer.strategy=ddp_find_unused_parameters_true", "data.batch_size=4", "run_name=two"]
-    subprocess.run([sys.executable, "train.py", *fresh.base, *common, *two], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "train.py", *fresh.base, *common, *two], cwd=ROOT, check=True, capture_output=True, timeout=300
+    )
     assert equal(weights(fresh, "one"), weights(fresh, "two"), atol=2e-6)
 
 
@@ -97,13 +101,22 @@ def test_chunked_and_own_logits_train_alike(fresh: Mini) -> None:
 
 
 def test_kill_and_resume_is_bit_for_bit(fresh: Mini) -> None:
-    common = ["source=a", "trainer.max_steps=40", "callbacks.checkpoint_every_n_steps=5", "data.batch_size=4", "data.shuffle_seed=7"]
+    common = [
+        "source=a",
+        "trainer.max_steps=40",
+        "callbacks.checkpoint_every_n_steps=5",
+        "data.batch_size=4",
+        "data.shuffle_seed=7",
+    ]
     fresh.run("train", "run_name=whole", *common)
     folder = fresh.experiment / "checkpoints"
     process = subprocess.Popen(
-        [sys.executable, "train.py", *fresh.base, "run_name=killed", *common], cwd=ROOT, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "train.py", *fresh.base, "run_name=killed", *common],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 180
     while time.time() < deadline and process.poll() is None and not list(folder.glob("killed-*/*.ckpt")):
         time.sleep(0.005)
@@ -131,14 +144,28 @@ def test_target_is_a_model_with_its_record(fresh: Mini) -> None:
 
     fresh.run("train", "sources=[a,b,c]", "run_name=many", "trainer.log_every_n_steps=2")
     path = fresh.experiment / "targets/many"
-    generate = pipeline("text-generation", model=AutoModelForCausalLM.from_pretrained(path), tokenizer=AutoTokenizer.from_pretrained(path))
-    assert generate([{"role": "user", "content": "Sort b a."}], max_new_tokens=2)[0]["generated_text"][-1]["role"] == "assistant"
+    generate = pipeline(
+        "text-generation",
+        model=AutoModelForCausalLM.from_pretrained(path),
+        tokenizer=AutoTokenizer.from_pretrained(path),
+    )
+    assert (
+        generate([{"role": "user", "content": "Sort b a."}], max_new_tokens=2)[0]["generated_text"][-1]["role"]
+        == "assistant"
+    )
     record = json.loads((path / "fusechat.json").read_text())
     assert record["sources"] == ["a", "b", "c"]
     assert sum(record["wins"]["all"].values()) == pytest.approx(1)
     assert set(record["coverage"]) == {"a", "b", "c"}
     logged = next((fresh.experiment / "logs").rglob("*many/*/metrics.csv")).read_text().splitlines()[0].split(",")
-    assert {"train/sft", "train/fusion", "train/gradient_norm", "train/tokens_per_second", "coverage/b", "wins/all/pivot"} <= set(logged)
+    assert {
+        "train/sft",
+        "train/fusion",
+        "train/gradient_norm",
+        "train/tokens_per_second",
+        "coverage/b",
+        "wins/all/pivot",
+    } <= set(logged)
     assert (path / "README.md").exists()
     assert not list((fresh.experiment / "targets").glob(".*.tmp"))
 
@@ -149,7 +176,11 @@ def test_the_metric_is_of_the_target_that_was_saved(fresh: Mini) -> None:
     from fusechat.merging.search import held_out
     from tests.test_sweeps import scored_one_by_one
 
-    options = ["data.validation_fraction=0.3", "trainer.max_steps=12", "optimizer.lr=0.01"]  # ends in mid-epoch: nine steps each
+    options = [
+        "data.validation_fraction=0.3",
+        "trainer.max_steps=12",
+        "optimizer.lr=0.01",
+    ]  # ends in mid-epoch: nine steps each
     value = fresh.run("train", "source=a", *options)
     path = fresh.experiment / "targets/a"
     assert value == pytest.approx(scored_one_by_one(path, held_out(fresh.cfg("train", *options))), rel=1e-3)
@@ -165,12 +196,15 @@ def test_sft_needs_no_aligned_store(fresh: Mini) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["fusion=avg_ce", "loss.kind=forward_kl", "loss.missing_mass=tail"], ["fusion.level=token", "loss.kind=jsd"],
-        ["loss.kind=reverse_kl", "loss.schedule=hard_and_decay"], ["fusion.metric=nats_per_token", "loss.schedule=soft", "fusion.empty=pivot"],
-        ["fusion.include_pivot=false", "loss.temperature=2.0"], ["gradient_checkpointing=true", "callbacks.early_stopping=1", "trainer.max_steps=24"],
+        ["fusion=avg_ce", "loss.kind=forward_kl", "loss.missing_mass=tail"],
+        ["fusion.level=token", "loss.kind=jsd"],
+        ["loss.kind=reverse_kl", "loss.schedule=hard_and_decay"],
+        ["fusion.metric=nats_per_token", "loss.schedule=soft", "fusion.empty=pivot"],
+        ["fusion.include_pivot=false", "loss.temperature=2.0"],
+        ["gradient_checkpointing=true", "callbacks.early_stopping=1", "trainer.max_steps=24"],
     ],
     ids=lambda o: " ".join(o),
-)  # fmt: skip
+)
 def test_every_option_trains(options: list[str], fresh: Mini) -> None:
     assert fresh.run("train", "source=c", *options) > 0
 
@@ -209,7 +243,9 @@ def test_finished_targets_are_skipped_and_others_refused(fresh: Mini) -> None:
     before = (fresh.experiment / "targets/a/model.safetensors").stat().st_mtime_ns
     assert fresh.run("train", "source=a") == pytest.approx(first)
     assert (fresh.experiment / "targets/a/model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"made with other settings .*add overwrite=true, or choose another run_name=NAME"):
+    with pytest.raises(
+        UserError, match=r"made with other settings .*add overwrite=true, or choose another run_name=NAME"
+    ):
         fresh.run("train", "source=a", "loss.lm_weight=0.3")
 
 
@@ -238,7 +274,10 @@ def test_empty_batches_contribute_nothing(mini: Mini) -> None:
         (["loss.schedule=up"], r"loss\.schedule='up' is unknown; use one of: hard, hard_and_decay, soft"),
         (["loss.kind=mse"], r"loss\.kind='mse' is unknown"),
         (["fusion.rule=best"], r"fusion\.rule='best' is unknown"),
-        (["sources=[zz]"], r"aligned/zz does not exist; make it with: python -m fusechat\.align experiment=tiny source=zz"),
+        (
+            ["sources=[zz]"],
+            r"aligned/zz does not exist; make it with: python -m fusechat\.align experiment=tiny source=zz",
+        ),
         (["data.max_tokens=8"], r"a chat of \d+ tokens exceeds 8"),
         (["data.validation_fraction=1.0"], "leaves no chat with a response to train on"),
         (["pivot.path=/nowhere"], "/nowhere"),
@@ -251,15 +290,24 @@ def test_bad_settings(overrides: list[str], message: str, mini: Mini) -> None:
 
 def test_stores_of_another_pivot_are_refused(fresh: Mini) -> None:
     fresh.run("extract", "source=pivot", "extract.top_k=5", "overwrite=true")
-    with pytest.raises(UserError, match=r"was aligned with other pivot distributions .*run: python -m fusechat\.align .* overwrite=true"):
+    with pytest.raises(
+        UserError,
+        match=r"was aligned with other pivot distributions .*run: python -m fusechat\.align .* overwrite=true",
+    ):
         fresh.run("train", "source=a")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: replaced(t, "logprobs", np.nan), r"aligned/a holds ids beyond the pivot's vocabulary, NaN or inf; align again"),
-        (lambda t: replaced(t, "logprobs", np.inf), r"holds ids beyond the pivot's vocabulary, NaN or inf; align again"),
+        (
+            lambda t: replaced(t, "logprobs", np.nan),
+            r"aligned/a holds ids beyond the pivot's vocabulary, NaN or inf; align again",
+        ),
+        (
+            lambda t: replaced(t, "logprobs", np.inf),
+            r"holds ids beyond the pivot's vocabulary, NaN or inf; align again",
+        ),
         (lambda t: replaced(t, "ids", 65_535), r"holds ids beyond the pivot's vocabulary, NaN or inf; align again"),
         (
             lambda t: t.slice(1),

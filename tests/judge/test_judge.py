@@ -32,7 +32,9 @@ class Server:
         self.keys.add(headers["Authorization"])
         status, text = self.answer(self.prompts[-1], len(self.prompts))
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        return status, {"id": "x", "object": "chat.completion", "choices": [choice]} if status == 200 else {"error": text}
+        return status, {"id": "x", "object": "chat.completion", "choices": [choice]} if status == 200 else {
+            "error": text
+        }
 
 
 @pytest.fixture
@@ -45,13 +47,22 @@ def server() -> Iterator[Server]:
 def files(folder: Path) -> tuple[Path, Path, Path]:
     """Questions, and two models' answers of two turns."""
     questions = [
-        {"question_id": n, "category": "math" if n % 2 else "writing", "turns": [f"q{n}", "more?"], "reference": ["4", "5"]}
+        {
+            "question_id": n,
+            "category": "math" if n % 2 else "writing",
+            "turns": [f"q{n}", "more?"],
+            "reference": ["4", "5"],
+        }
         for n in range(4)
     ]
     (folder / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     for model in ("good", "poor"):
         rows = [
-            {"question_id": n, "model_id": model, "choices": [{"index": 0, "turns": [f"{model} {n} first", f"{model} {n} second"]}]}
+            {
+                "question_id": n,
+                "model_id": model,
+                "choices": [{"index": 0, "turns": [f"{model} {n} first", f"{model} {n} second"]}],
+            }
             for n in range(4)
         ]
         (folder / f"{model}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -105,7 +116,9 @@ def test_pairs_are_judged_in_both_orders(tmp_path: Path, server: Server) -> None
 
 
 def test_busy_and_broken_servers_are_asked_again(tmp_path: Path, server: Server) -> None:
-    server.answer = lambda prompt, call: (429, "slow down") if call == 1 else (500, "oops") if call == 3 else (200, "[[5]]")
+    server.answer = lambda prompt, call: (
+        (429, "slow down") if call == 1 else (500, "oops") if call == 3 else (200, "[[5]]")
+    )
     assert judge(tmp_path, server, "judge.parallel=1") == 5
     assert len(server.prompts) == 10
 
@@ -113,7 +126,8 @@ def test_busy_and_broken_servers_are_asked_again(tmp_path: Path, server: Server)
 def test_what_was_judged_is_kept_when_the_server_goes_down(tmp_path: Path, server: Server) -> None:
     server.answer = lambda prompt, call: (200, "[[5]]") if call <= 5 else (503, "down")
     with pytest.raises(
-        UserError, match=r"the judge at http.* failed 3 times; judgements so far are kept: run the same command again \(status 503\)"
+        UserError,
+        match=r"the judge at http.* failed 3 times; judgements so far are kept: run the same command again \(status 503\)",
     ):
         judge(tmp_path, server, "judge.parallel=1", "judge.retries=2")
     server.prompts.clear()
@@ -128,7 +142,10 @@ def test_garbage_is_asked_again_counted_and_too_much_of_it_refused(tmp_path: Pat
     assert result(tmp_path)["without_grade"] == ["2/2/0"]
     assert sum("good 2 second" in prompt for prompt in server.prompts) == 3
     server.answer = lambda prompt, call: (200, "[[11]] [[ten]]")
-    with pytest.raises(UserError, match=r"judgements hold no grade, more than judge\.max_bad_fraction=0\.05; the last began '\[\[11\]\]"):
+    with pytest.raises(
+        UserError,
+        match=r"judgements hold no grade, more than judge\.max_bad_fraction=0\.05; the last began '\[\[11\]\]",
+    ):
         judge(tmp_path, server, "judge.repeats=2", "judge.suffix=_again")
 
 
@@ -150,7 +167,13 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path, server: Server) 
     poor.write_text(poor.read_text().splitlines()[0] + "\n")
     kept = poor.read_text()
     questions, good, _ = tmp_path / "q.jsonl", tmp_path / "good.jsonl", poor
-    options = [f"answers={good}", f"questions={questions}", f"judge.base_url={server.url}", "judge.model=m", f"paths.root={tmp_path}"]
+    options = [
+        f"answers={good}",
+        f"questions={questions}",
+        f"judge.base_url={server.url}",
+        "judge.model=m",
+        f"paths.root={tmp_path}",
+    ]
     with pytest.raises(UserError, match=r"answer different questions; write both with the same evaluation\.questions"):
         run_entry("judge", [*options, f"baseline={poor}"])
     assert poor.read_text() == kept
@@ -163,7 +186,9 @@ def test_judgements_are_kept_and_not_written_over(tmp_path: Path, server: Server
     asked = len(server.prompts)
     assert judge(tmp_path, server) == 7
     assert len(server.prompts) == asked, "judged already"
-    with pytest.raises(UserError, match=r"good\.json holds other judgements; keep both with judge\.suffix=_NAME, or add overwrite=true"):
+    with pytest.raises(
+        UserError, match=r"good\.json holds other judgements; keep both with judge\.suffix=_NAME, or add overwrite=true"
+    ):
         judge(tmp_path, server, f"baseline={tmp_path}/poor.jsonl")
     server.answer = lambda prompt, call: (200, "[[C]]")
     assert judge(tmp_path, server, f"baseline={tmp_path}/poor.jsonl", "judge.suffix=_pairs") == 0.5
@@ -171,7 +196,9 @@ def test_judgements_are_kept_and_not_written_over(tmp_path: Path, server: Server
 
 def test_outputs_of_other_instructions_are_refused(tmp_path: Path, server: Server) -> None:
     for name, question in (("one", "Sort b a."), ("two", "Sort d c.")):
-        (tmp_path / f"{name}.json").write_text(json.dumps([{"instruction": question, "output": "x", "generator": name}]))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps([{"instruction": question, "output": "x", "generator": name}])
+        )
     options = [f"judge.base_url={server.url}", "judge.model=m", f"paths.root={tmp_path}"]
     with pytest.raises(UserError, match="answer different questions"):
         run_entry("judge", [f"answers={tmp_path}/one.json", f"baseline={tmp_path}/two.json", *options])
@@ -183,5 +210,11 @@ def test_an_answer_file_with_a_turn_missing_is_refused(tmp_path: Path, server: S
     with pytest.raises(UserError, match=r"has 1 answers to the 2 turns of question 0; write it again"):
         run_entry(
             "judge",
-            [f"answers={good}", f"questions={questions}", f"judge.base_url={server.url}", "judge.model=m", f"paths.root={tmp_path}"],
+            [
+                f"answers={good}",
+                f"questions={questions}",
+                f"judge.base_url={server.url}",
+                "judge.model=m",
+                f"paths.root={tmp_path}",
+            ],
         )

@@ -37,7 +37,11 @@ def test_compressed_targets_merge_like_targets(fresh: Mini) -> None:
     errors = []
     for ratio in (0.0625, 0.5, 1.0):
         fresh.run("merge", "merge=compress", f"target={targets}/a", f"merge.ratio={ratio}", "overwrite=true")
-        errors.append(json.loads((fresh.experiment / "merged/a_compressed/fusechat.json").read_text())["measured"]["relative_error"])
+        errors.append(
+            json.loads((fresh.experiment / "merged/a_compressed/fusechat.json").read_text())["measured"][
+                "relative_error"
+            ]
+        )
     assert errors[0] > errors[1] >= errors[2]
     assert errors[2] < 0.45
     small = fresh.experiment / "merged/a_compressed"

@@ -18,10 +18,14 @@ from tests.conftest import GOLDEN
 
 MERGE = GOLDEN / "merge"
 MODELS = [load_file(MERGE / "in/fp32" / f"{name}.safetensors") for name in ("pivot", "t1", "t2", "t3")]
-TINY_DELTA = "model.layers.1.mlp.down_proj.weight"  # mergekit's absolute thresholds (1e-6) change the result there; not copied
+TINY_DELTA = (
+    "model.layers.1.mlp.down_proj.weight"  # mergekit's absolute thresholds (1e-6) change the result there; not copied
+)
 
 
-def whole(method: Callable[..., Iterator[Tensor]], pivot: Tensor, targets: list[Tensor], *options: Any, **named: Any) -> Tensor:
+def whole(
+    method: Callable[..., Iterator[Tensor]], pivot: Tensor, targets: list[Tensor], *options: Any, **named: Any
+) -> Tensor:
     """A method's slices put together."""
     return torch.cat([part.reshape(-1) for part in method(Slices(pivot, targets), *options, **named)]).view_as(pivot)
 
@@ -31,17 +35,24 @@ CASES: dict[str, Method] = {
     "mergekit-0.1.5/fp32/linear": lambda p, t: whole(methods.linear, p, t, [0.5, 0.3, 0.2]),
     "mergekit-0.1.5/fp32/linear_nonorm": lambda p, t: whole(methods.linear, p, t, [1, 2, 4], normalize=False),
     "mergekit-0.1.5/fp32/task_arithmetic": lambda p, t: whole(methods.task_arithmetic, p, t, [0.3, 0.4, 0.5]),
-    "mergekit-0.1.5/fp32/task_arithmetic_norm_lambda": lambda p, t: whole(methods.task_arithmetic, p, t, [0.3, 0.4, 0.5], 0.7, True),
+    "mergekit-0.1.5/fp32/task_arithmetic_norm_lambda": lambda p, t: whole(
+        methods.task_arithmetic, p, t, [0.3, 0.4, 0.5], 0.7, True
+    ),
     "mergekit-0.1.5/fp32/ties": lambda p, t: whole(methods.ties, p, t, [0.3, 0.4, 0.5], [0.2, 0.5, 0.8]),
     "mergekit-0.1.5/fp32/ties_nonorm": lambda p, t: whole(methods.ties, p, t, [0.3, 0.4, 0.5], [0.5] * 3, 1.2, False),
-    "mergekit-0.1.5/fp32/breadcrumbs": lambda p, t: whole(methods.breadcrumbs, p, t, [0.3, 0.4, 0.5], [0.8] * 3, [0.05] * 3),
+    "mergekit-0.1.5/fp32/breadcrumbs": lambda p, t: whole(
+        methods.breadcrumbs, p, t, [0.3, 0.4, 0.5], [0.8] * 3, [0.05] * 3
+    ),
     "mergekit-0.1.5/fp32/slerp_0.3": lambda p, t: whole(methods.slerp, p, t[:2], 0.3),
     "mergekit-0.1.5/fp32/model_stock": lambda p, t: whole(methods.model_stock, p, t),
     "mergekit-0.1.5/fp32/model_stock_filterwise": lambda p, t: whole(methods.model_stock, p, t, filter_wise=True),
-    **{f"mergekit-0.1.5/fp32/sce_topk{d}": lambda p, t, d=d: whole(methods.sce, p, t, d, "deltas") for d in (0.1, 0.5, 1.0)},
+    **{
+        f"mergekit-0.1.5/fp32/sce_topk{d}": lambda p, t, d=d: whole(methods.sce, p, t, d, "deltas")
+        for d in (0.1, 0.5, 1.0)
+    },
     **{f"fuseai-sce/fp32/sce_topk{d}": lambda p, t, d=d: whole(methods.sce, p, t, d) for d in (0.1, 0.5, 1.0)},
     "varm/fp32/parameter": lambda p, t: whole(methods.element_weighted, p, t),
-}  # fmt: skip
+}
 EXCEPT = ("sce", "model_stock")
 
 
@@ -61,9 +72,13 @@ def test_parity(case: str) -> None:
 
 @pytest.mark.parametrize(("ratio", "calibration"), [(1.0, 1.0), (2.0, 0.8)])
 def test_widen_parity(ratio: float, calibration: float) -> None:
-    for name, wanted in load_file(MERGE / "out/widen/fp32" / f"widen_ratio{ratio}_cal{calibration}.safetensors").items():
+    for name, wanted in load_file(
+        MERGE / "out/widen/fp32" / f"widen_ratio{ratio}_cal{calibration}.safetensors"
+    ).items():
         pivot, *targets = (model[name] for model in MODELS)
-        assert close(whole(methods.widen, pivot, targets, ratio, calibration, transposed="embed_tokens" in name), wanted), name
+        assert close(
+            whole(methods.widen, pivot, targets, ratio, calibration, transposed="embed_tokens" in name), wanted
+        ), name
 
 
 ALL: dict[str, Method] = {
@@ -72,7 +87,9 @@ ALL: dict[str, Method] = {
     "ties": lambda p, t: whole(methods.ties, p, t, [1.0] * len(t), [0.5] * len(t)),
     "dare": lambda p, t: whole(methods.dare, p, t, [1.0] * len(t), [0.5] * len(t), [0]),
     "della": lambda p, t: whole(methods.della, p, t, [1.0] * len(t), [0.5] * len(t), [0]),
-    "breadcrumbs": lambda p, t: whole(methods.breadcrumbs, p, t, [1.0] * len(t), [0.8] * len(t), [0.1] * len(t), normalize=True),
+    "breadcrumbs": lambda p, t: whole(
+        methods.breadcrumbs, p, t, [1.0] * len(t), [0.8] * len(t), [0.1] * len(t), normalize=True
+    ),
     "sce": lambda p, t: whole(methods.sce, p, t, 0.5),
     "slerp": lambda p, t: whole(methods.slerp, p, t, 0.5),
     "model_stock": lambda p, t: whole(methods.model_stock, p, t),
@@ -101,7 +118,9 @@ def test_dare_is_unbiased_and_seeded(seed: int, density: float) -> None:
 
 
 def masked(chosen: Largest, scores: Tensor, size: int) -> Tensor:
-    return torch.cat([torch.ones_like(part) * mask for part, mask in zip(scores.split(size), chosen.masks(), strict=True)])
+    return torch.cat(
+        [torch.ones_like(part) * mask for part, mask in zip(scores.split(size), chosen.masks(), strict=True)]
+    )
 
 
 @given(st.integers(0, 10**6), st.integers(0, 100), st.integers(1, 100), st.booleans())

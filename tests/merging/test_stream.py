@@ -34,7 +34,13 @@ def make(root: Path, dtype: str) -> dict[str, Path]:
 def merge(models: dict[str, Path], *overrides: str, targets: tuple[str, ...] = ("t1", "t2", "t3")) -> Path:
     output = models["pivot"].parent / "out"
     listed = ",".join(str(models.get(t, t)) for t in targets)
-    base = [f"pivot.path={models['pivot']}", f"targets=[{listed}]", f"output_dir={output}", "logger=none", f"paths.root={output.parent}"]
+    base = [
+        f"pivot.path={models['pivot']}",
+        f"targets=[{listed}]",
+        f"output_dir={output}",
+        "logger=none",
+        f"paths.root={output.parent}",
+    ]
     run_entry("merge", [*base, *overrides])
     return output
 
@@ -43,7 +49,10 @@ def merge(models: dict[str, Path], *overrides: str, targets: tuple[str, ...] = (
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_varm_equals_the_paper(granularity: str, dtype: str, tmp_path: Path) -> None:
     output = merge(make(tmp_path, dtype), "merge=varm", f"merge.granularity={granularity}")
-    ours, wanted = load_file(output / "model.safetensors"), load_file(MERGE / "out/varm" / dtype / f"{granularity}.safetensors")
+    ours, wanted = (
+        load_file(output / "model.safetensors"),
+        load_file(MERGE / "out/varm" / dtype / f"{granularity}.safetensors"),
+    )
     for name, tensor in wanted.items():
         difference = (ours[name].double() - tensor.double()).abs()
         unit = 1e-6 if dtype == "fp32" else 2**-7  # one unit in the last place of bf16 is at most 2^-7 relative
@@ -58,9 +67,14 @@ def test_varm_equals_the_paper(granularity: str, dtype: str, tmp_path: Path) -> 
 def test_output_is_a_model_directory_with_its_record(models: dict[str, Path]) -> None:
     (models["pivot"] / "tokenizer_config.json").write_text("{}")
     output = merge(models, "merge=varm")
-    assert {"config.json", "model.safetensors", "fusechat.json", "README.md", "merge_weights.png", "tokenizer_config.json"} <= {
-        f.name for f in output.iterdir()
-    }
+    assert {
+        "config.json",
+        "model.safetensors",
+        "fusechat.json",
+        "README.md",
+        "merge_weights.png",
+        "tokenizer_config.json",
+    } <= {f.name for f in output.iterdir()}
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(output)
@@ -176,11 +190,16 @@ def broken(models: dict[str, Path], change: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("architecture", "is a gpt2 model, the pivot"), ("missing", "lacks lm_head.weight"), ("extra", "has model.more.weight, which the pivot"),
-        ("shape", r"model.norm.weight: shape \(7,\)"), ("nan", "model.norm.weight holds NaN or inf"), ("truncated", "is truncated or not safetensors"),
-        ("twice", "is given twice"), ("one", "at least two targets, 1 given"),
+        ("architecture", "is a gpt2 model, the pivot"),
+        ("missing", "lacks lm_head.weight"),
+        ("extra", "has model.more.weight, which the pivot"),
+        ("shape", r"model.norm.weight: shape \(7,\)"),
+        ("nan", "model.norm.weight holds NaN or inf"),
+        ("truncated", "is truncated or not safetensors"),
+        ("twice", "is given twice"),
+        ("one", "at least two targets, 1 given"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("method", ["varm", "linear"])
 def test_bad_input(change: str, message: str, method: str, models: dict[str, Path]) -> None:
     targets = broken(models, change)

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusechat.app.errors import UserError
-from fusechat.models.checkpoints import CheckpointWriter, LazyCheckpoint, bytes_of, whole_directory
+from fusechat.app.outputs import whole_directory
+from fusechat.models.checkpoints import CheckpointWriter, LazyCheckpoint, bytes_of
 
 
 def tensors() -> dict[str, torch.Tensor]:

@@ -19,15 +19,25 @@ SHORT = [*MINI, "logger=none", "callbacks.checkpoint_every_n_steps=2"]
 
 def start(root: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fusechat.pipeline", "experiment=tiny", *SHORT, f"paths.root={root}", *overrides]
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def results(root: Path) -> dict[str, str]:
     """Hash of every model and distribution, and every metric: what must not depend on interruptions."""
     experiment = root / "tiny/seed0"
-    found = {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(experiment.rglob("*.safetensors"))}
-    found |= {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(experiment.rglob("*.arrow"))}
-    return found | {f.name: json.dumps(json.loads(f.read_text())["metrics"]) for f in sorted(experiment.glob("evaluation/*.json"))}
+    found = {
+        str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(experiment.rglob("*.safetensors"))
+    }
+    found |= {
+        str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(experiment.rglob("*.arrow"))
+    }
+    return found | {
+        f.name: json.dumps(json.loads(f.read_text())["metrics"]) for f in sorted(experiment.glob("evaluation/*.json"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +82,14 @@ def test_a_second_run_reuses_everything(undisturbed: Path) -> None:
 def test_killed_again_and_again_it_ends_the_same(undisturbed: Path, tmp_path: Path) -> None:
     """kill -9 as soon as each of these appears: in world, extraction, alignment, training, merging, evaluation."""
     marks = [
-        "world/models/a", "distributions/a/shard-00000.json", "aligned/b/fingerprint", "checkpoints/b-*/*.ckpt", "targets/sft_2",
-        "merged/.varm_layer.*.tmp", "evaluation/targets-sft_1.json",
-    ]  # fmt: skip
+        "world/models/a",
+        "distributions/a/shard-00000.json",
+        "aligned/b/fingerprint",
+        "checkpoints/b-*/*.ckpt",
+        "targets/sft_2",
+        "merged/.varm_layer.*.tmp",
+        "evaluation/targets-sft_1.json",
+    ]
     experiment = tmp_path / "tiny/seed0"
     for mark in marks:
         process = start(tmp_path)
@@ -98,7 +113,10 @@ def test_errors_are_one_line_with_a_remedy(tmp_path: Path) -> None:
     done = run("train.py", "source=a", f"paths.root={tmp_path}", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
-    assert "does not exist; make it with: python -m fusechat.extract experiment=tiny source=pivot" in done.stdout + done.stderr
+    assert (
+        "does not exist; make it with: python -m fusechat.extract experiment=tiny source=pivot"
+        in done.stdout + done.stderr
+    )
 
 
 def test_traceback_when_asked_for(tmp_path: Path) -> None:

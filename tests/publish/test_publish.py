@@ -32,7 +32,12 @@ class Hub:
             self.created.append(json.loads(body))
             return {"url": f"{self.url}/owner/name"}
         if "/preupload/" in path:
-            return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]}
+            return {
+                "files": [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in json.loads(body)["files"]
+                ]
+            }
         if not body:
             return {"name": "owner", "type": "user"}
         if path.endswith("/validate-yaml"):
@@ -60,7 +65,15 @@ def target(world: Mini) -> Path:
 
 def publish(world: Mini, hub: Hub, *overrides: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret"}
-    command = [sys.executable, "-m", "fusechat.publish", *world.base, f"hydra.run.dir={world.root}/hydra", "repo=owner/name", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "fusechat.publish",
+        *world.base,
+        f"hydra.run.dir={world.root}/hydra",
+        "repo=owner/name",
+        *overrides,
+    ]
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment, timeout=120)
 
 
@@ -95,5 +108,7 @@ def test_a_dry_run_shows_and_sends_nothing(fresh: Mini, capsys: pytest.CaptureFi
     with pytest.raises(UserError, match=r"repo=name is no Hub id; write owner/name"):
         fresh.run("publish", f"model={path}", "repo=name")
     (path / "config.json").unlink()
-    with pytest.raises(UserError, match=r"is no whole target or merged model \(config\.json and fusechat\.json expected\)"):
+    with pytest.raises(
+        UserError, match=r"is no whole target or merged model \(config\.json and fusechat\.json expected\)"
+    ):
         fresh.run("publish", f"model={path}", "repo=owner/name")

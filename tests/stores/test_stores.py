@@ -20,7 +20,9 @@ from fusechat.stores.store import DistributionStore, StoreWriter, list_column
 
 @given(st.integers(0, 10**6), st.integers(2, 12))
 def test_uint8_total_variation_error(seed: int, k: int) -> None:
-    logprobs = np.sort(np.log(np.random.default_rng(seed).dirichlet(np.full(k + 5, 0.3)) + 1e-9))[::-1][:k].astype(np.float32)
+    logprobs = np.sort(np.log(np.random.default_rng(seed).dirichlet(np.full(k + 5, 0.3)) + 1e-9))[::-1][:k].astype(
+        np.float32
+    )
     for kind, bound in (("uint8", 0.013), ("float16", 0.002)):
         again = encoding.decode_logprobs(encoding.encode_logprobs(logprobs, kind))
         assert 0.5 * np.abs(np.exp(again) - np.exp(logprobs)).sum() <= bound
@@ -82,7 +84,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", refused)
-    with pytest.raises(UserError, match=r"store cannot be written \(Read-only file system\); choose another with output_dir=DIR"):
+    with pytest.raises(
+        UserError, match=r"store cannot be written \(Read-only file system\); choose another with output_dir=DIR"
+    ):
         StoreWriter(tmp_path / "store", "mark", 1)
 
 
