@@ -24,6 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fusechat.app import registry
 from fusechat.app.errors import UserError
+from fusechat.app.trainer import quiet_trainer
+from fusechat.app.trainer import seed_everything as seed_everything
 
 CONF = str(registry.CONF)
 LOG = logging.getLogger("fusechat")
@@ -158,26 +160,9 @@ def session(cfg: DictConfig) -> Iterator[None]:
                 wandb.finish()
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch, DataLoader workers included."""
-    import lightning
-
-    lightning.seed_everything(seed, workers=True, verbose=False)
-
-
 def make_trainer(cfg: DictConfig, callbacks: list[Any], logger: Any = False, **overrides: Any) -> Any:
     """A Lightning Trainer from the ``trainer`` group; every key there is one of Trainer's own."""
-    import warnings
-
-    import lightning
-
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # set here: lightning sets its own level when imported
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*`IterableDataset` has `__len__`.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    options: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
-    return lightning.Trainer(**{**options, **overrides}, callbacks=callbacks, logger=logger)
+    return quiet_trainer({**plain(cfg.trainer), **overrides}, callbacks, logger)
 
 
 def provenance(cfg: DictConfig) -> dict[str, Any]:
