@@ -1,18 +1,13 @@
-"""What every entry shares: the command line, errors for people, seed, logging, wandb, provenance. Nothing heavy at import."""
+"""What every entry shares: the command line, and errors for people. Nothing heavy at import."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import os
-import platform
-import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +17,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusechat.app import registry
+from fusechat.app import registry, session
 from fusechat.app.errors import UserError
-from fusechat.app.trainer import quiet_trainer
-from fusechat.app.trainer import seed_everything as seed_everything
+from fusechat.app.hints import config_folders, experiment_of, with_near_names
+from fusechat.app.session import imported, plain, provenance
+from fusechat.app.trainer import quiet_trainer, seed_everything
+
+__all__ = ["entry", "experiment_of", "imported", "label", "make_trainer", "plain", "provenance", "seed_everything"]
 
 CONF = str(registry.CONF)
 LOG = logging.getLogger("fusechat")
 Run = Callable[[DictConfig], Any]
+NO_JOBS = "error: the sweep has no jobs: one of its choices is empty; see the overrides with commas or range()"
 FAILED = "FUSECHAT_FAILED"  # names a file of jobs begun and failed, shared with the processes of a sweep
 
 
@@ -80,7 +79,7 @@ def _command(command: Callable[[], None]) -> None:
                 raise
             failed = [line for line in noted.read().splitlines() if line]
             if not (failed and isinstance(error, UserError)):
-                print(f"error: {_with_near_names(error)}", file=sys.stderr)
+                print(f"error: {with_near_names(error)}", file=sys.stderr)
         else:
             lines = noted.read().splitlines()
             failed = [line for line in lines if line]
@@ -91,10 +90,7 @@ def _command(command: Callable[[], None]) -> None:
             ):
                 return
             if not lines:
-                print(
-                    "error: the sweep has no jobs: one of its choices is empty; see the overrides with commas or range()",
-                    file=sys.stderr,
-                )
+                print(NO_JOBS, file=sys.stderr)
         if failed:
             print(f"{len(failed)} job(s) failed: " + "; ".join(failed), file=sys.stderr)
     sys.exit(1)
@@ -106,95 +102,18 @@ def _note(line: str) -> None:
         file.write(line + "\n")
 
 
-def _with_near_names(error: Exception) -> str:
-    """The message of hydra's error, with the names that come near the unknown one."""
-    text = str(error).strip()
-    if key := re.search(r"Could not override '([\w./@]+)'|Key '[\w.]+' is not in struct\s+full_key: ([\w.]+)", text):
-        name = str(key[1] or key[2])
-        words = {p.stem for p in Path(CONF).rglob("*.yaml")} | set(re.findall(r"^ *(\w+):", _yaml_text(), re.M))
-        near = difflib.get_close_matches(name.split(".")[-1], sorted(words), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        if name.startswith("merge."):
-            return f"the config has no key {name!r}; {_merge_keys()}"
-        return f"the config has no key {name!r}{hint} (--cfg job shows the keys there are; +{name}=VALUE adds one)"
-    if group := re.search(r"Could not find '([\w/]+)'", text):
-        folder = Path(CONF) / Path(group[1]).parent
-        near = difflib.get_close_matches(Path(group[1]).name, [p.stem for p in folder.glob("*.yaml")], n=3, cutoff=0.4)
-        text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
-        return " ".join(text.split()) + (f"; did you mean {' or '.join(near)}?" if near else "")
-    return text
-
-
-def _merge_keys() -> str:
-    """The keys that the merge method on the command line knows."""
-    method = next((a.removeprefix("merge=") for a in sys.argv if a.startswith("merge=")), "varm")
-    files = [Path(CONF) / "merge" / f"{name}.yaml" for name in (method, "common")]
-    keys = [key for file in files if file.exists() for key in re.findall(r"^(\w+):", file.read_text(), re.M)]
-    known = sorted(set(keys) - {"defaults", "method"})
-    return f"merge={method} knows: {', '.join(known)}"
-
-
-def _yaml_text() -> str:
-    return "\n".join(path.read_text() for path in Path(CONF).rglob("*.yaml"))
-
-
 def run_stage(run: Run, cfg: DictConfig) -> Any:
-    """Runs one stage inside its session: seed before, loggers ended after, also when it fails."""
-    with session(cfg):
+    """Runs one stage inside its session; the user's own modules are imported and the families' choices checked first.
+
+    Every process that runs a job comes through here: a sweep's, a rank's, a pipeline's step.
+    """
+    imports = imported(cfg)
+    named = {key: OmegaConf.select(cfg, key) for key in registry.GROUPS}
+    registry.check_choices(named, folders=config_folders(), open=bool(imports))
+    with session.session():
         return run(cfg)
 
 
-@contextmanager
-def session(cfg: DictConfig) -> Iterator[None]:
-    """Seeds every generator, keeps other libraries' chatter down, and ends an open wandb run whatever happens."""
-    for name in ("httpx", "httpx2", "filelock", "fsspec", "datasets"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
-        yield
-    finally:
-        if "wandb" in sys.modules:
-            import wandb
-
-            if wandb.run is not None:
-                wandb.finish()
-
-
 def make_trainer(cfg: DictConfig, callbacks: list[Any], logger: Any = False, **overrides: Any) -> Any:
-    """A Lightning Trainer from the ``trainer`` group; every key there is one of Trainer's own."""
+    """A quiet Trainer from the config's ``trainer`` group; every key there is one of Trainer's own."""
     return quiet_trainer({**plain(cfg.trainer), **overrides}, callbacks, logger)
-
-
-def provenance(cfg: DictConfig) -> dict[str, Any]:
-    """How a result was made: resolved config, git state, versions, hardware. No environment variables: they hold secrets."""
-    from importlib.metadata import version
-
-    packages = ("torch", "transformers", "lightning", "datasets", "safetensors", "hydra-core", "wandb", "fusechat")
-    return {
-        "config": OmegaConf.to_container(cfg, resolve=True),
-        "git": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
-    }
-
-
-def plain(node: Any) -> Any:
-    """A config node as plain Python containers, resolved."""
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-
-
-def experiment_of(cfg: DictConfig) -> str:
-    """``experiment=...`` as the commands in error messages must have it: the config's file, and another name where one was given."""
-    chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else cfg.experiment_name
-    own = "" if chosen == cfg.experiment_name else f" experiment_name={cfg.experiment_name}"
-    return f"experiment={chosen}{own}"
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()

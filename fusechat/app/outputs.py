@@ -1,7 +1,7 @@
-"""What a stage leaves behind: fingerprints, hashes, files and folders that are whole or absent, and whether to make them again.
+"""What a stage leaves behind: fingerprints, hashes, files and folders whole or absent, and whether to remake them.
 
-A finished output says of itself what decided it: a store in ``manifest.json``, a model in ``fusechat.json``, a result in its
-own file. `settled` is the one place where skip, refuse and overwrite are decided.
+A finished output says of itself what decided it: a store in ``manifest.json``, a model in ``fusechat.json``, a result
+in its own file. `settled` is the one place where skip, refuse and overwrite are decided.
 """
 
 from __future__ import annotations

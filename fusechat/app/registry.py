@@ -1,8 +1,8 @@
 """Families: functions that do the same work in different ways, chosen by name on the command line.
 
-A member registers itself where it is defined; error messages, ``--help``, the docs' lists and the parametrised tests read
-the registry. What a command line may name is known without importing a member: each family is also a config group, and
-its choices are the values in the group's files. Members of a user's own come by ``imports=[my_module]``.
+A member registers itself where it is defined; error messages, ``--help``, the docs' lists and the parametrised tests
+read the registry. What a command line may name is known without importing a member: each family is also a config
+group, and its choices are the values in the group's files. Members of a user's own come by ``imports=[my_module]``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Family(Mapping[str, Member]):
         self._members: dict[str, Member] = {}
 
     def register(self, name: str, help: str, *, needs: Sequence[str] = ()) -> Callable[[Function], Function]:
-        """Decorator. help: one line. Raises `UserError` where the name is taken or a need is not one of the family's."""
+        """Decorator. help: one line. Raises `UserError` for a name that is taken and an unknown need."""
 
         def add(function: Function) -> Function:
             if name in self._members:
@@ -77,11 +77,11 @@ class Family(Mapping[str, Member]):
         return len(self._members)
 
 
-def choices(key: str) -> dict[str, str]:
-    """Name -> one line of help, for a key of `GROUPS`, read from the group's YAML files alone."""
+def choices(key: str, folders: Sequence[Path] = ()) -> dict[str, str]:
+    """Name -> one line of help, for a key of `GROUPS`, from YAML files alone. folders: config folders beside ours."""
     leaf = key.split(".")[-1]
     found: dict[str, str] = {}
-    for file in sorted((CONF / GROUPS[key]).glob("*.yaml")):
+    for file in (file for conf in (CONF, *folders) for file in sorted((conf / GROUPS[key]).glob("*.yaml"))):
         text = file.read_text(encoding="utf-8")
         if value := re.search(rf"^{leaf}: *([\w/]+)", text, re.M):
             lines = [line for line in text.splitlines() if not line.startswith("# @package")]
@@ -89,17 +89,22 @@ def choices(key: str) -> dict[str, str]:
     return {name: line for name, line in found.items() if name != "null"}
 
 
-def check_choices(values: Mapping[str, str | None]) -> None:
-    """Raises `UserError` for a value that names no member. values: a key of `GROUPS` -> its value. Imports no member."""
+def check_choices(values: Mapping[str, str | None], folders: Sequence[Path] = (), open: bool = False) -> None:
+    """Raises `UserError` for a value that names no member. values: a key of `GROUPS` -> its value. Imports no member.
+
+    open: modules of the user's own may have registered more; what is unknown is left to `Family.__getitem__`.
+    """
     for key, value in values.items():
-        if value is not None and value not in (known := choices(key)):
+        known = choices(key, folders)
+        if value is not None and known and value not in known and not open:
             raise _unknown(key, value, sorted(known))
 
 
 def import_modules(names: Sequence[str]) -> dict[str, str]:
     """Imports a user's modules, those in the working folder too. Returns name -> sha256 of its source.
 
-    What such a module decides, its hash decides: the stages put it into their fingerprints. Raises `UserError` with the reason.
+    The stages put the hashes into their fingerprints: what such a module decides changes with its source. Raises
+    `UserError` with the reason where one cannot be imported.
     """
     here = str(Path.cwd())
     if names and here not in sys.path:

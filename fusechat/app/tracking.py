@@ -19,7 +19,7 @@ Made = tuple[str, Path]  # kind (distributions, aligned, target, merged) and fol
 def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
     """The Lightning loggers that the ``logger`` group names: CSV always, wandb beside it, or none.
 
-    In wandb: group = experiment, job_type = stage, the flat config as columns. A resumed run's CSV goes on in a file of its own.
+    In wandb: group = experiment, job_type = stage, the flat config as columns. A resumed run has its own CSV.
     """
     if cfg.logger.kind == "none":
         return False
@@ -73,7 +73,7 @@ def wandb_run(cfg: DictConfig, name: str) -> Any:
 
 
 def log_made(cfg: DictConfig, run: Any, made: Made | None, inputs: Sequence[Made]) -> None:
-    """Lineage in wandb: the run used ``inputs`` and made ``made``; files by reference, or uploaded with logger.upload=true.
+    """Lineage in wandb: the run used ``inputs`` and made ``made``; by reference, or uploaded with logger.upload=true.
 
     wandb cannot note a use while offline; the inputs' fingerprints are in the artifact's metadata in any case.
     """

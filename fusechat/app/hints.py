@@ -1,0 +1,62 @@
+"""What error messages say to help: names that come near an unknown one, and the text of the command that mends it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from fusechat.app.registry import CONF
+
+
+def near(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """``; did you mean a or b?``, or nothing where no known name is near."""
+    found = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def with_near_names(error: Exception) -> str:
+    """The message of hydra's error, with the names that come near the unknown one."""
+    text = str(error).strip()
+    if key := re.search(r"Could not override '([\w./@]+)'|Key '[\w.]+' is not in struct\s+full_key: ([\w.]+)", text):
+        name = str(key[1] or key[2])
+        if name.startswith("merge."):
+            return f"the config has no key {name!r}; {_merge_keys()}"
+        files = list(CONF.rglob("*.yaml"))
+        keys = re.findall(r"^ *(\w+):", "\n".join(file.read_text() for file in files), re.M)
+        hint = near(name.split(".")[-1], sorted({file.stem for file in files} | set(keys)))
+        return f"the config has no key {name!r}{hint} (--cfg job shows the keys there are; +{name}=VALUE adds one)"
+    if group := re.search(r"Could not find '([\w/]+)'", text):
+        folder = CONF / Path(group[1]).parent
+        text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
+        return " ".join(text.split()) + near(Path(group[1]).name, [p.stem for p in folder.glob("*.yaml")], cutoff=0.4)
+    return text
+
+
+def _merge_keys() -> str:
+    """The keys that the merge method on the command line knows."""
+    method = next((a.removeprefix("merge=") for a in sys.argv if a.startswith("merge=")), "varm")
+    files = [CONF / "merge" / f"{name}.yaml" for name in (method, "common")]
+    keys = [key for file in files if file.exists() for key in re.findall(r"^(\w+):", file.read_text(), re.M)]
+    known = sorted(set(keys) - {"defaults", "method"})
+    return f"merge={method} knows: {', '.join(known)}"
+
+
+def config_folders() -> list[Path]:
+    """The folders given by ``--config-dir``, in every process that runs a job."""
+    if not HydraConfig.initialized():
+        return []
+    sources = HydraConfig.get().runtime.config_sources
+    return [Path(source.path) for source in sources if source.provider == "command-line"]
+
+
+def experiment_of(cfg: Any) -> str:
+    """``experiment=…`` for the commands in messages: the config's file, another name and ``--config-dir`` if given."""
+    chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else cfg.experiment_name
+    own = "" if chosen == cfg.experiment_name else f" experiment_name={cfg.experiment_name}"
+    return f"experiment={chosen}{own}" + "".join(f" --config-dir {folder}" for folder in config_folders())
