@@ -7,60 +7,74 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError
+
+if TYPE_CHECKING:
+    from fusechat.stores.store import DistributionStore
+
+SHOWN = ("fingerprint", "chats", "vocab_size", "token_map", "sequence", "extract")
+POSITIONS, ENTRIES = 12, 5  # shown of a chat, and of a position
 
 
 def describe(path: str, samples: int, tokenizer_path: str | None) -> None:
     """Prints a summary of the store and verifies its checksums. Raises `UserError` for a damaged or missing store."""
     from rich.console import Console
-    from rich.table import Table
 
     from fusechat.stores.store import DistributionStore
 
     store, console = DistributionStore(path), Console()
     store.verify()
-    about, shards = store.manifest, store.manifest["shards"]
-    size, rows = sum(e["bytes"] for e in shards), sum(e["rows"] for e in shards)
-    positions = sum(
-        e["statistics"].get("positions", 0) or sum(e["statistics"].get(k, 0) for k in ("same", "n:1", "1:n", "none"))
-        for e in shards
-    )
-    tokens = sum(e["statistics"].get("tokens", 0) for e in shards)
-    held = f"{rows:,} chats, {positions:,} response positions, {len(shards)} shards, checksums fit"
-    console.print(f"[bold]{about['kind']}[/] of {about['model']}: {held}")
-    per_token = f", {size / tokens:.1f} B per token" if tokens else ""
-    console.print(
-        f"{size / 1e6:.1f} MB{per_token}, {size / max(1, positions):.1f} B per position; log-probabilities as {about['logprobs']}"
-    )
-    console.print(
-        {k: about[k] for k in ("fingerprint", "chats", "vocab_size", "token_map", "sequence", "extract") if k in about}
-    )
-    tokenizer = _tokenizer(tokenizer_path or about.get("path"))
-    if tokenizer is None or "input_ids" not in store._shards[0]:
+    for line in summary(store.manifest):
+        console.print(line)
+    console.print({key: store.manifest[key] for key in SHOWN if key in store.manifest})
+    tokenizer = _tokenizer(tokenizer_path or store.manifest.get("path"))
+    if tokenizer is None or "input_ids" not in store.columns:
         return
-    for row in range(min(samples, rows)):
-        ids, positions_, counts, top, logprobs = store.row(row, "input_ids", "positions", "counts", "ids", "logprobs")
-        table, at = Table(title=f"chat {row}: {tokenizer.decode(ids)!r}"[:160]), 0
-        for column in ("after", "gold next", "most likely next"):
-            table.add_column(column)
-        for n, position in enumerate(positions_.tolist()[:12]):
-            table.add_row(
-                *(repr(tokenizer.decode([int(i)])) for i in ids[position : position + 2]),
-                _likely(tokenizer, top, logprobs, at, int(counts[n])),
-            )
-            at += int(counts[n])
-        console.print(table)
+    for row in range(min(samples, len(store))):
+        console.print(_sample(store, row, tokenizer))
 
 
-def _likely(tokenizer: Any, ids: Any, logprobs: Any, start: int, count: int) -> str:
+def summary(manifest: dict[str, Any]) -> list[str]:
+    """What a store holds and how large it is, in two lines."""
+    from fusechat.stores.kinds import kind_counts
+
+    shards = manifest["shards"]
+    size, rows = sum(entry["bytes"] for entry in shards), sum(entry["rows"] for entry in shards)
+    tokens = sum(entry["statistics"].get("tokens", 0) for entry in shards)
+    positions = sum(entry["statistics"].get("positions", 0) for entry in shards) or sum(kind_counts(manifest).values())
+    held = f"{rows:,} chats, {positions:,} response positions, {len(shards)} shards, checksums fit"
+    per_token = f", {size / tokens:.1f} B per token" if tokens else ""
+    per_position = f"{size / max(1, positions):.1f} B per position"
+    return [
+        f"[bold]{manifest['kind']}[/] of {manifest['model']}: {held}",
+        f"{size / 1e6:.1f} MB{per_token}, {per_position}; log-probabilities as {manifest['logprobs']}",
+    ]
+
+
+def _sample(store: DistributionStore, row: int, tokenizer: Any) -> Any:
+    """A table of one chat's first positions: the token before, the gold token, the most likely ones."""
+    from rich.table import Table
+
+    ids, positions, counts, top, logprobs = store.row(row, "input_ids", "positions", "counts", "ids", "logprobs")
+    table, start = Table(title=f"chat {row}: {tokenizer.decode(ids)!r}"[:160]), 0
+    for column in ("after", "gold next", "most likely next"):
+        table.add_column(column)
+    for position, count in zip(positions[:POSITIONS].tolist(), counts[:POSITIONS].tolist(), strict=True):
+        before_and_gold = [repr(tokenizer.decode([int(i)])) for i in ids[position : position + 2]]
+        kept = slice(start, start + min(count, ENTRIES))
+        table.add_row(*before_and_gold, _likely(tokenizer, top[kept], logprobs[kept]))
+        start += count
+    return table
+
+
+def _likely(tokenizer: Any, ids: Any, logprobs: Any) -> str:
     import numpy as np
 
     from fusechat.stores.encoding import decode_logprobs
 
-    part = slice(start, start + min(count, 5))
-    pairs = zip(ids[part], np.exp(decode_logprobs(logprobs[part])), strict=True)
+    pairs = zip(ids, np.exp(decode_logprobs(logprobs)), strict=True)
     return "  ".join(f"{tokenizer.decode([int(i)])!r} {p:.3f}" for i, p in pairs)
 
 

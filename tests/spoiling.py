@@ -14,7 +14,7 @@ from fusechat.stores.store import DistributionStore, StoreWriter
 def spoil(path: Path, change: Callable[[pa.Table], pa.Table], **about: Any) -> None:
     """Rewrites a store's first shard, records and all."""
     store = DistributionStore(path)
-    tables = [change(store._tables[0]), *store._tables[1:]]
+    tables = [change(store.tables[0]), *store.tables[1:]]
     shutil.rmtree(path)
     writer = StoreWriter(path, store.fingerprint, len(tables))
     for index, (table, entry) in enumerate(zip(tables, store.manifest["shards"], strict=True)):

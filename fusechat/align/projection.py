@@ -1,4 +1,17 @@
-"""Projection: a source's sparse distributions, brought onto the pivot's tokens. What no map can place stays tail mass."""
+"""Projection: a source's sparse distributions, brought onto the pivot's tokens. What no map can place stays tail mass.
+
+p(u): the source's probability of its token u at a position; P(v): what becomes of it on the pivot's token v;
+map: source id -> pivot id; g: the gold token, the pivot's next one.
+
+    P(v) = sum of p(u) over the kept u with map(u) = v
+
+With the chain rule, where g's text consists of the source's gold tokens u_1 … u_n, the gold token's mass is
+
+    C = p(u_1) p(u_2 | u_1) … p(u_n | u_1 … u_n-1)
+
+in place of p(u_1), and p(u_1) - C, the mass of texts that begin with u_1 and go on otherwise, stays with map(u_1);
+it is left to the tail where map(u_1) is g itself.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +21,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from fusechat.align.sequence import Ints
+from fusechat.align.nearest import Ints
 
 Floats = npt.NDArray[np.float32]
-FLOOR = 1e-6  # probabilities below are left to the tail
+FLOOR = 1e-6  # probabilities up to here are left to the tail
 
 
 @dataclass(frozen=True)
@@ -23,39 +36,50 @@ class Ragged:
     logprobs: Floats
     gold_logprob: Floats
 
+    @property
+    def starts(self) -> Ints:
+        """Where each position's entries begin, [N + 1]: position n has the entries starts[n] to starts[n + 1]."""
+        return np.concatenate([[0], np.cumsum(self.counts)])
+
 
 def project(
     source: Ragged, match: Ints, table: Ints, gold: Ints, chain: Ints, pivot_size: int, unmatched_gold: bool
 ) -> Ragged:
-    """The source's distributions at the matched positions, on the pivot's ids.
+    """The source's distributions at the matched positions, on the pivot's ids, most likely first.
 
     match [N]: source position for each pivot position, -1 none. table: source id -> pivot id or -1. gold [N]: the
-    pivot's next tokens. chain [N, 3]: see `gold_path`; all -1 turns the chain rule off. Mass of several source tokens
-    that land on one pivot token is added. gold_logprob is the gold token's; where it is not among the entries, its
-    share of a tail spread evenly. Unmatched positions: one entry with the gold token, or none.
+    pivot's next tokens. chain [N, 3]: see `gold_path`; all -1 turns the chain rule off. gold_logprob is the gold
+    token's; where it is not among the entries, its share of a tail spread evenly over the rest of the pivot's
+    ``pivot_size`` tokens. Unmatched positions: one entry with the gold token, or none.
     """
-    starts = np.concatenate([[0], np.cumsum(source.counts)])
+    ids, gold = source.ids.astype(np.int64), gold.astype(np.int64)
+    probs, gold_probs = np.exp(source.logprobs), np.exp(source.gold_logprob)
     counts, ids, probs, gold_p = _project(
-        starts,
-        source.ids.astype(np.int64),
-        np.exp(source.logprobs),
-        np.exp(source.gold_logprob),
-        match,
-        table,
-        gold.astype(np.int64),
-        chain,
-        pivot_size,
-        unmatched_gold,
+        source.starts, ids, probs, gold_probs, match, table, gold, chain, pivot_size, unmatched_gold
     )
     return Ragged(counts, ids, np.log(probs), np.log(gold_p))
 
 
-def gold_path(pivot: Ints, source: Ints, match: Ints, source_gold: Ints) -> Ints:
-    """Where each pivot token's text lies on the source's gold path, [N, 3]: first and last source position, its first id.
+def ranked(source: Ragged, match: Ints) -> Ragged:
+    """The source's distributions at the matched positions with ranks for ids: all that ULD needs. match [N]."""
+    starts, matched = source.starts, match >= 0
+    spans = [np.arange(starts[j], starts[j + 1]) if j >= 0 else np.empty(0, np.int64) for j in match]
+    entries = np.concatenate([np.empty(0, np.int64), *spans]).astype(np.int64)
+    ranks = np.concatenate([np.empty(0, np.int64), *(np.arange(len(span)) for span in spans)]).astype(np.int64)
+    gold = np.zeros(len(match), np.float32)
+    gold[matched] = source.gold_logprob[match[matched]]
+    return Ragged(np.array([len(span) for span in spans], np.int64), ranks, source.logprobs[entries], gold)
 
-    last = -1 where the source's token reaches beyond the pivot's; all -1 where there is no partner.
+
+def gold_path(pivot: Ints, source: Ints, match: Ints, source_gold: Ints) -> Ints:
+    """Where each pivot token's text lies on the source's gold path, [N, 3]: u_1's position, u_n's position, u_1's id.
+
+    pivot [N], source [M]: boundaries. source_gold [M]: the source's next tokens. u_n's position is -1 where no source
+    token ends with the pivot's (the last reaches beyond it: C = p(u_1)); all are -1 where there is no partner.
     """
-    return _gold_path(pivot.astype(np.int64), source.astype(np.int64), match, source_gold.astype(np.int64))  # type: ignore[no-any-return]
+    boundaries = pivot.astype(np.int64), source.astype(np.int64)
+    path: Ints = _gold_path(*boundaries, match, source_gold.astype(np.int64))
+    return path
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
@@ -72,10 +96,9 @@ def _gold_path(pivot, source, match, source_gold):  # type: ignore[no-untyped-de
             following = source[j + 1] if j + 1 < m else source[j] + 1
             if following == end:
                 path[i, 1] = j
-            if following < 0 or following < end:
-                j += 1
-                continue
-            break
+            if following >= end:
+                break
+            j += 1
     return path
 
 
@@ -85,55 +108,78 @@ def _project(starts, ids, probs, gold_probs, match, table, gold, chain, pivot_si
     room = 0
     for i in range(n):
         room += starts[match[i] + 1] - starts[match[i]] + 1 if match[i] >= 0 else 1
-    counts = np.zeros(n, np.int64)
+    counts, gold_out = np.zeros(n, np.int64), np.empty(n, np.float32)
     out_ids, out = np.empty(room, np.int64), np.empty(room, np.float32)
-    gold_out = np.empty(n, np.float32)
-    at = 0
+    end = 0
     for i in range(n):
-        begin, j = at, match[i]
+        begin, j = end, match[i]
         if j < 0:
             if unmatched_gold:
-                out_ids[at], out[at] = gold[i], 1.0
-                at += 1
-            counts[i], gold_out[i] = at - begin, 1.0
+                out_ids[end], out[end] = gold[i], 1.0
+                end += 1
+            counts[i], gold_out[i] = end - begin, 1.0
             continue
-        special = chain[i, 2]
-        rest = np.float32(0.0)
-        if special >= 0:  # the gold token by the chain rule along the source's own tokens
-            p = gold_probs[j]
-            if chain[i, 1] >= 0:
-                for k in range(j + 1, chain[i, 1] + 1):
-                    p *= gold_probs[k]
-            out_ids[at], out[at] = gold[i], p
-            at += 1
+        first_id, rest = chain[i, 2], np.float32(0.0)  # u_1, and its mass beyond the chain
+        if first_id >= 0:
+            p = _chained(gold_probs, j, chain[i, 1])
+            out_ids[end], out[end] = gold[i], p
+            end += 1
             rest = gold_probs[j] - p
         for e in range(starts[j], starts[j + 1]):
             mass, target = probs[e], table[ids[e]]
-            if ids[e] == special:
-                mass = rest
-                if target == gold[i]:
-                    mass = np.float32(0.0)
-            if target < 0 or mass <= 1e-6:
+            if ids[e] == first_id:
+                mass = np.float32(0.0) if target == gold[i] else rest
+            if target < 0 or mass <= FLOOR:
                 continue
-            k = begin
-            while k < at and out_ids[k] != target:
-                k += 1
-            if k == at:
-                out_ids[k], out[k] = target, 0.0
-                at += 1
-            out[k] += mass
-        kept, gold_p = np.float32(0.0), np.float32(0.0)
-        for a in range(begin + 1, at):  # insertion sort, most likely first: rows are short
-            p, t, b = out[a], out_ids[a], a
-            while b > begin and out[b - 1] < p:
-                out[b], out_ids[b] = out[b - 1], out_ids[b - 1]
-                b -= 1
-            out[b], out_ids[b] = p, t
-        for a in range(begin, at):
-            kept += out[a]
-            if out_ids[a] == gold[i]:
-                gold_p = out[a]
-        counts[i] = at - begin
-        tail = max(np.float32(1e-6), np.float32(1.0) - kept)
-        gold_out[i] = gold_p if gold_p > 0 else tail / max(1, pivot_size - counts[i])
-    return counts, out_ids[:at], out[:at], gold_out
+            end = _add(out_ids, out, begin, end, target, mass)
+        _sort(out_ids, out, begin, end)
+        counts[i] = end - begin
+        gold_out[i] = _gold_probability(out_ids, out, begin, end, gold[i], pivot_size)
+    return counts, out_ids[:end], out[:end], gold_out
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _chained(gold_probs, first, last):  # type: ignore[no-untyped-def]
+    """The product of the gold probabilities from ``first`` to ``last``; the first alone where last is -1."""
+    p = gold_probs[first]
+    for k in range(first + 1, last + 1):
+        p *= gold_probs[k]
+    return p
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _add(ids, probs, begin, end, target, mass):  # type: ignore[no-untyped-def]
+    """Adds mass to the entry of ``target`` among begin .. end, a new one where there is none; returns the new end."""
+    k = begin
+    while k < end and ids[k] != target:
+        k += 1
+    if k == end:
+        ids[k], probs[k] = target, 0.0
+        end += 1
+    probs[k] += mass
+    return end
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _sort(ids, probs, begin, end):  # type: ignore[no-untyped-def]
+    """Insertion sort of the entries begin .. end, most likely first: rows are short."""
+    for a in range(begin + 1, end):
+        p, token, b = probs[a], ids[a], a
+        while b > begin and probs[b - 1] < p:
+            probs[b], ids[b] = probs[b - 1], ids[b - 1]
+            b -= 1
+        probs[b], ids[b] = p, token
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _gold_probability(ids, probs, begin, end, gold, pivot_size):  # type: ignore[no-untyped-def]
+    """The gold token's entry; where there is none, its share of the tail, spread evenly over the tokens not kept."""
+    kept, gold_p = np.float32(0.0), np.float32(0.0)
+    for a in range(begin, end):
+        kept += probs[a]
+        if ids[a] == gold:
+            gold_p = probs[a]
+    if gold_p > 0:
+        return np.float64(gold_p)
+    tail = max(np.float32(FLOOR), np.float32(1.0) - kept)
+    return tail / max(1, pivot_size - (end - begin))

@@ -1,11 +1,18 @@
 """Sequence alignment: which source position speaks for which pivot position.
 
-Position n of a response holds the distribution of its n-th token. N pivot and M source positions of one chat.
+Position n of a response holds the distribution of its n-th token. N pivot and M source positions.
+A member is a function ``(pivot, source) -> match [N], kind [N]``: match is the source position, -1 where there is none;
+kind is one of `fusechat.stores.kinds`. What it needs says what the two arguments are:
+
+- ``texts``: the tokens' bytes, each as a string of as many characters (latin-1); one response at a time;
+- ``boundaries``: the characters of the chat before each position, as `fusechat.chats.render.Rendered` has them
+  (increasing, -1 inside a character); a whole chat at a time. Only fast tokenizers report them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -13,25 +20,64 @@ import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-Ints = npt.NDArray[np.int64]
-SAME, MANY_TO_ONE, ONE_TO_MANY, NONE = 0, 1, 2, 3
-KINDS = ("same", "n:1", "1:n", "none")
+from fusechat.align.nearest import Ints
+from fusechat.app.registry import Family
+from fusechat.stores.kinds import MANY_TO_ONE, NONE, ONE_TO_MANY, SAME
+
+SEQUENCES = Family("alignment.sequence", needs=("texts", "boundaries"))
+Kinds = npt.NDArray[np.uint8]
+
+
+def unmatched(positions: int) -> tuple[Ints, Kinds]:
+    """match and kind of so many positions, none of which has a partner."""
+    return np.full(positions, -1, np.int64), np.full(positions, NONE, np.uint8)
+
+
+@SEQUENCES.register("dtw", "dynamic time warping of the tokens by edit distance (published)", needs=("texts",))
+def align_dtw(pivot: Sequence[str], source: Sequence[str]) -> tuple[Ints, Kinds]:
+    """Positions of one response by DTW of its tokens (the end-of-turn token included).
+
+    The position after pivot token i takes the one after the last source token of its span; where several pivot tokens
+    share a source token, the last of them takes it.
+    """
+    match, kind = unmatched(len(pivot))
+    if len(pivot) == 0 or len(source) == 0:
+        return match, kind
+    first, last = dtw(pivot, source)
+    match[0], kind[0] = 0, SAME
+    shared_before = np.concatenate([[False], first[1:] == last[:-1]])
+    shared_after = np.concatenate([shared_before[1:], [False]])
+    for i in range(len(pivot) - 1):
+        if not shared_after[i] and last[i] + 1 < len(source):
+            match[i + 1] = last[i] + 1
+            kind[i + 1] = MANY_TO_ONE if last[i] > first[i] else ONE_TO_MANY if shared_before[i] else SAME
+    return match, kind
+
+
+@SEQUENCES.register("offsets", "equal character offsets belong together: exact and linear", needs=("boundaries",))
+def align_offsets(pivot: Ints, source: Ints) -> tuple[Ints, Kinds]:
+    """Positions of one chat by the characters before them: equal boundaries belong together. O(N + M) time."""
+    match, kind = _match(pivot.astype(np.int64), source.astype(np.int64))
+    return match, kind
 
 
 def dtw(pivot: Sequence[str], source: Sequence[str]) -> tuple[Ints, Ints]:
-    """Dynamic time warping of two token lists with edit distance as cost (FuseLLM, FuseChat v2: diagonal, left, up).
+    """Dynamic time warping of two token lists with edit distance as cost (FuseLLM, FuseChat v2). O(N M) time.
 
-    Returns first, last [N]: pivot token i is aligned with the source tokens first[i] .. last[i]. O(N M) time.
+    D[i, j] = cost(i, j) + min(D[i-1, j-1], D[i, j-1], D[i-1, j]); the path runs back from D[N-1, M-1].
+    Returns first, last [N]: pivot token i is aligned with the source tokens first[i] .. last[i].
     """
     pivot_unique, pivot_index = np.unique(np.asarray(pivot, object), return_inverse=True)
     source_unique, source_index = np.unique(np.asarray(source, object), return_inverse=True)
-    cost = cdist(pivot_unique.tolist(), source_unique.tolist(), scorer=Levenshtein.distance, dtype=np.int32)
-    first, last = _warp(cost, pivot_index, source_index)
+    scorer: Any = Levenshtein.distance
+    cost = cdist(pivot_unique.tolist(), source_unique.tolist(), scorer=scorer, dtype=np.int32)
+    first, last = _way_back(_warp(cost, pivot_index, source_index))
     return first, last
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _warp(cost, rows, columns):  # type: ignore[no-untyped-def]  # numba infers the types
+    """D [N, M] from the costs of distinct tokens; rows [N] and columns [M] index them."""
     n, m = len(rows), len(columns)
     total = np.empty((n, m), np.int32)
     for i in range(n):
@@ -45,6 +91,13 @@ def _warp(cost, rows, columns):  # type: ignore[no-untyped-def]  # numba infers 
             else:
                 best = np.int32(0)
             total[i, j] = cost[rows[i], columns[j]] + best
+    return total
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _way_back(total):  # type: ignore[no-untyped-def]
+    """first and last column of every row on the cheapest path; ties as published: diagonal, then left, then up."""
+    n, m = total.shape
     first, last = np.empty(n, np.int64), np.full(n, -1, np.int64)
     i, j = n - 1, m - 1
     while True:
@@ -57,7 +110,7 @@ def _warp(cost, rows, columns):  # type: ignore[no-untyped-def]  # numba infers 
             j -= 1
         elif j == 0:
             i -= 1
-        else:  # the published tie order: diagonal, then left, then up
+        else:
             diagonal, left, up = total[i - 1, j - 1], total[i, j - 1], total[i - 1, j]
             if diagonal <= left and diagonal <= up:
                 i -= 1
@@ -68,41 +121,11 @@ def _warp(cost, rows, columns):  # type: ignore[no-untyped-def]  # numba infers 
                 i -= 1
 
 
-def align_dtw(pivot: Sequence[str], source: Sequence[str]) -> tuple[Ints, npt.NDArray[np.uint8]]:
-    """Positions of one response by DTW of its tokens (the end-of-turn token included).
-
-    The position after pivot token i takes the one after the last source token of its span; where several pivot tokens
-    share a source token, the last of them takes it. Returns match [N] (-1: none) and kind [N].
-    """
-    n = len(pivot)
-    match, kind = np.full(n, -1, np.int64), np.full(n, NONE, np.uint8)
-    if n == 0 or len(source) == 0:
-        return match, kind
-    first, last = dtw(pivot, source)
-    match[0], kind[0] = 0, SAME
-    shared_before = np.concatenate([[False], first[1:] == last[:-1]])
-    shared_after = np.concatenate([shared_before[1:], [False]])
-    for i in range(n - 1):
-        if not shared_after[i] and last[i] + 1 < len(source):
-            match[i + 1] = last[i] + 1
-            kind[i + 1] = MANY_TO_ONE if last[i] > first[i] else ONE_TO_MANY if shared_before[i] else SAME
-    return match, kind
-
-
-def align_offsets(pivot: Ints, source: Ints) -> tuple[Ints, npt.NDArray[np.uint8]]:
-    """Positions of one chat by the characters before them: equal boundaries belong together. Linear time.
-
-    pivot [N], source [M]: boundaries as `fusechat.chats.render.Rendered` has them (increasing, -1 inside a character).
-    Returns match [N] (-1: none) and kind [N]: how many tokens of either side the preceding step of text took.
-    """
-    match, kind = _match(pivot.astype(np.int64), source.astype(np.int64))
-    return match, kind
-
-
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _match(pivot, source):  # type: ignore[no-untyped-def]
+    """One pass over both boundaries. kind: by the tokens that either side took for the text since the last match."""
     n = len(pivot)
-    match, kind = np.full(n, -1, np.int64), np.full(n, 3, np.uint8)
+    match, kind = np.full(n, -1, np.int64), np.full(n, NONE, np.uint8)
     j, last_i, last_j = 0, -1, -1
     for i in range(n):
         if pivot[i] < 0:
@@ -112,6 +135,7 @@ def _match(pivot, source):  # type: ignore[no-untyped-def]
         if j < len(source) and source[j] == pivot[i]:
             match[i] = j
             pivot_step, source_step = i - last_i, j - last_j
-            kind[i] = 0 if pivot_step == source_step == 1 else 1 if source_step >= pivot_step else 2
+            unequal = MANY_TO_ONE if source_step >= pivot_step else ONE_TO_MANY
+            kind[i] = SAME if pivot_step == source_step == 1 else unequal
             last_i, last_j = i, j
     return match, kind

@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from fusechat.stores.kinds import KINDS, kind_counts
+
 COLOURS = ["#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c"]
 
 
@@ -139,12 +141,11 @@ def wins(rates: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> 
 
 def alignment(stores: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     """Shares of pivot positions by how they found their partner, one bar a source."""
-    kinds = ("same", "n:1", "1:n", "none")
     figure, axis = plt.subplots(figsize=(8, 0.9 + 0.4 * len(stores)))
     left = np.zeros(len(stores))
-    sums = [[sum(e["statistics"][k] for e in m["shards"]) for k in kinds] for m in stores.values()]
+    sums = [[*kind_counts(manifest).values()] for manifest in stores.values()]
     shares = np.array([[100 * v / max(1, sum(row)) for v in row] for row in sums])
-    for number, kind in enumerate(kinds):
+    for number, kind in enumerate(KINDS):
         axis.barh(range(len(stores)), shares[:, number], left=left, color=COLOURS[number], label=kind)
         left += shares[:, number]
     axis.set_yticks(range(len(stores)), list(stores))

@@ -1,4 +1,7 @@
-"""How a store keeps its columns: as few bytes a token as reading at full speed allows. Every ``encode_`` has its ``decode_``."""
+"""How a store keeps its columns: as few bytes a token as reading at full speed allows.
+
+Every ``encode_`` has its ``decode_``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 UINT8_STEP = 0.05  # nats per level: total variation error <= step / 4 = 0.0125, range 12.75 nats
 INSIDE, MORE = 255, 254  # codes of `encode_steps`
+LOGPROBS = ("float16", "uint8")  # how log-probabilities may be stored
 
 
 def narrowest(largest: int) -> npt.DTypeLike:
@@ -33,7 +37,7 @@ def decode_logprobs(stored: Array) -> npt.NDArray[np.float32]:
 
 
 def encode_runs(positions: Array) -> Array:
-    """Increasing positions as runs, first and end of each in turn: a response is one run, so this costs nothing a token."""
+    """Increasing positions as runs, first and end of each in turn: a response is one run and costs nothing a token."""
     if not len(positions):
         return np.empty(0, np.int64)
     cuts = np.flatnonzero(np.diff(positions) != 1)
@@ -48,7 +52,10 @@ def decode_runs(runs: Array) -> npt.NDArray[np.int64]:
 
 
 def encode_steps(boundaries: Array) -> Array:
-    """Non-decreasing boundaries (-1: inside a character) as uint8 steps; `INSIDE` marks -1, `MORE` a step that the next entry ends."""
+    """Non-decreasing boundaries (-1: inside a character) as uint8 steps.
+
+    `INSIDE` marks -1, `MORE` a step that the next entry ends.
+    """
     known = np.flatnonzero(boundaries >= 0)
     steps = np.zeros(len(boundaries), np.int64)
     steps[known] = np.diff(boundaries[known], prepend=0)

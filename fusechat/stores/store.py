@@ -6,7 +6,6 @@ checksum; ``manifest.json`` comes last. A directory without it is unfinished and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -77,28 +76,27 @@ class StoreWriter:
             write_durably(self.path / name, data)
         except OSError as error:
             raise UserError(
-                f"{self.path / name}: {error.strerror}; the shards written so far are whole: make room and run the same command again"
+                f"{self.path / name}: {error.strerror}; the shards written so far are whole: "
+                "make room and run the same command again"
             ) from error
-        sha = hashlib.sha256(data).hexdigest()
-        self.record(
-            index, {"file": name, "rows": table.num_rows, "bytes": len(data), "sha256": sha, "statistics": statistics}
-        )
+        whole = {"file": name, "rows": table.num_rows, "bytes": len(data), "sha256": file_hash(self.path / name)}
+        self.record(index, {**whole, "statistics": statistics})
 
     def record(self, index: int, entry: Mapping[str, Any]) -> None:
         """Notes that a shard is whole: its file, rows, bytes, checksum and statistics."""
         write_json(self._record(index), entry, sort_keys=True)
 
     def await_shards(self, wait: bool, every: float = 1.0) -> None:
-        """Returns once every shard is recorded. wait: other ranks may still write some; else `UserError` names the first missing.
+        """Returns once every shard is recorded. wait: other ranks may still write some.
 
-        Files are watched rather than a collective joined: ranks end a shard apart, which may be longer than any collective's timeout.
+        Files are watched rather than a collective joined: ranks end a shard apart, which may be longer than any
+        collective's timeout. Raises `UserError` naming the first missing shard where nobody else writes.
         """
         said = False
         while missing := [i for i in range(self.total) if not self._record(i).exists()]:
             if not wait:
-                raise UserError(
-                    f"{len(missing)} shards of {self.path} are missing (first: {missing[0]}); run the same command again"
-                )
+                count = f"{len(missing)} shards of {self.path} are missing (first: {missing[0]})"
+                raise UserError(f"{count}; run the same command again")
             if not said:
                 LOG.info("waiting for the %d shards that other ranks still write", len(missing))
             said = True
@@ -112,13 +110,11 @@ class StoreWriter:
         with pa.memory_map(str(self.path / entries[0]["file"])) as source:
             features = Features.from_arrow_schema(pa.ipc.open_stream(source).schema)
         DatasetInfo(features=features).write_to_directory(str(self.path))
-        state = {"_data_files": [{"filename": e["file"]} for e in entries], "_fingerprint": self.mark}
-        write_json(
-            self.path / "state.json",
-            {**state, "_format_columns": None, "_format_kwargs": {}, "_format_type": None}
-            | {"_output_all_columns": False, "_split": None},
-            sort_keys=True,
-        )
+        files = [{"filename": entry["file"]} for entry in entries]
+        state: dict[str, Any] = {"_data_files": files, "_fingerprint": self.mark}
+        state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
+        state |= {"_output_all_columns": False, "_split": None}
+        write_json(self.path / "state.json", state, sort_keys=True)
         manifest = {"format": FORMAT, "fingerprint": self.mark, **about, "shards": entries}
         write_json(self.path / MANIFEST, manifest, sort_keys=True)
         for index in range(self.total):
@@ -144,14 +140,18 @@ class DistributionStore:
             state = "is unfinished" if (self.path / "fingerprint").exists() else "does not exist"
             raise UserError(f"the store {self.path} {state}; make it with: {remedy}")
         if manifest["format"] != FORMAT:
-            raise UserError(
-                f"{self.path} is of store format {manifest['format']}, this version reads {FORMAT}; run: {remedy} overwrite=true"
-            )
+            made = f"{self.path} is of store format {manifest['format']}, this version reads {FORMAT}"
+            raise UserError(f"{made}; run: {remedy} overwrite=true")
         self.manifest: dict[str, Any] = manifest
         self.fingerprint: str = manifest["fingerprint"]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
+        return list(self.tables[0].column_names)
 
     def verify(self) -> None:
         """Compares every shard with its checksum. Raises `UserError` naming the first that differs."""
@@ -163,7 +163,7 @@ class DistributionStore:
                 )
 
     def row(self, index: int, *columns: str) -> tuple[Array, ...]:
-        """The named list columns of one row: NumPy views of the memory-mapped file, decoded where `fusechat.stores.encoding` says so."""
+        """The named list columns of one row: NumPy views of the memory-mapped file, decoded as `DECODE` says."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         local = index - int(self._starts[shard])
         views = self._shards[shard]
@@ -175,11 +175,18 @@ class DistributionStore:
 
     def column(self, name: str) -> Array:
         """A whole scalar column, as one array."""
-        parts = [table.column(name).combine_chunks() for table in self._tables]
+        parts = [table.column(name).combine_chunks() for table in self.tables]
         return np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts])
 
+    def gold(self, index: int) -> npt.NDArray[np.int64]:
+        """The gold tokens of one row: what each of its positions predicts."""
+        ids, positions = self.row(index, "input_ids", "positions")
+        tokens: npt.NDArray[np.int64] = ids[positions.astype(np.int64) + 1].astype(np.int64)
+        return tokens
+
     @cached_property
-    def _tables(self) -> list[pa.Table]:
+    def tables(self) -> list[pa.Table]:
+        """The shards, memory-mapped."""
         return [
             pa.ipc.open_stream(pa.memory_map(str(self.path / entry["file"]))).read_all()
             for entry in self.manifest["shards"]
@@ -197,7 +204,7 @@ class DistributionStore:
                 for name in table.column_names
                 if pa.types.is_list(table.schema.field(name).type)
             }
-            for table in self._tables
+            for table in self.tables
         ]
 
     def __getstate__(self) -> dict[str, Any]:  # DataLoader workers map the files again rather than copy them
@@ -219,7 +226,7 @@ def _list_views(column: pa.ChunkedArray) -> tuple[Array, Array]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a store, manifest first, so that a half-deleted one is never taken for whole. Other folders are left alone."""
+    """Deletes a store, manifest first: a half-deleted one is never taken for whole. Other folders are left alone."""
     if not (path / "fingerprint").exists():
         return
     (path / MANIFEST).unlink(missing_ok=True)

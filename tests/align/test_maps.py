@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusechat.align import maps as vocabulary
+from fusechat.align import maps, vocabulary
+from fusechat.align.nearest import nearest
 from tests.align.test_sequence import levenshtein
 from tests.conftest import GOLDEN
 
@@ -22,7 +23,7 @@ PAIRS = [("a", "pivot"), ("b", "pivot"), ("c", "pivot"), ("pivot", "a")]
     st.lists(st.text("abc▁é", min_size=1, max_size=5), min_size=1, max_size=9),
 )
 def test_nearest_is_the_smallest_distance_with_the_lowest_id(names: list[str], candidates: list[str]) -> None:
-    found, distance = vocabulary.nearest(names, candidates)
+    found, distance = nearest(names, candidates)
     for name, index, d in zip(names, found, distance, strict=True):
         distances = [levenshtein(name, candidate) for candidate in candidates]
         assert d == min(distances)
@@ -30,7 +31,7 @@ def test_nearest_is_the_smallest_distance_with_the_lowest_id(names: list[str], c
 
 
 def test_nearest_handles_names_longer_than_a_machine_word() -> None:
-    found, distance = vocabulary.nearest(["x" * 80], ["y", "x" * 78, "x" * 82])
+    found, distance = nearest(["x" * 80], ["y", "x" * 78, "x" * 82])
     assert (found.tolist(), distance.tolist()) == ([1], [2])
 
 
@@ -50,7 +51,7 @@ def test_golden_maps_are_within_the_published_distance(name: str) -> None:
         for i in golden["source_id"]
         if i in source
     }
-    found, distance = vocabulary.nearest(list(names.values()), [pivot[i] for i in ids])
+    found, distance = nearest(list(names.values()), [pivot[i] for i in ids])
     answers = dict(
         zip(golden["source_id"], zip(golden["mined_pivot_id"], golden["mined_distance"], strict=True), strict=True)
     )
@@ -67,7 +68,7 @@ def test_golden_maps_are_within_the_published_distance(name: str) -> None:
 @pytest.mark.parametrize(("source", "pivot"), PAIRS)
 def test_em_maps_equal_bytes(source: str, pivot: str, tokenizers: Callable[[str], Any]) -> None:
     own, theirs = tokenizers(source), tokenizers(pivot)
-    table = vocabulary.em(own, theirs, [(own.eos_token_id, theirs.eos_token_id)])
+    table = maps.em(own, theirs, [(own.eos_token_id, theirs.eos_token_id)])
     own_bytes, their_bytes = vocabulary.token_bytes(own), vocabulary.token_bytes(theirs)
     assert table[own.eos_token_id] == theirs.eos_token_id
     for index, target in enumerate(table):
@@ -80,7 +81,7 @@ def test_em_maps_equal_bytes(source: str, pivot: str, tokenizers: Callable[[str]
 @pytest.mark.parametrize(("source", "pivot"), PAIRS)
 def test_prefix_maps_to_a_beginning_of_the_token(source: str, pivot: str, tokenizers: Callable[[str], Any]) -> None:
     own, theirs = tokenizers(source), tokenizers(pivot)
-    table = vocabulary.prefix(own, theirs, [])
+    table = maps.prefix(own, theirs, [])
     own_bytes, their_bytes = vocabulary.token_bytes(own), vocabulary.token_bytes(theirs)
     mapped = [(own_bytes[i], their_bytes[t]) for i, t in enumerate(table) if t >= 0 and own_bytes[i]]
     assert len(mapped) > 0.9 * sum(b is not None and len(b) > 0 for b in own_bytes)
@@ -96,9 +97,8 @@ def test_token_bytes_spell_the_text(name: str, tokenizers: Callable[[str], Any])
 
 
 def test_most_supported_prefers_more_evidence() -> None:
-    size = 10
-    pairs, counts = np.array([3 * size + 7, 3 * size + 2, 3 * size + 5, 4 * size + 1]), np.array([2, 9, 9, 1])
-    table = vocabulary.most_supported(pairs, counts, np.array([0, 0, 6, 6, 6]), size)
+    seen = maps.PairCounts(np.array([3, 3, 3, 4]), np.array([7, 2, 5, 1]), np.array([2, 9, 9, 1]))
+    table = maps.most_supported(seen, np.array([0, 0, 6, 6, 6]))
     assert table.tolist() == [0, 0, 6, 2, 1]
 
 

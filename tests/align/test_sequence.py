@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusechat.align.sequence import MANY_TO_ONE, NONE, ONE_TO_MANY, SAME, align_dtw, align_offsets, dtw
+from fusechat.align.sequence import align_dtw, align_offsets, dtw
+from fusechat.stores.kinds import MANY_TO_ONE, NONE, ONE_TO_MANY, SAME
 from tests.conftest import GOLDEN
 
 TOKENS = st.lists(st.text("abé ", min_size=0, max_size=4), min_size=1, max_size=12)

@@ -9,8 +9,11 @@ import datasets
 import numpy as np
 import pytest
 
+from fusechat.align.maps import TOKEN_MAPS
+from fusechat.align.sequence import SEQUENCES
 from fusechat.app.errors import UserError
 from fusechat.stores.encoding import decode_logprobs
+from fusechat.stores.kinds import KINDS, NONE, SAME
 from fusechat.stores.store import DistributionStore
 from tests.conftest import ROOT, Mini
 from tests.spoiling import replaced, spoil
@@ -32,7 +35,7 @@ def test_a_shared_vocabulary_passes_through_without_a_copy(mini: Mini) -> None:
 @pytest.mark.parametrize("source", ["a", "b", "c"])
 def test_rows_belong_to_the_pivots_positions(source: str, mini: Mini) -> None:
     pivot, store = DistributionStore(mini.experiment / "distributions/pivot"), aligned(mini, source)
-    kinds = np.zeros(4)
+    kinds = np.zeros(len(KINDS))
     for row in range(len(store)):
         (positions,), (counts, ids, kind, logprobs) = (
             pivot.row(row, "positions"),
@@ -40,7 +43,7 @@ def test_rows_belong_to_the_pivots_positions(source: str, mini: Mini) -> None:
         )
         assert len(counts) == len(kind) == len(positions)
         assert counts.sum() == len(ids)
-        assert ((counts > 0) <= (kind != 3)).all(), "no distribution without a partner"
+        assert ((counts > 0) <= (kind != NONE)).all(), "no distribution without a partner"
         assert not len(ids) or ids.max() < pivot.manifest["vocab_size"]
         mass = (
             np.add.reduceat(np.exp(decode_logprobs(logprobs)), np.cumsum([0, *counts[:-1]])[counts > 0])
@@ -48,12 +51,12 @@ def test_rows_belong_to_the_pivots_positions(source: str, mini: Mini) -> None:
             else np.zeros(1)
         )
         assert (mass <= 1.01).all()
-        kinds += np.bincount(kind, minlength=4)
-    assert kinds[0] > kinds[3], "most positions of a shared text have a partner"
+        kinds += np.bincount(kind, minlength=len(KINDS))
+    assert kinds[SAME] > kinds[NONE], "most positions of a shared text have a partner"
 
 
-@pytest.mark.parametrize("token_map", ["em", "mined", "ms", "uld"])
-@pytest.mark.parametrize("sequence", ["dtw", "offsets"])
+@pytest.mark.parametrize("token_map", sorted(TOKEN_MAPS))
+@pytest.mark.parametrize("sequence", sorted(SEQUENCES))
 def test_every_map_with_either_alignment(token_map: str, sequence: str, fresh: Mini) -> None:
     fresh.run(
         "align",
@@ -65,10 +68,9 @@ def test_every_map_with_either_alignment(token_map: str, sequence: str, fresh: M
     )
     store = aligned(fresh, "b")
     assert (store.manifest["token_map"], store.manifest["sequence"]) == (token_map, sequence)
-    if token_map != "uld":
-        assert all(
-            (store.row(row, "counts")[0][store.row(row, "kind")[0] == 3] == 1).all() for row in range(len(store))
-        )
+    for row in range(len(store)):
+        counts, kind = store.row(row, "counts", "kind")
+        assert (counts[kind == NONE] == (0 if token_map == "uld" else 1)).all()
 
 
 @pytest.mark.parametrize("source", ["a", "b", "c"])
@@ -77,7 +79,7 @@ def test_prefix_keeps_the_gold_tokens_probability(source: str, mini: Mini) -> No
     own, store, whole = DistributionStore(mini.experiment / "distributions" / source), aligned(mini, source), 0
     for row in range(len(store)):
         gold, kind = store.row(row, "gold_logprob", "kind")
-        if len(kind) and not (kind == 3).any():
+        if len(kind) and not (kind == NONE).any():
             whole += 1
             assert -gold.astype(np.float64).sum() <= own.column("nats")[row] * 1.01 + 0.1
     assert whole > 3
@@ -112,8 +114,8 @@ def test_a_slow_tokenizer_is_aligned_by_dtw(fresh: Mini, caplog: pytest.LogCaptu
     store, own = aligned(fresh, "slow"), DistributionStore(fresh.experiment / "distributions/slow")
     assert (own.manifest["offsets"], store.manifest["sequence"]) == (False, "dtw")
     assert "a slow tokenizer reports no offsets: aligned by alignment.sequence=dtw instead" in caplog.text
-    kinds = sum(np.bincount(store.row(row, "kind")[0], minlength=4) for row in range(len(store)))
-    assert kinds[3] < kinds[:3].sum()
+    kinds = sum(np.bincount(store.row(row, "kind")[0], minlength=len(KINDS)) for row in range(len(store)))
+    assert kinds[NONE] < kinds.sum() / 2
     chat = datasets.load_dataset("json", data_files=str(fresh.experiment / "world/chats/fusion.jsonl"), split="train")[
         0
     ]["messages"]
@@ -127,13 +129,15 @@ def test_a_slow_tokenizer_is_aligned_by_dtw(fresh: Mini, caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["token_map.name=best"], r"token_map='best' is unknown; use one of: em, mined, ms, prefix, uld"),
-        (["alignment.sequence=best"], r"alignment\.sequence='best' is unknown"),
+        (["token_map.name=best"], r"token_map\.name='best' is unknown; use one of: em, mined, ms, prefix, uld"),
+        (["alignment.sequence=best"], r"alignment\.sequence='best' is unknown; use one of: dtw, offsets"),
+        (["alignment.unmatched=best"], r"alignment\.unmatched='best' is unknown; use one of: gold, skip"),
+        (["store.logprobs=best"], r"store\.logprobs='best' is unknown; use one of: float16, uint8"),
         (
             ["source.name=zz"],
             r"distributions/zz does not exist; make it with: python -m fusechat\.extract experiment=tiny source=zz",
         ),
-        (["token_map=em"], r"holds a store of fingerprint .*overwrite=true"),
+        (["token_map=em"], r"aligned/a holds a store made with other settings \(fingerprint .*overwrite=true"),
     ],
 )
 def test_bad_settings(overrides: list[str], message: str, mini: Mini) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from fusechat.align import maps as vocabulary
+from fusechat.align import maps as token_maps
+from fusechat.align.nearest import nearest
 from fusechat.align.projection import Ragged, gold_path, project
-from fusechat.align.sequence import KINDS, align_offsets, dtw
+from fusechat.align.sequence import align_offsets, dtw
+from fusechat.align.vocabulary import marker
 from fusechat.chats.render import PLAIN_TEMPLATE, ChatRenderer
+from fusechat.stores.kinds import KINDS
 from tests.benchmarks import tokenizers
 from tests.benchmarks.measure import table
 from tests.conftest import GOLDEN
@@ -73,11 +76,11 @@ def speed(known: dict[str, Any]) -> list[list[object]]:
 def maps(known: dict[str, Any]) -> list[list[object]]:
     """MinED over whole vocabularies, wall seconds on all cores."""
     pivot, source = known["mistral"], known["llama3"]
-    vocabulary.nearest(["ab"], ["ac"])
+    nearest(["ab"], ["ac"])
     rows: list[list[object]] = []
     for name, left, right in (("llama3 -> mistral", source, pivot), ("mistral -> llama3", pivot, source)):
         start = time.perf_counter()
-        table_ = vocabulary.mined(left, right, [])
+        table_ = token_maps.mined(left, right, [])
         rows.append([name, f"{len(left):,} x {len(right):,}", time.perf_counter() - start, float((table_ >= 0).mean())])
     return rows
 
@@ -88,8 +91,8 @@ def golden(known: dict[str, Any]) -> list[list[object]]:
     for file, pivot_name, source_name in (("mistral-v1__llama3", *PAIRS[0]), ("qwen__deepseek", "qwen", "deepseek")):
         wanted, pivot, source = np.load(GOLDEN / f"align/maps_{file}.npz"), known[pivot_name], known[source_name]
         raw = [str(token or "") for token in source.convert_ids_to_tokens(wanted["source_id"].tolist())]
-        names = [token.replace(vocabulary.marker(source), vocabulary.marker(pivot)) for token in raw]
-        found, distance = vocabulary.nearest(
+        names = [token.replace(marker(source), marker(pivot)) for token in raw]
+        found, distance = nearest(
             names, [str(token or "") for token in pivot.convert_ids_to_tokens(list(range(len(pivot))))]
         )
         equal = (found == wanted["mined_pivot_id"]) & (distance == wanted["mined_distance"])
@@ -106,7 +109,7 @@ def quality(known: dict[str, Any]) -> list[list[object]]:
     rng = np.random.default_rng(0)
     for pivot_name, source_name in PAIRS:
         pivot, source = known[pivot_name], known[source_name]
-        made = {name: getattr(vocabulary, name)(source, pivot, []) for name in ("em", "mined", "prefix")}
+        made = {name: getattr(token_maps, name)(source, pivot, []) for name in ("em", "mined", "prefix")}
         for kind, text in tokenizers.TEXTS.items():
             left, right = rendered(pivot, text * 6), rendered(source, text * 6)
             gold, own = left.input_ids[left.positions + 1], right.input_ids[right.positions + 1]

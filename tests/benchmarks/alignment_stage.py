@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusechat.align import maps as vocabulary
-from fusechat.align.stage import Alignment, write_aligned
+from fusechat.align.alignment import Alignment, write_aligned
+from fusechat.align.maps import em, prefix
+from fusechat.align.stage import token_texts
 from fusechat.chats.render import PLAIN_TEMPLATE, ChatRenderer
 from fusechat.extract.writer import _row, _statistics, _table
 from fusechat.stores.distributions import TopK
@@ -65,8 +66,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     known = tokenizers.all_of_them()
     pivot, source = known["mistral"], known["llama3"]
-    texts = tuple([(b or b"").decode("latin-1") for b in vocabulary.token_bytes(t)] for t in (pivot, source))
-    maps = {"em": vocabulary.em(source, pivot, []), "prefix": vocabulary.prefix(source, pivot, [])}
+    texts = token_texts(pivot), token_texts(source)
+    maps = {"em": em(source, pivot, []), "prefix": prefix(source, pivot, [])}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         stores = made_store(root / "pivot", pivot), made_store(root / "source", source)

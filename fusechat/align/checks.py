@@ -1,0 +1,64 @@
+"""What is known of two stores before they are aligned: the same chats, texts and tokens, special tokens of one role."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from fusechat.align.vocabulary import special_roles
+from fusechat.app.errors import UserError
+from fusechat.stores.store import DistributionStore
+
+
+def check_chats(pivot: DistributionStore, source: DistributionStore) -> None:
+    """Raises `UserError` where two stores are not of the same chats in the same order."""
+    if pivot.manifest["chats"] != source.manifest["chats"] or len(pivot) != len(source):
+        raise UserError(
+            f"{source.path} ({len(source)} chats) and {pivot.path} ({len(pivot)}) hold different chats; "
+            "extract both with the same chat.path and chat.limit"
+        )
+
+
+def check_texts(pivot: DistributionStore, source: DistributionStore, tokenizers: tuple[Any, Any]) -> None:
+    """Raises `UserError` where a chat's assistant text differs between two renderings, with both excerpts."""
+    differing = np.flatnonzero(pivot.column("text_hash") != source.column("text_hash"))
+    if not len(differing):
+        return
+    row = int(differing[0])
+    pairs = zip(tokenizers, (pivot, source), strict=True)
+    texts = [tokenizer.decode(store.gold(row), skip_special_tokens=True) for tokenizer, store in pairs]
+    at = len(os.path.commonprefix(texts))
+    excerpts = " / ".join(repr(text[max(0, at - 20) : at + 20]) for text in texts)
+    raise UserError(
+        f"{len(differing)} chats read differently after rendering; the first is row {row}, character {at}: {excerpts} "
+        "(pivot / source); set chat.template so that both keep the same text"
+    )
+
+
+def same_tokens(pivot: DistributionStore, source: DistributionStore) -> bool:
+    """Whether both stores hold the same ids for every chat: vocabularies are shared and nothing is to be aligned."""
+    columns = ("input_ids", "positions")
+    return len(pivot) == len(source) and all(
+        np.array_equal(theirs, own)
+        for row in range(len(pivot))
+        for theirs, own in zip(pivot.row(row, *columns), source.row(row, *columns), strict=True)
+    )
+
+
+def role_pairs(
+    pivot: DistributionStore, source: DistributionStore, tokenizers: tuple[Any, Any]
+) -> list[tuple[int, int]]:
+    """(source id, pivot id) of special tokens with the same role: bos, eos, and the token that closes a turn."""
+    theirs, own = (special_roles(t, _closing(s)) for t, s in zip(tokenizers, (pivot, source), strict=True))
+    return [(own[role], theirs[role]) for role in ("bos", "eos", "end_of_turn") if role in own and role in theirs]
+
+
+def _closing(store: DistributionStore, chats: int = 200) -> int | None:
+    """The token that ends the turns of a store's first chats, if it is one of the special tokens recorded there."""
+    gold = (store.gold(row) for row in range(min(len(store), chats)))
+    last = Counter(int(tokens[-1]) for tokens in gold if len(tokens))
+    special = set(store.manifest["special_ids"])
+    return next((index for index, _ in last.most_common() if index in special), None)
