@@ -43,11 +43,14 @@ class Member:
 
 
 class Family(Mapping[str, Member]):
-    """The members of one family by name. key: the config key that chooses among them."""
+    """The members of one family by name. key: the config key that chooses among them.
 
-    def __init__(self, key: str, needs: Sequence[str] = ()) -> None:
+    needs: all that a member may ask of its caller; None where any name will do (the columns of a chat format).
+    """
+
+    def __init__(self, key: str, needs: Sequence[str] | None = ()) -> None:
         assert key in GROUPS, key
-        self.key, self.known_needs = key, frozenset(needs)
+        self.key, self.known_needs = key, None if needs is None else frozenset(needs)
         self._members: dict[str, Member] = {}
 
     def register(self, name: str, help: str, *, needs: Sequence[str] = ()) -> Callable[[Function], Function]:
@@ -56,7 +59,7 @@ class Family(Mapping[str, Member]):
         def add(function: Function) -> Function:
             if name in self._members:
                 raise UserError(f"{self.key}={name!r} is registered twice; give {function.__qualname__} another name")
-            if unknown := set(needs) - self.known_needs:
+            if self.known_needs is not None and (unknown := set(needs) - self.known_needs):
                 known = ", ".join(sorted(self.known_needs)) or "none"
                 raise UserError(f"{self.key}={name!r} needs {', '.join(sorted(unknown))}; this family knows: {known}")
             self._members[name] = Member(name, function, help, frozenset(needs))

@@ -199,11 +199,6 @@ def _content_end(text: str, start: int, content: str, following: str, last: bool
     return end if end >= 0 and text[start:end] in content and fits(end) else None
 
 
-def render_chat(messages: Sequence[Message], tokenizer: Any, **options: Any) -> Rendered:
-    """One chat through `ChatRenderer`; options as there."""
-    return ChatRenderer(tokenizer, **options)([messages])[0]
-
-
 def renderer_for(
     tokenizer: Any, pivot_tokenizer: Any, template: str, max_length: int, end_of_turn: bool = True
 ) -> ChatRenderer:

@@ -1,9 +1,8 @@
-"""What extraction writes: rows of a shard as Arrow, counts of what was dropped, and the closing summary."""
+"""What extraction writes: rows of a shard as Arrow, and counts of what was dropped."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fusechat.app.errors import UserError
 from fusechat.chats.render import Rendered
-from fusechat.extract.module import Batch
+from fusechat.extract.batches import Batch
 from fusechat.stores.distributions import TopK
 from fusechat.stores.encoding import encode_counts, encode_logprobs, encode_runs, encode_steps, narrowest
 from fusechat.stores.store import StoreWriter, list_column
@@ -33,14 +32,9 @@ class ShardWriter(BasePredictionWriter):
         self.max_length, self.max_bad, self.total = max_length, max_bad_fraction, total
         self.rows: dict[int, dict[str, Any]] = {}
         self.bad: list[str] = []
-        columns = (
-            TextColumn("extract"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, transient=True)
+        rate = TextColumn("{task.fields[rate]}")
+        bar = (TextColumn("extract"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+        self.progress = Progress(*bar, transient=True)
         self.task = self.progress.add_task("chats", total=total, rate="")
         self.tokens = 0
 
@@ -68,45 +62,43 @@ class ShardWriter(BasePredictionWriter):
                 self.bad.append(chat["id"])
         if len(self.bad) > self.max_bad * self.total:
             raise UserError(
-                f"{len(self.bad)} of {self.total} chats gave NaN or inf (first: {self.bad[0]}), more than extract.max_bad_fraction="
-                f"{self.max_bad}; try source.dtype=float32 or bfloat16"
+                f"{len(self.bad)} of {self.total} chats gave NaN or inf (first: {self.bad[0]}), more than "
+                f"extract.max_bad_fraction={self.max_bad}; try source.dtype=float32 or bfloat16"
             )
         elapsed = self.progress.tasks[0].elapsed or 1e-9
         self.progress.update(self.task, advance=len(batch.rows), rate=f"{self.tokens / elapsed:,.0f} tokens/s")
         if batch.last:
             rows = [self.rows[i] for i in range(len(self.rows))]
-            self.writer.write(
-                batch.shard, _table(rows, self.vocab_size, self.logprobs, self.max_length), _statistics(rows)
-            )
+            table = _table(rows, self.vocab_size, self.logprobs, self.max_length)
+            self.writer.write(batch.shard, table, _statistics(rows))
             self.rows = {}
 
 
+NOTHING = TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
+
+
 def _row(chat: dict[str, Any], rendered: Rendered, top: TopK | None) -> dict[str, Any]:
-    kept = top is not None and len(rendered.positions) > 0
-    keep = slice(None) if kept else slice(0, 0)
-    positions = rendered.positions[keep]
-    top = (
-        top
-        if top is not None and kept
-        else TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
-    )
-    present = ~top.logprobs.isneginf()
+    """One chat's columns. top: None where a logit was not finite; such a chat keeps its place, without positions."""
+    bad = top is None and len(rendered.positions) > 0
+    kept = top if top is not None and len(rendered.positions) else NOTHING
+    positions, boundaries = (part[: len(kept.gold_logprob)] for part in (rendered.positions, rendered.boundaries))
+    present = ~kept.logprobs.isneginf()
     return {
         "id": chat["id"],
         "tag": chat["tag"],
         "text_hash": rendered.text_hash,
         "input_ids": rendered.input_ids,
         "positions": encode_runs(positions),
-        "boundaries": encode_steps(rendered.boundaries[keep]),
+        "boundaries": encode_steps(boundaries),
         "counts": encode_counts(present.sum(-1).numpy()),
-        "ids": top.ids[present].numpy(),
-        "logprobs": top.logprobs[present].numpy(),
-        "gold_logprob": top.gold_logprob.numpy(),
-        "nats": float(-top.gold_logprob.double().sum()),
-        "bytes": rendered.n_bytes if kept else 0,
+        "ids": kept.ids[present].numpy(),
+        "logprobs": kept.logprobs[present].numpy(),
+        "gold_logprob": kept.gold_logprob.numpy(),
+        "nats": float(-kept.gold_logprob.double().sum()),
+        "bytes": rendered.n_bytes if len(positions) else 0,
         "tokens": len(positions),
         "truncated": rendered.truncated,
-        "bad": not kept and len(rendered.positions) > 0,
+        "bad": bad,
     }
 
 
@@ -117,9 +109,7 @@ def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_lengt
     ids = narrowest(vocab_size - 1)
     return pa.table(
         {
-            "id": [row["id"] for row in rows],
-            "tag": [row["tag"] for row in rows],
-            "text_hash": [row["text_hash"] for row in rows],
+            **{key: [row[key] for row in rows] for key in ("id", "tag", "text_hash")},
             "nats": pa.array([row["nats"] for row in rows], pa.float64()),
             "bytes": pa.array([row["bytes"] for row in rows], pa.int32()),
             "tokens": pa.array([row["tokens"] for row in rows], pa.int32()),
@@ -145,36 +135,3 @@ def _statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "no_response": empty,
         "bad": [r["id"] for r in rows if r["bad"]],
     }
-
-
-def totals(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Sums of the shards' statistics; lists are joined."""
-    parts = [entry["statistics"] for entry in manifest["shards"]]
-    return {key: sum((p[key] for p in parts), type(value)()) for key, value in parts[0].items()}
-
-
-def numbers(manifest: dict[str, Any]) -> dict[str, float]:
-    """What people look at first: sizes, what was dropped, bits per byte of this source, bytes on disk."""
-    sums = totals(manifest)
-    size = sum(entry["bytes"] for entry in manifest["shards"])
-    return {
-        "chats": sum(entry["rows"] for entry in manifest["shards"]),
-        "tokens": sums["tokens"],
-        "positions": sums["positions"],
-        "no_response": len(sums["no_response"]),
-        "bad": len(sums["bad"]),
-        "truncated": sums["truncated"],
-        "bits_per_byte": float(sums["nats"] / np.log(2) / max(1, sums["text_bytes"])),
-        "megabytes": size / 1e6,
-        "bytes_per_token": size / max(1, sums["tokens"]),
-    }
-
-
-def summary(manifest: dict[str, Any], path: Path) -> str:
-    """The closing line."""
-    n = numbers(manifest)
-    return (
-        f"{manifest['model']}: {n['chats']} chats, {n['tokens']:,} tokens ({n['positions']:,} predicted), dropped: {n['no_response']} "
-        f"without an assistant token, {n['bad']} with NaN/inf; truncated: {n['truncated']}; {n['bits_per_byte']:.4f} bits per byte; "
-        f"{n['megabytes']:.1f} MB ({n['bytes_per_token']:.1f} B/token) in {path}"
-    )

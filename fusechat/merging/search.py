@@ -117,9 +117,8 @@ def held_out(cfg: DictConfig) -> list[Any]:
     """The chats that training held out. Raises `UserError` where it held out none."""
     from fusechat.chats.formats import in_validation, load_chats
 
-    chats, _ = load_chats(
-        cfg.chat.path, split=cfg.chat.split, name=cfg.chat.name, limit=cfg.chat.limit, streaming=cfg.chat.streaming
-    )
+    reading = {key: cfg.chat[key] for key in ("format", "split", "name", "limit", "streaming")}
+    chats, _ = load_chats(cfg.chat.path, **reading)
     fraction, seed = cfg.data.validation_fraction, cfg.data.split_seed
     found = [row["messages"] for row in chats if in_validation(row["id"], fraction, seed)]
     if not found:

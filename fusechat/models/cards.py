@@ -44,7 +44,7 @@ def write_card(
 
 
 def measured_card(directory: Path, results: Sequence[Mapping[str, Any]]) -> str:
-    """The directory's card with what was measured in the Hub's model-index: one entry per metric of every result file."""
+    """The directory's card with what was measured in the Hub's model-index: one entry per result and metric."""
     from huggingface_hub import EvalResult, ModelCard
 
     card = ModelCard.load(directory / "README.md")

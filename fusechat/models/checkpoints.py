@@ -72,11 +72,6 @@ class LazyCheckpoint:
             return self._bin[name]
         return self._handle(self.infos[name].file).get_tensor(name)  # type: ignore[no-any-return]
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor's first dimension; a scalar comes whole."""
-        whole = self.tensor(name)
-        return whole[start:stop] if whole.dim() else whole
-
     def read_ahead(self, name: str) -> None:
         """Asks the kernel to have the tensor's pages in memory soon."""
         info = self.infos[name]

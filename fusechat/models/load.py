@@ -13,8 +13,8 @@ from fusechat.app.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CONTENT = {".safetensors", ".bin", ".model", ".json", ".jinja"}  # files that decide what a model is
 SMALL = 64 << 20  # bytes: weight files up to this are hashed whole, larger ones by samples
-LICENSED = "pass source.trust_remote_code=true only if you trust its authors"
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -23,12 +23,13 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
 
     if path.count("/") != 1 and not Path(path).is_dir():
         raise UserError(
-            f"no tokenizer at {path!r}: no such directory; see pivot.path and source.path (experiment=tiny: python -m fusechat.tiny)"
+            f"no tokenizer at {path!r}: no such directory; see pivot.path and source.path "
+            "(experiment=tiny: python -m fusechat.tiny)"
         )
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer at {path!r}: {_first_line(error)}") from error
+        raise UserError(f"no tokenizer at {path!r}: {_reason(error)}") from error
 
 
 def load_model(
@@ -41,27 +42,20 @@ def load_model(
     device_map: str | None = None,
     load_in: str | None = None,
 ) -> PreTrainedModel:
-    """Any `AutoModelForCausalLM`. ``load_in`` is ``8bit`` or ``4bit`` (bitsandbytes). Raises `UserError` with the reason."""
+    """Any `AutoModelForCausalLM`. load_in: ``8bit`` or ``4bit`` (bitsandbytes). Raises `UserError` with the reason."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, dtype),
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
-    if attn_implementation:
-        options["attn_implementation"] = attn_implementation
-    if device_map:
-        options["device_map"] = device_map
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "device_map": device_map}
+    options = {key: value for key, value in options.items() if value}  # None is no default of transformers
     if load_in:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit"
-        )
+        quantized = BitsAndBytesConfig(load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit")
+        options["quantization_config"] = quantized
+    options |= {"dtype": getattr(torch, dtype), "revision": revision, "trust_remote_code": trust_remote_code}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the model {path!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the model {path!r} cannot be loaded: {_reason(error)}") from error
     return model
 
 
@@ -75,6 +69,15 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
         )
 
 
+def check_context(model: PreTrainedModel, path: str, max_length: int) -> None:
+    """Raises `UserError` where chats of ``max_length`` tokens are longer than the model's positions."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and max_length > context:
+        raise UserError(
+            f"chat.max_length={max_length} exceeds the context of {path} ({context}); set chat.max_length={context}"
+        )
+
+
 def model_identity(path: str, revision: str | None = None) -> str:
     """A hash of what the weights, config and tokenizer of a local directory are; ``id@revision`` for a Hub id.
 
@@ -85,11 +88,7 @@ def model_identity(path: str, revision: str | None = None) -> str:
         return f"{path}@{revision or 'main'}"
     digest = hashlib.sha256()
     for file in sorted(directory.iterdir()):
-        if (
-            file.suffix in {".safetensors", ".bin", ".model", ".json", ".jinja"}
-            and file.name != "fusechat.json"
-            and not file.name.startswith(".")
-        ):
+        if file.suffix in CONTENT and file.name != "fusechat.json" and not file.name.startswith("."):
             digest.update(f"{file.name}:{file.stat().st_size}:".encode())
             for chunk in _samples(file):
                 digest.update(chunk)
@@ -114,6 +113,9 @@ def _samples(file: Path) -> Sequence[bytes]:
         return chunks
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """The first line of what transformers says, with the key to turn where it wants to run a stranger's code."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if "trust_remote_code" not in str(error):
+        return line
+    return f"{line} Add source.trust_remote_code=true (pivot.trust_remote_code=true) only if you trust its authors"

@@ -9,11 +9,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from fusechat.chats.render import ChatRenderer
+from fusechat.extract.kinds import Keep
 from fusechat.extract.module import ExtractionModule
 from fusechat.tiny.chats import World, generate
 from fusechat.tiny.models import make_tokenizer
@@ -60,10 +62,8 @@ def overhead() -> list[list[object]]:
         "llama", 600, [m["content"] for row in generate(World(0), 500, "x") for m in row["messages"]]
     )  # type: ignore[index,union-attr]
     rendered = ChatRenderer(tokenizer)(chats(4))
-    from fusechat.models.heads import OutputHead
-
-    module = ExtractionModule("", "float32", None, False, None, None, None, "top_k", 10, 0.99, 50, 0)
-    module.head, module.vocab_size = OutputHead(model), 32_000
+    nothing: Any = None  # batches are given by hand
+    module = ExtractionModule(model, nothing, "top_k", Keep(32_000))
     ids = torch.zeros(4, max(len(r.input_ids) for r in rendered), dtype=torch.long)
 
     @torch.inference_mode()
@@ -117,7 +117,7 @@ def memory() -> list[list[object]]:
                 "logger=none",
                 f"hydra.run.dir={root}/h",
             ]
-            code = f"import sys; sys.argv = ['x', *{arguments!r}]; from fusechat.extract import main; main()"
+            code = f"import sys; sys.argv = ['x', *{arguments!r}]; from fusechat.extract.__main__ import main; main()"
             subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
             rows.append([f"{count:,} chats", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024])
     return rows

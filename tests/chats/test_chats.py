@@ -4,13 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusechat.app.errors import UserError
-from fusechat.chats.formats import in_validation, load_chats
-from fusechat.chats.render import ChatRenderer, render_chat
+from fusechat.app.registry import choices
+from fusechat.chats.formats import FORMATS, chat_id, in_validation, load_chats
+from fusechat.chats.render import ChatRenderer, Rendered
+from tests.conftest import Mini, composed
 
 EXTRA = {
     "llama2": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
@@ -21,6 +24,12 @@ EXTRA = {
     "{{ messages[0]['content'] }}\n\n{% endif %}{{ m['role'] }}> {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
 }
 NAMES = ("pivot", "a", "b", "c")
+
+
+def render_chat(chat: Any, tokenizer: Any, **options: Any) -> Rendered:
+    return ChatRenderer(tokenizer, **options)([chat])[0]
+
+
 CONTENT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Co", "Cc")), max_size=12) | st.sampled_from(
     ["assistant", "A:", "user> x", "naïve café", "日本語 🙂 é", "1234", "a\nb", "", " padded ", "</s>", "<|end|>"]
 )
@@ -141,26 +150,87 @@ def test_template_errors(tokenizers: Callable[[str], Any]) -> None:
         render_chat(chat, tokenizer)
 
 
+QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}
 ROWS = {
-    "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+    "messages": {"messages": [QUESTION, ANSWER]},
     "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]},
     "alpaca": {"instruction": "q", "input": "", "output": "r"},
-    "prompt/response": {"prompt": "q", "response": "r"},
+    "prompt_response": {"prompt": "q", "response": "r"},
+    "text": {"text": "r"},
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_formats_are_recognised(name: str, suffix: str, tmp_path: Path) -> None:
-    import datasets
-
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_read(name: str, suffix: str, forced: bool, tmp_path: Path) -> None:
     file = tmp_path / f"chats.{suffix}"
     data = datasets.Dataset.from_list([ROWS[name], ROWS[name]])
     data.to_parquet(file) if suffix == "parquet" else data.to_json(file)
-    chats, found = load_chats(str(file))
+    chats, found = load_chats(file, format=name if forced else None)
     assert found == name
-    assert chats[0]["messages"] == ROWS["messages"]["messages"]
-    assert len(chats[0]["id"]) == 16
+    assert chats["messages"][:] == [[ANSWER] if name == "text" else [QUESTION, ANSWER]] * 2
+    assert chats[0]["id"] == chat_id(chats[0]["messages"])
+    assert load_chats(data, format=name)[0].to_list() == chats.to_list()
+    assert load_chats(chats)[0] is chats
+
+
+def test_the_groups_files_are_the_formats() -> None:
+    assert choices("chat.format") == {name: member.help for name, member in FORMATS.items()}
+
+
+@pytest.mark.parametrize("override", ["format=alpaca", "chat.format=alpaca"])
+def test_two_ways_to_name_a_format(override: str) -> None:
+    assert composed("extract", ["experiment=tiny", override]).chat.format == "alpaca"
+    assert composed("extract", ["experiment=tiny"]).chat.format is None
+
+
+def test_a_format_that_does_not_fit_or_is_unknown() -> None:
+    both = datasets.Dataset.from_list([{"prompt": "q", "response": "r", "text": "t"}])
+    assert load_chats(both)[1] == "prompt_response"
+    assert load_chats(both, format="text")[0]["messages"][0] == [{"role": "assistant", "content": "t"}]
+    with pytest.raises(
+        UserError,
+        match=r"^the dataset has the columns prompt, response, text; chat\.format=alpaca needs instruction, output too; "
+        r"chat\.format=null finds the format by its columns$",
+    ):
+        load_chats(both, format="alpaca")
+    with pytest.raises(UserError, match=r"^chat\.format='chatml' is unknown; use one of: alpaca, messages, "):
+        load_chats(both, format="chatml")
+
+
+MINE = """
+from fusechat.chats.formats import FORMATS
+
+@FORMATS.register("mine", "riddle and solution", needs=("riddle", "solution"))
+def mine(row):
+    if not row["riddle"]:
+        raise ValueError("a riddle is empty")
+    return [{"role": "user", "content": row["riddle"]}, {"role": "assistant", "content": row["solution"]}]
+"""
+
+
+def test_a_format_of_ones_own(mini: Mini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    from fusechat.stores.store import DistributionStore
+
+    (tmp_path / "my_riddles.py").write_text(MINE)
+    (tmp_path / "c.jsonl").write_text('{"riddle": "q", "solution": "r"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"riddle": "", "solution": "r"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(FORMATS, "_members", dict(FORMATS._members))
+    command = ["source=a", "imports=[my_riddles]", f"chat.path={tmp_path}/c.jsonl", f"output_dir={tmp_path}/out"]
+    mini.run("extract", *command, "chat.format=mine")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert DistributionStore(tmp_path / "out").column("id").tolist() == [chat_id([QUESTION, ANSWER])]
+    assert load_chats(tmp_path / "c.jsonl")[1] == "mine", "found by its columns too"
+    with pytest.raises(UserError, match=r"bad\.jsonl, chat 0: a riddle is empty$"):
+        load_chats(tmp_path / "bad.jsonl", format="mine")
+    (tmp_path / "my_riddles.py").write_text(MINE + "# another\n")
+    with pytest.raises(UserError, match=rf"made with other settings \(fingerprint {manifest['fingerprint']}"):
+        mini.run("extract", *command, "chat.format=mine")
 
 
 def written(path: Path, text: str) -> str:
@@ -211,8 +281,6 @@ def test_text_parts_are_joined(tmp_path: Path) -> None:
 
 
 def test_streams_are_read_to_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     lines = "".join(f'{{"prompt": "q{i}", "response": "r"}}\n' for i in range(9))
     stream = datasets.load_dataset(
         "json", data_files=written(tmp_path / "x.jsonl", lines), split="train", streaming=True
@@ -220,7 +288,7 @@ def test_streams_are_read_to_their_limit(tmp_path: Path, monkeypatch: pytest.Mon
     asked: list[Any] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: asked.append((a, o)) or stream)
     chats, found = load_chats("owner/name", split="test", name="en", limit=4, streaming=True)
-    assert (found, [chat["messages"][0]["content"] for chat in chats]) == ("prompt/response", ["q0", "q1", "q2", "q3"])
+    assert (found, [chat["messages"][0]["content"] for chat in chats]) == ("prompt_response", ["q0", "q1", "q2", "q3"])
     assert asked == [(("owner/name", "en"), {"split": "test", "streaming": True})]
 
 

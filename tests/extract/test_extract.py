@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusechat.app.errors import UserError
+from fusechat.app.registry import choices
 from fusechat.chats.formats import load_chats
 from fusechat.chats.render import ChatRenderer
-from fusechat.extract.module import by_token_budget
-from fusechat.extract.writer import summary, totals
-from fusechat.stores import distributions
+from fusechat.extract.batches import by_token_budget
+from fusechat.extract.kinds import KINDS, Keep, generator_for, largest
+from fusechat.extract.summary import summary, totals
 from fusechat.stores.encoding import decode_logprobs
 from fusechat.stores.store import DistributionStore
 from tests.conftest import ROOT, Mini
@@ -86,15 +87,121 @@ def test_uint8_takes_fewer_bytes(fresh: Mini) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["top_p", "sampled"])
-def test_other_kinds(kind: str, fresh: Mini) -> None:
-    fresh.run("extract", "source=a", f"extract.kind={kind}", "overwrite=true")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_stores_what_it_makes_of_the_models_logits(kind: str, fresh: Mini) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    fresh.run("extract", "source=a", f"extract={kind}", "extract.top_p=0.5", "overwrite=true")
+    path = fresh.experiment / "world/models/a"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    chats, _ = load_chats(str(fresh.experiment / "world/chats/fusion.jsonl"))
     store = DistributionStore(fresh.experiment / "distributions/a")
-    counts, logprobs = store.row(0, "counts", "logprobs")
-    assert counts.min() >= 1
-    assert counts.sum() == len(logprobs)
-    mass = np.exp(decode_logprobs(logprobs)).sum() / len(counts)
-    assert mass == pytest.approx(1.0, abs=0.02) if kind == "sampled" else 0.01 < mass <= 1.01
+    for row in (0, 40):
+        rendered = ChatRenderer(tokenizer)([chats[row]["messages"]])[0]
+        with torch.no_grad():
+            logits = model(torch.from_numpy(rendered.input_ids)[None]).logits[0][rendered.positions]
+        gold = torch.from_numpy(rendered.input_ids[rendered.positions + 1])
+        generator = generator_for(rendered.text, 0, torch.device("cpu"))
+        wanted = KINDS[kind].function(logits, gold, Keep(len(tokenizer), top_p=0.5), generator)
+        present = ~wanted.logprobs.isneginf()
+        ids, counts, logprobs = store.row(row, "ids", "counts", "logprobs")
+        assert counts.tolist() == present.sum(-1).tolist()
+        assert (
+            np.mean(ids == wanted.ids[present].numpy()) > 0.99
+        )  # two tokens as likely as each other may change places
+        assert np.allclose(decode_logprobs(logprobs), wanted.logprobs[present], atol=0.02)
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.integers(1, 12))
+def test_top_p_is_the_shortest_beginning_that_holds_p(seed: int, p: float, k: int) -> None:
+    logits = 2 * torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    top = KINDS["top_p"].function(logits, torch.zeros(6, dtype=torch.long), Keep(12, top_k=k, top_p=p), None)
+    for row, probs in enumerate(logits.softmax(-1).sort(descending=True).values.tolist()):
+        kept = int((~top.logprobs[row].isneginf()).sum())
+        assert 1 <= kept <= k
+        assert kept == 1 or sum(probs[: kept - 1]) < p + 1e-5
+        assert kept == k or sum(probs[:kept]) > p - 1e-5
+
+
+def test_texts_of_one_length_draw_independently() -> None:
+    logits, gold, keep = torch.zeros(400, 50), torch.zeros(400, dtype=torch.long), Keep(50, draws=1)
+    drawn = {
+        text: KINDS["sampled"].function(logits, gold, keep, generator_for(text, seed, torch.device("cpu"))).ids[:, 0]
+        for text, seed in [("abc", 0), ("abd", 0), ("abc ", 1)]
+    }
+    again = KINDS["sampled"].function(logits, gold, keep, generator_for("abc", 0, torch.device("cpu"))).ids[:, 0]
+    assert torch.equal(drawn["abc"], again)
+    for one, other in [("abc", "abd"), ("abc", "abc "), ("abd", "abc ")]:
+        assert (drawn[one] == drawn[other]).sum() < 30, "1 in 50 agrees by chance: 8 of 400 expected"
+
+
+def test_only_kinds_that_draw_note_how_they_are_seeded(mini: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusechat.app import outputs
+
+    seen: dict[str, dict[str, Any]] = {}
+
+    def stop(imports: Any = None, **parts: Any) -> str:
+        seen[parts["extract"]["kind"]] = parts
+        raise InterruptedError
+
+    monkeypatch.setattr(outputs, "stage_fingerprint", stop)
+    for kind in KINDS:
+        with pytest.raises(InterruptedError):
+            mini.run("extract", "source=a", f"extract={kind}")
+    assert {kind: parts.get("draws") for kind, parts in seen.items()} == {
+        "top_k": None,
+        "top_p": None,
+        "sampled": "by content",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_never_raises_and_is_always_told(kind: str) -> None:
+    logits = torch.zeros(2, 8)
+    logits[1, 3] = float("nan")
+    top = KINDS[kind].function(logits, torch.tensor([1, 1]), Keep(8, top_k=4), torch.Generator().manual_seed(0))
+    assert torch.isfinite(top.gold_logprob).tolist() == [True, False]
+
+
+def test_the_groups_files_are_the_kinds() -> None:
+    assert choices("extract.kind") == {name: member.help for name, member in KINDS.items()}
+
+
+def test_from_python(mini: Mini, tmp_path: Path) -> None:
+    """The function without Hydra makes the command's store; what is there already is returned as it is."""
+    from fusechat.extract import extract
+
+    world, made = mini.experiment / "world", []
+    settings = {"template": "native", "max_length": 256, "rows_per_shard": 32, "tokens_per_batch": 1024}
+    call = lambda **more: extract(
+        str(world / "models/a"),
+        world / "chats/fusion.jsonl",
+        tmp_path / "a",
+        trainer={"accelerator": "cpu", "devices": 1},
+        when_made=made.append,
+        **settings,
+        **more,
+    )
+    manifest = call()
+    assert manifest is not None
+    assert manifest == json.loads((tmp_path / "a/manifest.json").read_text()) == made[0]
+    assert shards(tmp_path / "a") == shards(mini.experiment / "distributions/a")
+    assert manifest["fingerprint"] == DistributionStore(mini.experiment / "distributions/a").fingerprint
+    assert (call(), len(made)) == (manifest, 1)
+    with pytest.raises(UserError, match=r"holds a store made with other settings"):
+        call(imports={"my_kinds": "0123"})
+    with pytest.raises(UserError, match=r"extract\.top_p=1\.5: expected a probability mass above 0, at most 1"):
+        call(top_p=1.5)
+    with pytest.raises(UserError, match=r"extract\.draws=0: expected at least 1"):
+        call(draws=0)
+
+
+def test_importing_brings_nothing_heavy_and_no_hydra() -> None:
+    code = (
+        "import sys, fusechat.extract as e; assert 'torch' not in sys.modules\n"
+        "e.extract; assert not {'hydra', 'omegaconf', 'wandb', 'numba'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def command(world: Mini, *overrides: str) -> list[str]:
@@ -175,9 +282,12 @@ def test_nan_is_kept_out_and_too_many_stop_the_run(fresh: Mini) -> None:
     [
         (["extract.top_k=9999"], r"extract\.top_k=9999: expected 1 to \d+, the model's vocabulary"),
         (["chat.max_length=4096"], r"chat\.max_length=4096 exceeds the context of .*set chat\.max_length=512"),
-        (["extract.kind=best"], r"extract\.kind='best' is unknown; use one of: top_k, top_p, sampled"),
+        (["extract.kind=best"], r"extract\.kind='best' is unknown; use one of: sampled, top_k, top_p"),
         (["store.logprobs=int3"], r"store\.logprobs='int3' is unknown"),
-        (["extract.top_k=5"], r"holds a store of fingerprint .*; add overwrite=true to replace it, or output_dir=DIR"),
+        (
+            ["extract.top_k=5"],
+            r"holds a store made with other settings .*; add overwrite=true to replace it, or output_dir=DIR",
+        ),
         (["source.path=/nowhere"], r"no tokenizer at '/nowhere'"),
         (["output_dir=/proc/x"], r"/proc/x cannot be written .*output_dir=DIR"),
     ],
@@ -229,21 +339,21 @@ def test_token_budget(lengths: list[int], budget: int) -> None:
 @given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([1000, 1024, 1100, 30]))
 def test_largest_is_topk(seed: int, k: int, width: int) -> None:
     values = torch.randn(5, width, generator=torch.Generator().manual_seed(seed))
-    wanted, ours = values.topk(k), distributions.largest(values, k)
+    wanted, ours = values.topk(k), largest(values, k)
     assert torch.equal(wanted.values, ours[0])
     assert torch.equal(values.gather(1, ours[1]), wanted.values)
 
 
 def test_sampling_is_unbiased() -> None:
     logits, generator = torch.randn(1, 6).repeat(4000, 1), torch.Generator().manual_seed(0)
-    top = distributions.sampled_from_logits(logits, torch.zeros(4000, dtype=torch.long), 20, generator)
+    top = KINDS["sampled"].function(logits, torch.zeros(4000, dtype=torch.long), Keep(6, draws=20), generator)
     mean = torch.zeros(4000, 6).scatter_add(1, top.ids, top.logprobs.exp()).mean(0)
     assert torch.allclose(mean, logits[0].softmax(-1), atol=0.01)
 
 
 def test_top_p_keeps_the_fewest() -> None:
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    top = distributions.top_p_from_logits(probs.log(), torch.tensor([3]), 0.75, 4)
+    top = KINDS["top_p"].function(probs.log(), torch.tensor([3]), Keep(4, top_k=4, top_p=0.75), None)
     assert top.ids[0, : int((~top.logprobs.isneginf()).sum())].tolist() == [0, 1]
     assert top.gold_logprob.exp().item() == pytest.approx(0.05)
 

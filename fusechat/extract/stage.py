@@ -1,0 +1,155 @@
+"""Extraction as one function: chats and a source -> a store of its next-token distributions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from fusechat.app import outputs
+from fusechat.app.errors import UserError, one_of
+from fusechat.app.trainer import quiet_trainer
+from fusechat.chats.formats import load_chats
+from fusechat.chats.render import ChatRenderer, renderer_for
+from fusechat.extract.batches import ShardBatches
+from fusechat.extract.kinds import KINDS, Keep
+from fusechat.extract.module import ExtractionModule
+from fusechat.extract.summary import summary
+from fusechat.extract.writer import ShardWriter
+from fusechat.models import load as models
+from fusechat.stores import store
+
+LOG = logging.getLogger(__name__)
+ONE_DEVICE = {"accelerator": "auto", "devices": 1, "enable_model_summary": False}
+ONE_PASS = {"max_epochs": 1, "max_steps": -1, "enable_progress_bar": False, "enable_checkpointing": False}
+
+
+def extract(
+    model: str,
+    chats: str | Path | datasets.Dataset,
+    output_dir: str | Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
+    load_in: str | None = None,
+    pivot: Any = None,
+    template: str = "pivot",
+    max_length: int = 2048,
+    end_of_turn: bool = True,
+    kind: str = "top_k",
+    top_k: int = 10,
+    top_p: float = 0.99,
+    draws: int = 50,
+    logprobs: str = "float16",
+    tokens_per_batch: int = 16384,
+    rows_per_shard: int = 1000,
+    max_bad_fraction: float = 0.01,
+    seed: int = 0,
+    trainer: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    imports: Mapping[str, str] | None = None,
+    when_made: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any] | None:
+    """Runs a source over chats and stores its distributions at every token of the assistant. Returns the manifest.
+
+    model: directory or Hub id; name: what the store calls it. chats: a file, a directory or a Hub dataset, or what
+    `load_chats` returns. pivot: its tokenizer, or its path, for template="pivot"; other templates as `renderer_for`.
+    kind: one of `KINDS`, with top_k, top_p, draws as in `Keep`. logprobs: float16, or uint8 (steps of 0.05 nats).
+    tokens_per_batch: padded tokens run together, halved when memory runs out. max_bad_fraction: chats with NaN or inf
+    before the run stops. trainer: options of Lightning's Trainer. when_made: called with the manifest where it is new.
+
+    A finished store of the same settings is left as it is, an unfinished one is gone on with. Ranks other than the
+    first return None. Raises `UserError` for unusable models, chats or settings, and for a store of other settings at
+    ``output_dir`` unless ``overwrite``.
+    """
+    one_of(logprobs, ("float16", "uint8"), "store.logprobs")
+    random = {"draws": "by content"} if "generator" in KINDS[kind].needs else {}
+    amount = {"kind": kind, "top_k": top_k, "top_p": top_p, "draws": draws}
+    amount |= {"tokens_per_batch": tokens_per_batch, "rows_per_shard": rows_per_shard}
+    tokenizer = models.load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    keep = _keep(len(tokenizer), top_k, top_p, draws)
+    if template == "pivot" and isinstance(pivot, str):
+        pivot = models.load_tokenizer(pivot)
+    renderer = renderer_for(tokenizer, pivot, template, max_length, end_of_turn)
+    rows, _ = load_chats(chats)
+    chats_mark = outputs.fingerprint(ids=list(rows["id"]))
+    mark = outputs.stage_fingerprint(
+        imports,
+        model=models.model_identity(model, revision),
+        tokenizer=models.tokenizer_identity(tokenizer),
+        chats=chats_mark,
+        template=renderer.template,
+        max_length=max_length,
+        end_of_turn=end_of_turn,
+        extract=amount,
+        store={"logprobs": logprobs},
+        dtype=dtype,
+        **random,
+    )
+    output = Path(output_dir)
+    record = output / store.MANIFEST
+    if held := outputs.settled(record, mark, what="store", keep="output_dir=DIR", overwrite=overwrite):
+        return held
+    if overwrite:
+        store.remove(output)
+    writer = store.StoreWriter(output, mark, -(-len(rows) // rows_per_shard))
+    source = models.load_model(
+        model,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+        load_in=load_in,
+    ).eval()
+    models.check_vocabulary(source, tokenizer, model)
+    models.check_context(source, model, max_length)
+    batches = ShardBatches(rows, renderer, writer, rows_per_shard, tokens_per_batch)
+    module = ExtractionModule(source, batches, kind, keep, seed=seed, placed=bool(device_map))
+    collector = ShardWriter(writer, keep.vocab_size, logprobs, max_length, max_bad_fraction, len(rows))
+    runner = quiet_trainer({**(ONE_DEVICE if trainer is None else trainer), **ONE_PASS}, [collector])
+    runner.predict(module, return_predictions=False)
+    if not runner.is_global_zero:
+        return None
+    writer.await_shards(wait=runner.world_size > 1)
+    manifest = writer.finish(
+        **_about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=chats_mark),
+        extract={**amount, "max_bad_fraction": max_bad_fraction},
+        logprobs=logprobs,
+    )
+    LOG.info(summary(manifest, output))
+    if when_made:
+        when_made(manifest)
+    return manifest
+
+
+def _keep(vocab_size: int, top_k: int, top_p: float, draws: int) -> Keep:
+    """`Keep`, after a look at its numbers."""
+    if not 1 <= top_k <= vocab_size:
+        raise UserError(f"extract.top_k={top_k}: expected 1 to {vocab_size}, the model's vocabulary")
+    if not 0 < top_p <= 1:
+        raise UserError(f"extract.top_p={top_p}: expected a probability mass above 0, at most 1")
+    if draws < 1:
+        raise UserError(f"extract.draws={draws}: expected at least 1")
+    return Keep(vocab_size, top_k, top_p, draws)
+
+
+def _about(tokenizer: Any, renderer: ChatRenderer, **names: str) -> dict[str, Any]:
+    """What later stages want to know of the tokens that a store holds."""
+    return {
+        **names,
+        "kind": "distributions",
+        "tokenizer": models.tokenizer_identity(tokenizer),
+        "vocab_size": len(tokenizer),
+        "offsets": tokenizer.is_fast,
+        "template": renderer.template,
+        "special_ids": sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
+        "max_length": renderer.max_length,
+    }

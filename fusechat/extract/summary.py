@@ -1,0 +1,42 @@
+"""What a finished store of distributions says in numbers: sizes, what was dropped, the source's own bits per byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def totals(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Sums of the shards' statistics; lists are joined."""
+    parts = [entry["statistics"] for entry in manifest["shards"]]
+    return {key: sum((p[key] for p in parts), type(value)()) for key, value in parts[0].items()}
+
+
+def numbers(manifest: dict[str, Any]) -> dict[str, float]:
+    """What people look at first: sizes, what was dropped, bits per byte of this source, bytes on disk."""
+    sums = totals(manifest)
+    size = sum(entry["bytes"] for entry in manifest["shards"])
+    return {
+        "chats": sum(entry["rows"] for entry in manifest["shards"]),
+        "tokens": sums["tokens"],
+        "positions": sums["positions"],
+        "no_response": len(sums["no_response"]),
+        "bad": len(sums["bad"]),
+        "truncated": sums["truncated"],
+        "bits_per_byte": float(sums["nats"] / np.log(2) / max(1, sums["text_bytes"])),
+        "megabytes": size / 1e6,
+        "bytes_per_token": size / max(1, sums["tokens"]),
+    }
+
+
+def summary(manifest: dict[str, Any], path: Path) -> str:
+    """The closing line."""
+    n = numbers(manifest)
+    return (
+        f"{manifest['model']}: {n['chats']} chats, {n['tokens']:,} tokens ({n['positions']:,} predicted), "
+        f"dropped: {n['no_response']} without an assistant token, {n['bad']} with NaN/inf; "
+        f"truncated: {n['truncated']}; {n['bits_per_byte']:.4f} bits per byte; "
+        f"{n['megabytes']:.1f} MB ({n['bytes_per_token']:.1f} B/token) in {path}"
+    )
