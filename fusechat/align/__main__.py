@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fusechat.app.command import entry, experiment_of
+from fusechat.app.command import entry, experiment_of, imported
 from fusechat.app.tracking import log_made, wandb_run
 
 
@@ -40,6 +40,7 @@ def run(cfg: DictConfig) -> None:
         logprobs=cfg.store.logprobs,
         **cfg.alignment,
         overwrite=cfg.overwrite,
+        imports=imported(cfg),
         remedies=(extract + "pivot", extract + cfg.source.name),
         when_made=follow,
     )

@@ -52,7 +52,7 @@ class StoreWriter:
             ) from error
         if (found := held.read_text()) != mark:
             raise UserError(
-                f"{path} holds a store of fingerprint {found}, this command makes {mark}; "
+                f"{path} holds an unfinished store made with other settings (fingerprint {found}, now {mark}); "
                 "add overwrite=true to replace it, or output_dir=DIR to keep both"
             )
 

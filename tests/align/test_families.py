@@ -92,6 +92,14 @@ def test_members_of_a_users_own_reach_new_processes(
         assert set(ids.tolist()) <= set(pivot.manifest["special_ids"])
 
 
+def test_the_command_takes_members_of_a_users_own(own: dict[str, str], mini: Mini, tmp_path: Path) -> None:
+    chosen = ["imports=[my_alignment]", "token_map.name=roles_only", "alignment.sequence=pairwise"]
+    mini.run("align", "source=a", *chosen, f"output_dir={tmp_path}/out")
+    stores = mini.experiment / "distributions/pivot", mini.experiment / "distributions/a"
+    wanted = align(*stores, tmp_path / "python", token_map="roles_only", sequence="pairwise", imports=own)
+    assert DistributionStore(tmp_path / "out").manifest == wanted
+
+
 def test_from_python_it_makes_what_the_command_makes(mini: Mini, tmp_path: Path) -> None:
     made: list[dict[str, Any]] = []
     stores = mini.experiment / "distributions/pivot", mini.experiment / "distributions/a"
@@ -110,7 +118,9 @@ def test_an_unfinished_store_of_other_settings_is_refused(mini: Mini, tmp_path: 
     stores = mini.experiment / "distributions/pivot", mini.experiment / "distributions/a"
     align(*stores, tmp_path / "a")
     (tmp_path / "a/manifest.json").unlink()
-    with pytest.raises(UserError, match=r"add overwrite=true to replace it, or output_dir=DIR to keep both"):
+    with pytest.raises(
+        UserError, match=r"unfinished store made with other settings \(.*\); add overwrite=true .*output_dir=DIR"
+    ):
         align(*stores, tmp_path / "a", token_map="em")
 
 
