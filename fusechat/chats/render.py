@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -30,7 +30,8 @@ class Rendered:
     input_ids [T]; char_spans [T, 2], where each token lies in ``text``; assistant_mask [T], the tokens to train on.
     positions [R]: every t whose *next* token is the assistant's. boundaries [R]: how many characters of assistant
     text lie before that next token (turns are one character apart), or -1 inside a character: the coordinate on which
-    two tokenizations of the same chat meet. n_bytes: UTF-8 bytes of the assistant text that the tokens cover; text_hash: of all of it.
+    two tokenizations of the same chat meet. n_bytes: UTF-8 bytes of the assistant text that the tokens cover;
+    text_hash: of all of it.
     """
 
     text: str
@@ -49,7 +50,7 @@ class ChatRenderer:
 
     template: ``native`` (this tokenizer's own), or a Jinja text. ``host`` is the tokenizer whose special tokens
     the template names (the pivot, when every source reads the pivot's format). end_of_turn: train on the special
-    token that closes an assistant's turn. A slow tokenizer knows no boundaries inside a turn (`fusechat.chats.slow_tokenizers`).
+    token that closes an assistant's turn. A slow tokenizer knows no boundaries inside a turn (`slow_tokenizers`).
     Raises `UserError` for a missing template.
     """
 
@@ -66,8 +67,8 @@ class ChatRenderer:
         self.template = self.host.chat_template if template == "native" else template
         if not self.template:
             raise UserError(
-                f"the tokenizer {self.host.name_or_path!r} has no chat template; give one with chat.template='<jinja>', "
-                "chat.template=pivot or chat.template=plain"
+                f"the tokenizer {self.host.name_or_path!r} has no chat template; give one with "
+                "chat.template='<jinja>', chat.template=pivot or chat.template=plain"
             )
         self.max_length, self.end_of_turn = max_length, end_of_turn
         self._pieces: dict[tuple[str, ...], list[tuple[str, int]]] = {}
@@ -100,8 +101,8 @@ class ChatRenderer:
             end = _content_end(text, start, content, following, last=len(spans) + 2 == len(pieces))
             if not text.startswith(literal, at) or end is None:
                 raise UserError(
-                    f"the chat template rewrites message {index} ({chat[index]['role']}: {content[:40]!r}) so that it is not "
-                    "found in the rendered text; give another with chat.template='<jinja>'"
+                    f"the chat template rewrites message {index} ({chat[index]['role']}: {content[:40]!r}) so that "
+                    "it is not found in the rendered text; give another with chat.template='<jinja>'"
                 )
             spans.append((index, start, end))
             at = end
@@ -120,41 +121,33 @@ class ChatRenderer:
     def _rendered(
         self, chat: Sequence[Message], text: str, spans: Spans, ids: Ints, offsets: Ints, truncated: bool
     ) -> Rendered:
-        ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else offsets[:, 1]
-        starts = offsets[:, 0].copy()
-        np.minimum(starts[1:], ends[:-1], out=starts[1:])
-        starts = np.maximum.accumulate(starts) if len(ids) else starts
+        """Marks the tokens that hold an assistant's text, turn by turn, and counts the characters before each."""
+        starts, ends = _increasing(offsets)
         mask, before = np.zeros(len(ids), bool), np.full(len(ids), -1, np.int64)
         turn_start = n_bytes = 0
         contents = hashlib.sha256()
-        for index, first, end in spans:
-            if chat[index]["role"] != "assistant":
-                continue
+        for first, end in [(first, end) for index, first, end in spans if chat[index]["role"] == "assistant"]:
+            length = end - first
             contents.update(text[first:end].encode())
-            inside = np.arange(
-                np.searchsorted(ends, first, side="right"), np.searchsorted(starts, end)
-            )  # both never decrease
-            if len(inside):
-                mask[inside] = True
-                before[inside] = np.minimum(np.maximum(ends[inside - 1] - first, 0), end - first) + turn_start
-                before[inside[0]] = turn_start
-                n_bytes += len(text[first : min(end, int(ends[inside[-1]]))].encode())
-            stop = int(np.searchsorted(ends, end, side="right"))
-            if (
-                self.end_of_turn
-                and stop < len(ids)
-                and (close := self._closing(ids, offsets, text, stop, end)) is not None
-            ):
+            begin, stop = int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(starts, end))
+            if begin < stop:  # tokens [begin, stop) touch the content
+                mask[begin:stop] = True
+                before[begin] = turn_start
+                before[begin + 1 : stop] = turn_start + np.clip(ends[begin : stop - 1] - first, 0, length)
+                n_bytes += len(text[first : min(end, int(ends[stop - 1]))].encode())
+            beyond = int(np.searchsorted(ends, end, side="right"))
+            close = self._closing(ids, offsets, text, beyond, end) if self.end_of_turn else None
+            if close is not None:
                 mask[close] = True
-                before[close] = turn_start + end - first
-            turn_start += end - first + 1
+                before[close] = turn_start + length
+            turn_start += length + 1
         positions = np.flatnonzero(mask[1:])
-        inside_character = np.concatenate([ends[1:] == ends[:-1], [False]])[positions] if len(ids) else positions
+        inside_character = ends[positions + 1] == ends[positions]  # the next token adds no whole character
         boundaries = np.where(inside_character, -1, before[positions + 1])
         return Rendered(text, ids, offsets, mask, positions, boundaries, n_bytes, contents.hexdigest()[:8], truncated)
 
     def _closing(self, ids: Ints, offsets: Ints, text: str, at: int, end: int) -> int | None:
-        """Index of the special token that closes the turn: the first one after the content, white space between allowed."""
+        """Index of the special token that closes the turn: the first one after the content, white space allowed."""
         while at < len(ids) and int(ids[at]) not in self._special_ids:
             if text[end : offsets[at, 1]].strip():
                 return None
@@ -188,10 +181,25 @@ class ChatRenderer:
             ) from error
 
 
+def _increasing(offsets: Ints) -> tuple[Ints, Ints]:
+    """First and end characters of the tokens so that neither ever decreases, which tokenizers do not promise.
+
+    A token starts at most where the one before it ends: what lies between two tokens belongs to the later one.
+    """
+    starts, ends = offsets[:, 0].copy(), np.maximum.accumulate(offsets[:, 1])
+    starts[1:] = np.minimum(starts[1:], ends[:-1])
+    return np.maximum.accumulate(starts), ends
+
+
 def _content_end(text: str, start: int, content: str, following: str, last: bool) -> int | None:
-    fits: Callable[[int], bool] = lambda end: (
-        text.startswith(following, end) and (not last or end + len(following) == len(text))
-    )
+    """Where the content that starts at ``start`` ends: it is printed as it is or stripped, or cut down by the template.
+
+    following: the literal after it; last: the text must end with that.
+    """
+
+    def fits(end: int) -> bool:
+        return text.startswith(following, end) and (not last or end + len(following) == len(text))
+
     for kept in (content, content.strip(), content.rstrip(), content.lstrip()):
         if text.startswith(kept, start) and fits(start + len(kept)):
             return start + len(kept)

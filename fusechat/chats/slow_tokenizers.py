@@ -1,4 +1,4 @@
-"""Tokenizers that report no character offsets: which tokens belong to which message is found by tokenizing prefixes of the text."""
+"""Tokenizers that report no character offsets: which tokens belong to which message is found by tokenizing prefixes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,31 @@ def encode(
     """ids [T], offsets [T, 2] and whether the text was cut at ``max_length``.
 
     spans: (message index, first character, end) of the contents. Every token gets the whole piece it lies in as its
-    offsets, so that only where turns begin and end is known; a token over a border belongs to the content. Where the cut
-    falls into a content, its tokens end where the decoded text does.
+    offsets, so that only where turns begin and end is known; a token over a border belongs to the content. Where the
+    cut falls into a content, its tokens end where the decoded text does.
     """
-    tokens: list[int] = _ids(tokenizer, text)
-    ids = np.array(tokens, np.int64)
-    offsets = np.zeros((len(ids), 2), np.int64)
-    done = at = 0
+    tokens = _ids(tokenizer, text)
+    offsets = np.zeros((len(tokens), 2), np.int64)
+    done = at = 0  # tokens placed, characters they cover
     for _, first, end in spans:
-        begin, stop = _shared(tokens, _ids(tokenizer, text[:first])), _shared(tokens, _ids(tokenizer, text[:end]))
-        if stop < len(_ids(tokenizer, text[:end])):  # merged with what follows
-            stop = min(stop + 1, len(ids))
+        through = _ids(tokenizer, text[:end])
+        begin, stop = _shared(tokens, _ids(tokenizer, text[:first])), _shared(tokens, through)
+        if stop < len(through):  # the content's last token is merged with what follows
+            stop = min(stop + 1, len(tokens))
         offsets[done:begin] = at, first
         offsets[begin:stop] = first, end
-        if begin < max_length < stop:  # the first token may hold the space before the content
-            kept, content = tokenizer.decode(tokens[begin:max_length]).lstrip(), text[first:end]
-            offsets[begin:stop, 1] = min(end, first + len(content) - len(content.lstrip()) + len(kept))
+        if begin < max_length < stop:
+            offsets[begin:stop, 1] = min(end, first + _decoded(tokenizer, tokens[begin:max_length], text[first:end]))
         done, at = stop, end
     offsets[done:] = at, len(text)
+    ids = np.array(tokens, np.int64)
     return ids[:max_length], offsets[:max_length], len(ids) > max_length
+
+
+def _decoded(tokenizer: Any, kept: list[int], content: str) -> int:
+    """How many characters of the content the kept tokens are; the first may hold the space before it, too."""
+    leading = len(content) - len(content.lstrip())
+    return leading + len(tokenizer.decode(kept).lstrip())
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -18,14 +18,9 @@ from torch import Tensor
 
 from fusechat.app.errors import UserError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -128,15 +123,7 @@ class CheckpointWriter:
         if self._current is None or self._current[0] != shard:
             self._end_shard()
             self._file = (self.path / self._shard_name(shard)).open("wb", buffering=1 << 20)
-            header, at = {"__metadata__": {"format": "pt"}}, 0
-            for key in self.shards[shard]:
-                shape, dtype = self.plan[key]
-                size = _size(shape, dtype)
-                header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}  # type: ignore[dict-item]
-                at += size
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)
-            self._file.write(len(text).to_bytes(8, "little") + text)
+            self._file.write(_header({key: self.plan[key] for key in self.shards[shard]}))
         self._current, self._left = (shard, expected), _size(*self.plan[expected])
 
     def _end_shard(self) -> None:
@@ -171,6 +158,19 @@ def _shards(plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]], limit: int)
         shards[-1].append(name)
         filled += _size(*entry)
     return shards
+
+
+def _header(plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
+    """A safetensors file up to its data: 8 bytes of length, then JSON padded to a multiple of 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (shape, dtype) in plan.items():
+        end = at + _size(shape, dtype)
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -47,7 +47,7 @@ class OutputHead:
 
     @torch.no_grad()
     def verify(self, input_ids: Tensor) -> None:
-        """Raises `UserError` unless backbone + head give the model's own logits for ``input_ids`` (its first tokens)."""
+        """Raises `UserError` unless backbone + head give the model's own logits on ``input_ids``."""
         probe = input_ids[:1, :16]
         training = self.model.training
         self.model.eval()

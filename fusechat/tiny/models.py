@@ -16,6 +16,7 @@ from tokenizers import models as token_models
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from fusechat.chats.padding import pad
 from fusechat.chats.render import ChatRenderer
 
 TEMPLATES = {
@@ -130,18 +131,9 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
                 yield self._pad(order[start : start + self.batch_size])
 
     def _pad(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
-        width = max(len(row.input_ids) for row in rows)
-        ids = np.full((len(rows), width), self.pad)
-        labels, mask = np.full_like(ids, -100), np.zeros_like(ids)
-        for i, row in enumerate(rows):
-            n = len(row.input_ids)
-            ids[i, :n], mask[i, :n] = row.input_ids, 1
-            labels[i, :n] = np.where(row.assistant_mask, row.input_ids, -100)
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-            "labels": torch.from_numpy(labels),
-        }
+        ids, mask = pad([row.input_ids for row in rows], self.pad)
+        labels, _ = pad([np.where(row.assistant_mask, row.input_ids, -100) for row in rows], -100)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 class Pretraining(lightning.LightningModule):

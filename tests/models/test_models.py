@@ -97,3 +97,14 @@ def test_two_writers_of_one_directory_do_not_meet(tmp_path: Path) -> None:
     assert (tmp_path / "out/a").read_text() == "again"
     assert alive.exists(), "another process is still at work there"
     assert not dead.exists()
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_a_strangers_code_is_named_with_the_key_that_runs_it(what: str, tmp_path: Path) -> None:
+    from fusechat.models.load import load_model, load_tokenizer
+
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["mine.Tokenizer", null]}}')
+    (tmp_path / "mine.py").write_text("raise SystemExit('must not run')")
+    with pytest.raises(UserError, match=r"Add source\.trust_remote_code=true .* only if you trust its authors$"):
+        load_model(str(tmp_path)) if what == "model" else load_tokenizer(str(tmp_path))
