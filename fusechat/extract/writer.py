@@ -19,6 +19,7 @@ from fusechat.stores.encoding import encode_counts, encode_logprobs, encode_runs
 from fusechat.stores.store import StoreWriter, list_column
 
 LOG = logging.getLogger(__name__)
+SCALARS = {"nats": pa.float64(), "bytes": pa.int32(), "tokens": pa.int32()}
 
 
 class ShardWriter(BasePredictionWriter):
@@ -79,7 +80,6 @@ NOTHING = TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zer
 
 def _row(chat: dict[str, Any], rendered: Rendered, top: TopK | None) -> dict[str, Any]:
     """One chat's columns. top: None where a logit was not finite; such a chat keeps its place, without positions."""
-    bad = top is None and len(rendered.positions) > 0
     kept = top if top is not None and len(rendered.positions) else NOTHING
     positions, boundaries = (part[: len(kept.gold_logprob)] for part in (rendered.positions, rendered.boundaries))
     present = ~kept.logprobs.isneginf()
@@ -98,7 +98,7 @@ def _row(chat: dict[str, Any], rendered: Rendered, top: TopK | None) -> dict[str
         "bytes": rendered.n_bytes if len(positions) else 0,
         "tokens": len(positions),
         "truncated": rendered.truncated,
-        "bad": bad,
+        "bad": top is None and len(rendered.positions) > 0,
     }
 
 
@@ -110,9 +110,7 @@ def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_lengt
     return pa.table(
         {
             **{key: [row[key] for row in rows] for key in ("id", "tag", "text_hash")},
-            "nats": pa.array([row["nats"] for row in rows], pa.float64()),
-            "bytes": pa.array([row["bytes"] for row in rows], pa.int32()),
-            "tokens": pa.array([row["tokens"] for row in rows], pa.int32()),
+            **{key: pa.array([row[key] for row in rows], kind) for key, kind in SCALARS.items()},
             "input_ids": column("input_ids", ids),
             "positions": column("positions", narrowest(max_length)),
             "boundaries": column("boundaries", np.uint8),
@@ -125,13 +123,12 @@ def _table(rows: list[dict[str, Any]], vocab_size: int, logprobs: str, max_lengt
 
 
 def _statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    empty = [row["id"] for row in rows if not len(row["positions"]) and not row["bad"]]
     return {
         "tokens": sum(len(row["input_ids"]) for row in rows),
         "positions": sum(row["tokens"] for row in rows),
         "nats": sum(row["nats"] for row in rows),
         "text_bytes": sum(row["bytes"] for row in rows),
         "truncated": sum(row["truncated"] for row in rows),
-        "no_response": empty,
-        "bad": [r["id"] for r in rows if r["bad"]],
+        "no_response": [row["id"] for row in rows if not row["tokens"] and not row["bad"]],
+        "bad": [row["id"] for row in rows if row["bad"]],
     }
