@@ -1,4 +1,4 @@
-"""Answers in the files that FastChat's llm_judge (MT-Bench) and alpaca_eval read, so that their own judges can score them."""
+"""Answers in the files that FastChat's llm_judge (MT-Bench) and alpaca_eval read, for their own judges to score."""
 
 from __future__ import annotations
 
@@ -6,42 +6,89 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import file_hash, whole_lines, write_lines
+from fusechat.app.trainer import seed_everything
 from fusechat.chats.render import Message
+from fusechat.evaluate.kinds import EVALUATIONS, Job, Work
 
 Question = dict[str, Any]
-Generate = Callable[[list[list[Message]], float], list[str]]
+Generate = Callable[[list[list[Message]], float], list[str]]  # prompts, temperature -> answers
+Records = Callable[[Sequence[Question], Generate], Iterator[dict[str, Any]]]
 PART = 16  # questions between two writes
-TEMPERATURES = {  # of MT-Bench's categories, as published
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
-OTHERWISE = 0.7
+GREEDY = ("extraction", "math", "coding", "reasoning")
+TEMPERATURES = dict.fromkeys(GREEDY, 0.0) | {"stem": 0.1, "humanities": 0.1}  # of MT-Bench's categories, as published
+OTHERWISE = 0.7  # writing, roleplay, and categories that MT-Bench does not have
+
+
+@EVALUATIONS.register("mt_bench", "two-turn answers for FastChat's llm_judge, each category at its temperature")
+def mt_bench(job: Job) -> Work:
+    """Records of llm_judge's model_answer, one a question."""
+
+    def records(left: Sequence[Question], ask: Generate) -> Iterator[dict[str, Any]]:
+        return mt_bench_records(left, ask, job.name)
+
+    return _work(job, records, "lines")
+
+
+@EVALUATIONS.register("alpaca_eval", "one answer an instruction, for alpaca_eval's annotators")
+def alpaca_eval(job: Job) -> Work:
+    """Records of alpaca_eval's model_outputs, one an instruction."""
+
+    def records(left: Sequence[Question], ask: Generate) -> Iterator[dict[str, Any]]:
+        return alpaca_eval_records(left, ask, job.name, job.settings["temperature"])
+
+    return _work(job, records, "list")
+
+
+def _work(job: Job, records: Records, form: Literal["lines", "list"]) -> Work:
+    path = Path(job.settings["questions"])
+    questions = load_questions(path, job.settings["kind"])
+
+    def measure(part: Path) -> dict[str, Any]:
+        done = whole_lines(part)
+        done = done[: len(done) - len(done) % PART]  # questions are asked in parts: the same parts again
+        write_lines(part, [json.dumps(record) for record in done])
+        with part.open("a", encoding="utf-8") as file:
+            for record in records(questions[len(done) :], _asking(job)):
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+        return {"samples": whole_lines(part)}
+
+    return Work(measure, {"questions": file_hash(path)}, answers=form)
+
+
+def _asking(job: Job) -> Generate:
+    from fusechat.evaluate.generation import generate
+
+    model, renderer = job.load()
+    limits = {"max_new_tokens": job.settings["max_new_tokens"], "batch_size": job.settings["batch_size"]}
+
+    def ask(prompts: list[list[Message]], temperature: float) -> list[str]:
+        seed_everything(job.seed)  # the same answers whether or not a kill came between
+        return generate(model, renderer, prompts, temperature=temperature, **limits)
+
+    return ask
 
 
 def load_questions(path: Path, kind: str) -> list[Question]:
-    """The user's question file: JSON lines with question_id and turns (mt_bench), or a JSON list with instruction (alpaca_eval)."""
+    """The user's question file.
+
+    JSON lines with question_id and turns (mt_bench), or a JSON list with instruction (alpaca_eval). Raises `UserError`.
+    """
     if not path.is_file():
         raise UserError(
             f"evaluation.questions={path} does not exist; download the question file of {kind} and name it here"
         )
     text = path.read_text(encoding="utf-8")
+    lines = [text] if text.lstrip().startswith("[") else [line for line in text.split("\n") if line.strip()]
     try:
-        found = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
-        )
+        read = [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    found = read[0] if text.lstrip().startswith("[") else read
     needed = {"mt_bench": {"question_id", "turns"}, "alpaca_eval": {"instruction"}}[kind]
     for number, question in enumerate(found, 1):
         if not isinstance(question, dict) or not needed <= set(question):
@@ -49,7 +96,7 @@ def load_questions(path: Path, kind: str) -> list[Question]:
     return list(found)
 
 
-def mt_bench(questions: Sequence[Question], generate: Generate, model_id: str) -> Iterator[dict[str, Any]]:
+def mt_bench_records(questions: Sequence[Question], generate: Generate, model_id: str) -> Iterator[dict[str, Any]]:
     """Every turn of every question, each category at its temperature; one record a question, as llm_judge has them."""
     for start in range(0, len(questions), PART):
         part = questions[start : start + PART]
@@ -73,7 +120,7 @@ def mt_bench(questions: Sequence[Question], generate: Generate, model_id: str) -
             }
 
 
-def alpaca_eval(
+def alpaca_eval_records(
     questions: Sequence[Question], generate: Generate, model_id: str, temperature: float
 ) -> Iterator[dict[str, Any]]:
     """One answer an instruction, as alpaca_eval's model_outputs have them."""

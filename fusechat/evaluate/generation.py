@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fusechat.chats.padding import pad
 from fusechat.chats.render import ChatRenderer, Message
 
 
@@ -27,24 +28,19 @@ def generate(
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(texts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        width = max(len(encoded[i]) for i in part)
-        ids = torch.full((len(part), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(part):
-            size = len(encoded[i])
-            ids[row, width - size :], mask[row, width - size :] = torch.tensor(encoded[i]), 1
+        ids, mask = pad([encoded[i] for i in part], filler, side="left")
         out = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
+            pad_token_id=filler,
             eos_token_id=tokenizer.eos_token_id,
             **sampling,
         )
         for row, i in enumerate(part):
-            answers[i] = tokenizer.decode(out[row, width:], skip_special_tokens=True).strip()
+            answers[i] = tokenizer.decode(out[row, ids.shape[1] :], skip_special_tokens=True).strip()
     return answers

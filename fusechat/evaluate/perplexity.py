@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fusechat.chats.padding import pad
 from fusechat.chats.render import ChatRenderer, Message
 from fusechat.models.heads import OutputHead
 
@@ -22,11 +23,7 @@ def score(
     found: list[dict[str, float]] = [{}] * len(chats)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        width = max(len(rendered[i].input_ids) for i in part)
-        ids, mask = torch.zeros(len(part), width, dtype=torch.long), torch.zeros(len(part), width, dtype=torch.long)
-        for row, i in enumerate(part):
-            size = len(rendered[i].input_ids)
-            ids[row, :size], mask[row, :size] = torch.from_numpy(rendered[i].input_ids), 1
+        ids, mask = pad([rendered[i].input_ids for i in part])
         hidden = head.hidden(ids.to(model.device), mask.to(model.device))
         for row, i in enumerate(part):
             positions = torch.from_numpy(rendered[i].positions)

@@ -25,6 +25,14 @@ def metric(samples: Sequence[Sample], name: str) -> tuple[Floats, Floats]:
     return np.array([float(s[key]) for s in samples]), np.ones(len(samples))
 
 
+def metric_names(samples: Sequence[Sample]) -> list[str]:
+    """The metrics that the samples' numbers make."""
+    keys = {key for sample in samples for key, value in sample.items() if isinstance(value, (int, float))}
+    names = ["bits_per_byte", "nats_per_token"] if "nats" in keys else []
+    names += ["accuracy"] if "correct" in keys else []
+    return names + sorted(keys - {"id", "nats", "bytes", "tokens", "correct"})
+
+
 def interval(samples: Sequence[Sample], name: str, seed: int = 0) -> dict[str, float]:
     """value with its 95 % percentile bootstrap interval: low, high."""
     top, bottom = metric(samples, name)

@@ -64,7 +64,7 @@ def test_intervals_cover_the_value_and_pairing_sees_small_differences() -> None:
 
 
 def test_evaluate_writes_skips_and_resumes(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusechat.evaluate.__main__.PART", 5)
+    monkeypatch.setattr("fusechat.evaluate.chats.PART", 5)
     model = f"model={fresh.experiment}/world/models/pivot"
     value = fresh.run("evaluate", model)
     file = fresh.experiment / "evaluation/models-pivot.json"

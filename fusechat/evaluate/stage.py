@@ -1,0 +1,141 @@
+"""Evaluating a model by any kind of evaluation: what fits is kept, what a kill left is gone on with, results are whole.
+
+An evaluation is cheap beside what it measures: one of other weights or other settings is made again in its place
+without asking, unlike stores and models. Only another model's result is never written over (`evaluate.places`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusechat.app.errors import UserError
+from fusechat.app.outputs import fingerprint, stage_fingerprint, write_durably, write_json, write_lines
+from fusechat.evaluate import answers as _answers  # noqa: F401  these three register their kinds
+from fusechat.evaluate import chats as _chats  # noqa: F401
+from fusechat.evaluate import harness as _harness  # noqa: F401
+from fusechat.evaluate.kinds import EVALUATIONS, Job, Sample, Work
+
+__all__ = ["EVALUATIONS", "evaluate", "evaluate_by"]
+
+LOG = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: str | Path,
+    chats: str | Path,
+    output_file: str | Path,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    generate: bool = True,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    template: str = "native",
+    max_length: int = 2048,
+    dtype: str = "float32",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
+    imports: Mapping[str, str] | None = None,
+) -> Mapping[str, Any]:
+    """Measures a model (directory or Hub id) on held-out chats; writes ``output_file`` (JSON), returns its content.
+
+    ``metrics`` has, for each metric and skill, value, low and high of the 95 % bootstrap interval: bits_per_byte
+    (nats of the answers / ln 2 / their UTF-8 bytes), nats_per_token, and with ``generate`` accuracy (exact match of
+    greedy answers). ``samples`` has the same chat by chat. A result of the same model, chats
+    and settings is returned as it is there. record: kept in the result beside it.
+    imports: the user's own modules with their hashes. Raises `UserError`.
+    """
+    settings = {"kind": "chats", "chats": str(chats), "split": split, "limit": limit, "template": template}
+    settings |= {"generate": generate, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype}
+    settings |= {"max_length": max_length, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    more: dict[str, Any] = {"seed": seed, "overwrite": overwrite, "record": record, "imports": imports}
+    return evaluate_by(model, settings, output_file, **more)[0]
+
+
+def evaluate_by(
+    model: str | Path,
+    settings: Mapping[str, Any],
+    output_file: str | Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
+    imports: Mapping[str, str] | None = None,
+) -> tuple[Mapping[str, Any], bool]:
+    """Any evaluation: ``settings["kind"]`` names it, the rest are its own. Returns its result, and whether made now.
+
+    The result of kinds that write answer files is a summary: fingerprint, model, name and kind.
+    """
+    from fusechat.models.load import model_identity
+
+    path, output = str(model), Path(output_file)
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise UserError(f"model={path} is not a model directory or Hub id")
+    kind = EVALUATIONS[settings["kind"]]
+    work: Work = kind.function(Job(path, output.stem, settings, seed))
+    mark = stage_fingerprint(imports, model=model_identity(path), evaluation=dict(settings), seed=seed)
+    mark = fingerprint(mark=mark, **work.inputs)
+    about = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path, "fingerprint": mark}
+    held = None if overwrite else _held(output, about, work)
+    if held is not None:
+        LOG.info("skip: %s is evaluated already (%s, fingerprint %s)", path, output, mark)
+        return held, False
+    part = output.with_suffix(f".{mark}.part")
+    found = work.measure(part)
+    if work.answers:
+        _write_answers(output, found["samples"], work, about)
+        content: Mapping[str, Any] = about
+    else:
+        content = _write_result(output, found, about, record or {})
+    part.unlink(missing_ok=True)
+    return content, True
+
+
+def note_of(output: Path) -> Path:
+    """The file beside an answer file that says which answers these are: the fingerprint, and below it the model."""
+    return output.with_suffix(".fingerprint")
+
+
+def _held(output: Path, about: Mapping[str, Any], work: Work) -> Mapping[str, Any] | None:
+    """The result that is there, if it is this one."""
+    if work.answers:
+        note = note_of(output)
+        fits = output.exists() and note.exists() and note.read_text().split("\n")[0] == about["fingerprint"]
+        return about if fits else None
+    held: Mapping[str, Any] = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    return held if held.get("fingerprint") == about["fingerprint"] else None
+
+
+def _write_answers(output: Path, records: list[Sample], work: Work, about: Mapping[str, Any]) -> None:
+    if work.answers == "list":
+        write_json(output, records)
+    else:
+        write_lines(output, [json.dumps(record) for record in records])
+    write_durably(note_of(output), f"{about['fingerprint']}\n{about['model']}\n".encode())
+    LOG.info("%d questions answered by %s: %s", len(records), about["model"], output)
+
+
+def _write_result(
+    output: Path, found: Mapping[str, Any], about: Mapping[str, Any], record: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The result with its metrics and a hash of its test set: results of one test set can be paired."""
+    from fusechat.report.results import metrics
+    from fusechat.report.statistics import metric_names
+
+    samples = found["samples"]
+    if not samples:
+        raise UserError(f"{about['model']}: the evaluation has no samples; see evaluation.limit and evaluation.split")
+    values = metrics(samples, metric_names(samples))
+    tests = fingerprint(ids=[sample["id"] for sample in samples])
+    content = {**about, "tests": tests, "metrics": values, **found, **record}
+    write_json(output, content)
+    shown = ", ".join(f"{name} {entry['all']['value']:.4f}" for name, entry in values.items())
+    LOG.info("%s: %s on %d samples", about["model"], shown, len(samples))
+    return content
