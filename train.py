@@ -6,22 +6,53 @@ python train.py -m experiment=tiny source=a,b,c loss.lm_weight=0.5,0.9
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
-from fusechat.app.command import entry
+from fusechat.app.command import entry, experiment_of, imported, plain, provenance
+from fusechat.app.tracking import log_made, make_logger, open_run
 
 
 def run(cfg: DictConfig) -> float | None:
     """config -> objects -> run; returns the validation bits per byte, which searches minimise."""
-    from fusechat.fusion import run as training
+    from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer, train
 
-    plan = training.plan(cfg)
-    if plan.finished:
-        return plan.metric
-    data, module = plan.data(), plan.module()
-    trainer = plan.trainer()
-    trainer.fit(module, datamodule=data, ckpt_path=plan.checkpoint)
-    return plan.close(trainer)
+    rule, experiment, output = FusionRule(**plain(cfg.fusion)), Path(cfg.paths.experiment), Path(cfg.output_dir)
+    sources = [str(name) for name in cfg.sources] if rule.needs_sources else []
+    pivot_store, aligned = experiment / "distributions/pivot", {s: experiment / "aligned" / s for s in sources}
+    stage = experiment_of(cfg)
+    pivot = {key: value for key, value in plain(cfg.pivot).items() if key not in ("name", "path")}
+    value = train(
+        cfg.pivot.path,
+        pivot_store,
+        aligned,
+        output,
+        rule=rule,
+        loss=FusionLoss(**plain(cfg.loss)),
+        optimizer=Optimizer(**plain(cfg.optimizer)),
+        data=Data(**plain(cfg.data)),
+        callbacks=Callbacks(**plain(cfg.callbacks)),
+        lora=plain(cfg.lora),
+        trainer=plain(cfg.trainer),
+        **pivot,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        max_length=cfg.chat.max_length,
+        seed=cfg.seed,
+        resume=cfg.ckpt_path,
+        overwrite=cfg.overwrite,
+        logger=lambda step: make_logger(cfg, f"{cfg.stage}-{output.name}", step),
+        record=provenance(cfg),
+        imports=imported(cfg),
+        remedies=[
+            f"python -m fusechat.extract {stage} source=pivot",
+            *(f"python -m fusechat.align {stage} source={source}" for source in sources),
+        ],
+    )
+    if (tracker := open_run()) is not None:  # in the one process that trained
+        inputs = [("distributions", pivot_store), *(("aligned", path) for path in aligned.values())]
+        log_made(cfg, tracker, ("target", output), inputs)
+    return value
 
 
 main = entry("train")(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def wandb_run(cfg: DictConfig, name: str) -> Any:
     import wandb
 
     return wandb.run or make_logger(cfg, name)[0].experiment
+
+
+def open_run() -> Any:
+    """The wandb run that is open in this process, or None."""
+    wandb = sys.modules.get("wandb")
+    return wandb.run if wandb is not None else None
 
 
 def log_made(cfg: DictConfig, run: Any, made: Made | None, inputs: Sequence[Made]) -> None:

@@ -67,7 +67,7 @@ class ExtractionModule(lightning.LightningModule):
         return self._halving(rendered[:half]) + self._halving(rendered[half:])
 
     def _distributions(self, rendered: Sequence[Rendered]) -> list[TopK | None]:
-        device = self.head.head.weight.device
+        device = self.head.projection.weight.device
         ids, mask = pad([r.input_ids for r in rendered])
         hidden = self.head.hidden(ids.to(device), mask.to(device))
         found = []
@@ -91,6 +91,6 @@ class ExtractionModule(lightning.LightningModule):
 
     def _logits(self, hidden: Tensor) -> Iterator[Tensor]:
         """hidden [R, D] -> logits [r, V] of successive positions, multiplied in chunks and given in smaller pieces."""
-        wide = self.head.head.weight.shape[0]
+        wide = self.head.projection.weight.shape[0]
         for chunk in torch.split(hidden, max(1, CHUNK_ELEMENTS // wide)):
             yield from torch.split(self.head.logits(chunk), max(1, CACHE_ELEMENTS // wide))

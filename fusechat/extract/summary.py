@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from fusechat.stores.units import bits_per_byte
 
 
 def totals(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def numbers(manifest: dict[str, Any]) -> dict[str, float]:
         "no_response": len(sums["no_response"]),
         "bad": len(sums["bad"]),
         "truncated": sums["truncated"],
-        "bits_per_byte": float(sums["nats"] / np.log(2) / max(1, sums["text_bytes"])),
+        "bits_per_byte": float(bits_per_byte(sums["nats"], max(1, sums["text_bytes"]))),
         "megabytes": size / 1e6,
         "bytes_per_token": size / max(1, sums["tokens"]),
     }

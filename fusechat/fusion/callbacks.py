@@ -6,6 +6,7 @@ import logging
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,32 +46,21 @@ class Throughput(Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """The summary line."""
-        seconds = time.perf_counter() - self.start
-        shown = {
-            k: round(float(v), 4)
-            for k, v in trainer.callback_metrics.items()
-            if k.split("/")[-1] in ("sft", "fusion", "bits_per_byte")
-        }
-        LOG.info(
-            "%d steps, %d tokens in %.0f s (%.0f tokens/s); %s",
-            trainer.global_step,
-            self.tokens,
-            seconds,
-            self.tokens / seconds,
-            shown,
-        )
+        seconds, told = time.perf_counter() - self.start, ("sft", "fusion", "bits_per_byte")
+        metrics = trainer.callback_metrics.items()
+        shown = {name: round(float(value), 4) for name, value in metrics if name.split("/")[-1] in told}
+        speed = trainer.global_step, self.tokens, seconds, self.tokens / seconds
+        LOG.info("%d steps, %d tokens in %.0f s (%.0f tokens/s); %s", *speed, shown)
 
 
 class FusionShares(Callback):
-    """Logs how much of the response each source covers, and, per epoch and tag, which model's distribution was taken how often."""
+    """Logs how much of the response each source covers, and, per epoch and tag, how often each model was chosen."""
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Coverage is a property of the stores: logged once."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        shares = {
-            f"coverage/{name}": share
-            for name, share in zip(pl_module.hparams.source_names, data.coverage(), strict=True)
-        }
+        named = zip(pl_module.source_names, data.coverage(), strict=True)
+        shares = {f"coverage/{name}": share for name, share in named}
         for logger in trainer.loggers:
             logger.log_metrics(shares, step=trainer.global_step)
 
@@ -81,7 +71,7 @@ class FusionShares(Callback):
 
 
 class SavePretrained(Callback):
-    """Writes the model as a Hugging Face directory when training ends; on an interrupt beside it, as ``NAME-interrupted``.
+    """Writes the model as a Hugging Face directory when training ends; on an interrupt as ``NAME-interrupted``.
 
     describe(directory, module, trainer) adds tokenizer, card and fusechat.json before the directory gets its name.
     """
@@ -115,26 +105,37 @@ class SavePretrained(Callback):
         LOG.info("saved %s", path)
 
 
-def make_callbacks(
-    checkpoints: Path, every_n_steps: int | None, early_stopping: int | None, progress_bar: bool, logged: bool
-) -> list[Callback]:
-    """The callbacks that ``conf/callbacks`` describes."""
+@dataclass(frozen=True)
+class Callbacks:
+    """What goes on beside training. checkpoint_every_n_steps: None: at the end of an epoch alone; early_stopping:
+    validations without improvement before training stops; keep_checkpoints: of a finished run too.
+    """
+
+    checkpoint_every_n_steps: int | None = 100
+    early_stopping: int | None = None
+    progress_bar: bool = True
+    keep_checkpoints: bool = False
+
+
+def make_callbacks(settings: Callbacks, checkpoints: Path, logged: bool) -> list[Callback]:
+    """Lightning's callbacks for these settings; ``checkpoints`` is their folder."""
+    every = settings.checkpoint_every_n_steps
     saver = ModelCheckpoint(
         dirpath=checkpoints,
         filename="{step}",
-        every_n_train_steps=every_n_steps,
+        every_n_train_steps=every,
         save_top_k=1,
         monitor="step",
         mode="max",
-        save_on_train_epoch_end=every_n_steps is None or None,
+        save_on_train_epoch_end=every is None or None,
         enable_version_counter=False,
     )
     found: list[Callback] = [Throughput(), FusionShares(), saver]
-    if early_stopping:
-        found.append(EarlyStopping("validation/bits_per_byte", patience=early_stopping))
+    if settings.early_stopping:
+        found.append(EarlyStopping("validation/bits_per_byte", patience=settings.early_stopping))
     if logged:
         found.append(LearningRateMonitor("step"))
-    if progress_bar:
+    if settings.progress_bar:
         found.append(RichProgressBar(leave=False))
     return found
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fusechat.app.errors import UserError
 from fusechat.chats.formats import in_validation
+from fusechat.chats.padding import pad
 from fusechat.stores.distributions import NEG_INF
 from fusechat.stores.encoding import Array, decode_logprobs
 from fusechat.stores.store import DistributionStore
@@ -27,6 +30,22 @@ from fusechat.stores.store import DistributionStore
 LOG = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 LARGEST = 1e-2  # log-probabilities above are no rounding any more
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, in which order. batch_size: chats per device and micro-batch; validation_fraction: chats held
+    out by content hash and split_seed; shuffle_seed: the order; bucket: batches sorted by length together, 1: none;
+    num_workers: DataLoader processes; max_tokens: longer chats are an error, None: the caller's ``max_length`` decides.
+    """
+
+    batch_size: int = 8
+    validation_fraction: float = 0.05
+    split_seed: int = 0
+    shuffle_seed: int = 0
+    num_workers: int = 0
+    bucket: int = 16
+    max_tokens: int | None = None
 
 
 @dataclass
@@ -61,11 +80,21 @@ class Draw:
     step_tokens: int
 
 
-class FusionRows(Dataset[FusionBatch]):
-    """Batches by `Draw`. stores: the pivot's first, then the aligned sources'."""
+@dataclass(frozen=True)
+class Entries:
+    """A model's entries at a batch's N positions, end to end. counts, gold_logprob [N]; ids, logprobs [Σ counts]."""
 
-    def __init__(self, stores: Sequence[DistributionStore], pad: int) -> None:
-        self.stores, self.pad = list(stores), pad
+    counts: Array
+    ids: Array
+    logprobs: Array
+    gold_logprob: Array
+
+
+class FusionRows(Dataset[FusionBatch]):
+    """Batches by `Draw`. stores: the pivot's first, then the aligned sources', row by row of the same chats."""
+
+    def __init__(self, stores: Sequence[DistributionStore], pad_token_id: int) -> None:
+        self.stores, self.pad_token_id = list(stores), pad_token_id
         self.scalars = {
             name: torch.from_numpy(np.stack([s.column(name) for s in stores], 1))
             for name in ("nats", "bytes", "tokens")
@@ -73,75 +102,64 @@ class FusionRows(Dataset[FusionBatch]):
         self.tags = stores[0].column("tag")
 
     def __getitem__(self, draw: Draw) -> FusionBatch:
-        rows = draw.rows
-        chats = [self.stores[0].row(row, "input_ids", "positions") for row in rows]
-        width = max(len(ids) for ids, _ in chats)
-        input_ids = np.full((len(rows), width), self.pad, np.int64)
-        mask = np.zeros((len(rows), width), np.int64)
-        for b, (ids, _) in enumerate(chats):
-            input_ids[b, : len(ids)], mask[b, : len(ids)] = ids, 1
-        lengths = [len(positions) for _, positions in chats]
-        sequence = np.repeat(np.arange(len(rows)), lengths)
-        at = np.concatenate([positions for _, positions in chats]) + sequence * width
-        parts = [self._columns(store, rows, len(at)) for store in self.stores]
-        kept = max(1, *(int(counts.max(initial=0)) for counts, *_ in parts))
-        all_ids, logprobs = (
-            np.zeros((len(parts), len(at), kept), np.int32),
-            np.full((len(parts), len(at), kept), NEG_INF, np.float32),
-        )
-        for s, part in enumerate(parts):
-            self._fill(self.stores[s], all_ids[s], logprobs[s], *part[:3])
-        gold_logprob = torch.from_numpy(np.stack([gold for *_, gold in parts]).astype(np.float32))
-        gold = torch.from_numpy(input_ids.reshape(-1)[at + 1])
-        nats, n_bytes, n_tokens = (self.scalars[name][rows] for name in ("nats", "bytes", "tokens"))
+        chats = [self.stores[0].row(row, "input_ids", "positions") for row in draw.rows]
+        input_ids, attention_mask = pad([ids for ids, _ in chats], self.pad_token_id)
+        sequence = np.repeat(np.arange(len(chats)), [len(positions) for _, positions in chats])
+        at = np.concatenate([positions for _, positions in chats]) + sequence * input_ids.shape[1]
+        models = [self._entries(store, draw.rows, len(at)) for store in self.stores]
+        ids, logprobs = self._rectangle(models)
         return FusionBatch(
-            torch.from_numpy(input_ids),
-            torch.from_numpy(mask),
-            torch.from_numpy(at),
-            gold,
-            torch.from_numpy(sequence),
-            torch.from_numpy(all_ids),
-            torch.from_numpy(logprobs),
-            gold_logprob,
-            nats.float(),
-            n_bytes.float(),
-            n_tokens.float(),
-            torch.tensor(float(draw.step_tokens)),
-            [str(self.tags[row]) for row in rows],
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            at=torch.from_numpy(at),
+            gold=input_ids.reshape(-1)[at + 1],  # position t predicts the token after t
+            sequence=torch.from_numpy(sequence),
+            ids=torch.from_numpy(ids),
+            logprobs=torch.from_numpy(logprobs),
+            gold_logprob=torch.from_numpy(np.stack([m.gold_logprob for m in models]).astype(np.float32)),
+            nats=self.scalars["nats"][draw.rows].float(),
+            n_bytes=self.scalars["bytes"][draw.rows].float(),
+            n_tokens=self.scalars["tokens"][draw.rows].float(),
+            step_tokens=torch.tensor(float(draw.step_tokens)),
+            tags=[str(self.tags[row]) for row in draw.rows],
         )
 
-    def _columns(self, store: DistributionStore, rows: list[int], n: int) -> list[Array]:
-        """counts [n], ids, log-probabilities as stored, gold_logprob [n] of the rows, end to end."""
+    def _entries(self, store: DistributionStore, rows: list[int], n: int) -> Entries:
+        """A model's entries in some chats. Raises `UserError` where they do not fit the pivot's n positions or ids."""
         columns = [store.row(row, "counts", "ids", "logprobs", "gold_logprob") for row in rows]
-        found = [np.concatenate(part) for part in zip(*columns, strict=True)]
-        if len(found[0]) != n:
-            raise UserError(
-                f"{store.path} has {len(found[0])} positions where the pivot has {n}; align again with overwrite=true"
-            )
-        return found
-
-    def _fill(
-        self, store: DistributionStore, out_ids: Array, out: Array, counts: Array, ids: Array, stored: Array
-    ) -> None:
-        """Writes one model's entries into its part of the batch, [N, K] each."""
+        counts, ids, stored, gold_logprob = (np.concatenate(parts) for parts in zip(*columns, strict=True))
         logprobs = decode_logprobs(stored)
+        again = "align again with overwrite=true"
+        if len(counts) != n:
+            raise UserError(f"{store.path} has {len(counts)} positions where the pivot has {n}; {again}")
         if len(ids) and (int(ids.max()) >= self.stores[0].manifest["vocab_size"] or not logprobs.max() <= LARGEST):
-            raise UserError(
-                f"{store.path} holds ids beyond the pivot's vocabulary, NaN or inf; align again with overwrite=true"
-            )
-        width = int(counts[0]) if len(counts) else 0
-        if (counts == width).all():
-            out_ids[:, :width], out[:, :width] = (
-                ids.reshape(-1, width or 1)[:, :width],
-                logprobs.reshape(-1, width or 1)[:, :width],
-            )
-            return
-        present = np.arange(out.shape[1]) < counts[:, None]
-        out_ids[present], out[present] = ids, logprobs
+            raise UserError(f"{store.path} holds ids beyond the pivot's vocabulary, NaN or inf; {again}")
+        return Entries(counts, ids, logprobs, gold_logprob)
+
+    @staticmethod
+    def _rectangle(models: Sequence[Entries]) -> tuple[Array, Array]:
+        """ids and log-probabilities of S models, [S, N, K] each; spare entries are id 0 of log-probability -inf."""
+        n, kept = len(models[0].counts), max(1, *(int(m.counts.max(initial=0)) for m in models))
+        ids = np.zeros((len(models), n, kept), np.int32)
+        logprobs = np.full((len(models), n, kept), NEG_INF, np.float32)
+        for s, model in enumerate(models):
+            k = int(model.counts[0]) if n else 0
+            if k and (model.counts == k).all():  # much faster than a mask
+                ids[s, :, :k], logprobs[s, :, :k] = model.ids.reshape(n, k), model.logprobs.reshape(n, k)
+            else:
+                present = np.arange(kept) < model.counts[:, None]
+                ids[s][present], logprobs[s][present] = model.ids, model.logprobs
+        return ids, logprobs
 
 
 class Plan(Sampler[Draw]):
-    """The draws of one rank, epoch by epoch. ``start`` skips what a resumed epoch has done already."""
+    """Which chats each rank takes, epoch by epoch.
+
+    In a micro-batch each of ``world`` ranks takes ``batch_size`` chats; ``accumulate`` micro-batches make an optimizer
+    step. So a step has batch_size * world * accumulate chats, and which they are depends on the seed and that product
+    alone. rows: the chats of an epoch; lengths and responses: tokens of every chat of the stores. seed None: in order.
+    bucket: steps whose chats are sorted by length together. ``start`` skips what a resumed epoch has done already.
+    """
 
     def __init__(
         self,
@@ -157,60 +175,60 @@ class Plan(Sampler[Draw]):
         bucket: int,
     ) -> None:
         self.rows, self.lengths, self.responses = rows, lengths, responses
-        self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
-        self.seed, self.bucket, self.epoch, self.start = seed, bucket, 0, 0
-        micro = batch_size * world
-        left = len(rows) % micro
-        self.used = len(rows) - (left if left < world else 0)  # every rank gets a chat, or none does
-        self.micro_batches = -(-self.used // micro)
+        self.rank, self.world, self.seed, self.bucket = rank, world, seed, bucket
+        self.micro_batch = batch_size * world  # chats, over all ranks
+        self.step = self.micro_batch * accumulate
+        left_over = len(rows) % self.micro_batch
+        self.used = len(rows) - (left_over if left_over < world else 0)  # every rank gets a chat, or none does
+        self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning: every epoch has its own order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.micro_batches
+        return -(-self.used // self.micro_batch)
 
     def __iter__(self) -> Iterator[Draw]:
         start, self.start = self.start, 0
-        for number, draw in enumerate(self._draws()):
-            if number >= start:
-                yield draw
+        yield from islice(self._draws(), start, None)
 
     def _draws(self) -> Iterator[Draw]:
-        micro = self.batch_size * self.world
+        """This rank's part of every micro-batch."""
         for step in self._steps():
-            tokens = int(self.responses[step].sum())
-            for first in range(0, len(step), micro):
-                yield Draw(step[first : first + micro][self.rank :: self.world].tolist(), tokens)
+            step_tokens = int(self.responses[step].sum())
+            for first in range(0, len(step), self.micro_batch):
+                together = step[first : first + self.micro_batch]
+                yield Draw(together[self.rank :: self.world].tolist(), step_tokens)
 
     def _steps(self) -> list[Ints]:
-        """The chats of each optimizer step: shuffled, then those of similar length put together."""
-        size = self.batch_size * self.world * self.accumulate
+        """The chats of each optimizer step: shuffled, then those of similar length put together.
+
+        Chats are shuffled; ``bucket`` steps' worth of them at a time is sorted by length and cut into steps; then the
+        order of the steps is shuffled. The last, incomplete step stays last.
+        """
         if self.seed is None:
-            return [self.rows[i : i + size] for i in range(0, self.used, size)]
+            return _cut(self.rows[: self.used], self.step)
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(self.rows)[: self.used]
-        cut = self.used - self.used % size
-        pools = [order[i : i + size * self.bucket] for i in range(0, cut, size * self.bucket)]
-        pools = [pool[: len(pool) - len(pool) % size] for pool in pools]
-        ordered = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
-        steps = [pool[i : i + size] for pool in ordered for i in range(0, len(pool), size)]
+        in_whole_steps = self.used - self.used % self.step
+        pools = _cut(order[:in_whole_steps], self.step * self.bucket)
+        by_length = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
+        steps = [step for pool in by_length for step in _cut(pool, self.step)]
         shuffled = [steps[i] for i in rng.permutation(len(steps))]
-        return shuffled + ([order[cut:]] if cut < self.used else [])
+        return shuffled + _cut(order[in_whole_steps:], self.step)
+
+
+def _cut(rows: Ints, size: int) -> list[Ints]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 class ResumableLoader(DataLoader[FusionBatch]):
     """A DataLoader that Lightning can save and resume in mid-epoch: the state is how many batches are done."""
 
     def __init__(self, data: FusionRows, plan: Plan, module: FusionDataModule) -> None:
-        super().__init__(
-            data,
-            sampler=plan,
-            batch_size=None,
-            num_workers=module.num_workers,
-            persistent_workers=module.num_workers > 0,
-        )
+        workers = module.settings.num_workers
+        super().__init__(data, sampler=plan, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
         self.plan, self.module = plan, module
 
     def state_dict(self) -> dict[str, int]:
@@ -225,80 +243,53 @@ class ResumableLoader(DataLoader[FusionBatch]):
         self.plan.epoch, self.plan.start = (state["epoch"], state["done"]) if unfinished else (state["epoch"] + 1, 0)
 
 
-class FusionDataModule(lightning.LightningDataModule):
-    """Opens the stores, checks that they belong together, and splits chats by content hash.
+def open_stores(pivot: Path, aligned: Sequence[Path], remedies: Sequence[str] = ()) -> list[DistributionStore]:
+    """The pivot's distributions and what was aligned to them, in this order. remedies: the command that makes each.
 
     Raises `UserError` with the command to run where a store is missing, unfinished or made from something else.
     """
+    commands = [*remedies] or ["python -m fusechat.extract", *["python -m fusechat.align"] * len(aligned)]
+    stores = [DistributionStore(path, remedy) for path, remedy in zip([pivot, *aligned], commands, strict=True)]
+    first = stores[0]
+    for store, remedy in zip(stores[1:], commands[1:], strict=True):
+        again = f"run: {remedy} overwrite=true"
+        if store.manifest["pivot"] != first.fingerprint:
+            raise UserError(f"{store.path} was aligned with other pivot distributions than {first.path}; {again}")
+        if len(store) != len(first):
+            raise UserError(f"{store.path} has {len(store)} chats where {first.path} has {len(first)}; {again}")
+    return stores
+
+
+class FusionDataModule(lightning.LightningDataModule):
+    """Splits the chats of opened stores by content hash, and batches them.
+
+    max_tokens: the longest chat that is allowed; vocab_size: rows of the pivot's embedding. Raises `UserError` where a
+    chat is longer, a store has more ids, or no chat is left to train on.
+    """
 
     def __init__(
-        self,
-        pivot_store: str,
-        aligned_stores: Sequence[str],
-        *,
-        batch_size: int,
-        validation_fraction: float,
-        split_seed: int,
-        shuffle_seed: int,
-        bucket: int,
-        max_tokens: int,
-        pad_token_id: int,
-        vocab_size: int,
-        num_workers: int = 0,
-        remedies: Sequence[str] = (),
+        self, stores: Sequence[DistributionStore], data: Data, *, max_tokens: int, vocab_size: int, pad_token_id: int
     ) -> None:
         super().__init__()
-        commands = [*remedies, *[""] * (len(aligned_stores) + 1)]
-        self.stores = [
-            DistributionStore(path, command)
-            for path, command in zip([pivot_store, *aligned_stores], commands, strict=False)
-        ]
-        pivot = self.stores[0]
-        for store, command in zip(self.stores[1:], commands[1:], strict=False):
-            if store.manifest["pivot"] != pivot.fingerprint:
-                raise UserError(
-                    f"{store.path} was aligned with other pivot distributions than {pivot.path}; run: {command} overwrite=true"
-                )
-            if len(store) != len(pivot):
-                raise UserError(
-                    f"{store.path} has {len(store)} chats where {pivot.path} has {len(pivot)}; run: {command} overwrite=true"
-                )
-        if pivot.manifest["vocab_size"] > vocab_size:
-            raise UserError(
-                f"{pivot.path} has ids up to {pivot.manifest['vocab_size']}, the model's embedding {vocab_size} rows; set pivot.path"
-            )
-        self.batch_size, self.bucket, self.shuffle_seed, self.num_workers = (
-            batch_size,
-            bucket,
-            shuffle_seed,
-            num_workers,
-        )
-        self.data = FusionRows(self.stores, pad_token_id)
-        responses = self.data.scalars["tokens"][:, 0].numpy().astype(np.int64)
-        self.responses = responses
+        self.stores, self.settings, pivot = list(stores), data, stores[0]
+        if (ids := pivot.manifest["vocab_size"]) > vocab_size:
+            known = f"the model's embedding {vocab_size} rows"
+            raise UserError(f"{pivot.path} has ids up to {ids}, {known}; set pivot.path")
+        self.rows = FusionRows(stores, pad_token_id)
+        self.responses = self.rows.scalars["tokens"][:, 0].numpy().astype(np.int64)
         self.lengths = np.array([len(pivot.row(i, "input_ids")[0]) for i in range(len(pivot))])
         if (longest := int(self.lengths.max())) > max_tokens:
-            raise UserError(
-                f"a chat of {longest} tokens exceeds {max_tokens}, the model's context or data.max_tokens; extract with chat.max_length"
-            )
-        validation = np.array([in_validation(i, validation_fraction, split_seed) for i in pivot.column("id")])
-        usable = responses > 0
-        self.train_rows, self.validation_rows = (np.flatnonzero(usable & part) for part in (~validation, validation))
+            limit = f"{max_tokens}, the model's context or data.max_tokens"
+            raise UserError(f"a chat of {longest} tokens exceeds {limit}; extract with chat.max_length")
+        fraction, seed = data.validation_fraction, data.split_seed
+        held_out = np.array([in_validation(i, fraction, seed) for i in pivot.column("id")])
+        usable = self.responses > 0
+        self.train_rows, self.validation_rows = np.flatnonzero(usable & ~held_out), np.flatnonzero(usable & held_out)
         if not len(self.train_rows):
-            raise UserError(
-                f"{pivot.path} leaves no chat with a response to train on; see chat.path and data.validation_fraction"
-            )
-        LOG.info(
-            "%d chats to train on, %d to validate, %d without a response",
-            len(self.train_rows),
-            len(self.validation_rows),
-            (~usable).sum(),
-        )
-
-    @property
-    def fingerprints(self) -> list[str]:
-        """Of every store, the pivot's first."""
-        return [store.fingerprint for store in self.stores]
+            see = "see chat.path and data.validation_fraction"
+            raise UserError(f"{pivot.path} leaves no chat with a response to train on; {see}")
+        counts = len(self.train_rows), len(self.validation_rows), (~usable).sum()
+        LOG.info("%d chats to train on, %d to validate, %d without a response", *counts)
 
     def coverage(self) -> list[float]:
         """Share of the pivot's response positions at which each source has a distribution."""
@@ -310,13 +301,13 @@ class FusionDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[FusionBatch]:
         """Batches of this rank, shuffled and bucketed by length."""
-        return ResumableLoader(self.data, self._plan(self.train_rows, self.shuffle_seed), self)
+        return ResumableLoader(self.rows, self._plan(self.train_rows, self.settings.shuffle_seed), self)
 
     def val_dataloader(self) -> DataLoader[FusionBatch] | list[Any]:
         """The held-out chats, in order."""
         if not len(self.validation_rows):
             return []
-        return DataLoader(self.data, sampler=self._plan(self.validation_rows, None), batch_size=None)
+        return DataLoader(self.rows, sampler=self._plan(self.validation_rows, None), batch_size=None)
 
     def _plan(self, rows: Ints, seed: int | None) -> Plan:
         assert self.trainer is not None
@@ -324,10 +315,10 @@ class FusionDataModule(lightning.LightningDataModule):
             rows,
             self.lengths,
             self.responses,
-            batch_size=self.batch_size,
+            batch_size=self.settings.batch_size,
             accumulate=self.trainer.accumulate_grad_batches if seed is not None else 1,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             seed=seed,
-            bucket=self.bucket,
+            bucket=self.settings.bucket,
         )

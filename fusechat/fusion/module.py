@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning
@@ -13,19 +14,30 @@ from torch import Tensor
 
 from fusechat.app.errors import UserError
 from fusechat.fusion.data import FusionBatch
-from fusechat.fusion.losses import FusionLoss, Targets, fused_loss, loss_from_logits, schedule_weight
+from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
+from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.rules import FusionRule, cross_entropy
 from fusechat.models import load as models
 from fusechat.models.heads import OutputHead
+from fusechat.stores.units import bits_per_byte
 
-SCHEDULES = ("hard", "hard_and_decay", "soft")
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW, published values. schedule: any name of `transformers.get_scheduler`; warmup_ratio: share of the steps."""
+
+    lr: float = 5e-6
+    betas: Sequence[float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    schedule: str = "cosine"
 
 
 class FusionModule(lightning.LightningModule):
-    """Wraps any `AutoModelForCausalLM`; every argument is a number, a name or a path, so that checkpoints load safely.
+    """Wraps any `AutoModelForCausalLM`; hyperparameters are numbers, names and paths: checkpoints load safely.
 
-    source_names: the aligned sources in the order of the batches. include_pivot: the pivot's own distribution takes part.
-    lm_weight: lambda; 1 is plain SFT and needs no distributions. Raises `UserError` for values out of range.
+    path: the pivot. source_names: the aligned sources in the order of the batches. lora: options of `peft.LoraConfig`.
+    Raises `UserError` where nothing is left to fuse.
     """
 
     def __init__(
@@ -33,44 +45,33 @@ class FusionModule(lightning.LightningModule):
         path: str,
         source_names: Sequence[str],
         *,
+        rule: FusionRule | None = None,
+        loss: FusionLoss | None = None,
+        optimizer: Optimizer | None = None,
         dtype: str = "float32",
         revision: str | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
-        lora: dict[str, Any] | None = None,
-        rule: str = "min_ce",
-        level: str = "sequence",
-        metric: str = "bits_per_byte",
-        empty: str = "skip",
-        include_pivot: bool = True,
-        lm_weight: float = 0.9,
-        schedule: str = "hard",
-        kind: str = "ce",
-        temperature: float = 1.0,
-        student_temperature: float = 1.0,
-        missing_mass: str = "renormalize",
-        chunked: bool = True,
-        lr: float = 5e-6,
-        betas: Sequence[float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.03,
-        lr_schedule: str = "cosine",
+        lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= lm_weight <= 1:
-            raise UserError(f"loss.lm_weight={lm_weight} is outside [0, 1]; 1 is plain SFT, 0 fusion alone")
-        if schedule not in SCHEDULES:
-            raise UserError(f"loss.schedule={schedule!r} is unknown; use one of: {', '.join(SCHEDULES)}")
-        if lm_weight < 1 and not source_names and not include_pivot:
+        self.rule, self.loss, self.optimizer = rule or FusionRule(), loss or FusionLoss(), optimizer or Optimizer()
+        if not self.rule.needs_sources:  # plain SFT: lambda is 1
+            self.loss = replace(self.loss, lm_weight=1.0, schedule="hard")
+            self.rule = replace(self.rule, include_pivot=True)
+        if self.loss.lm_weight < 1 and not source_names and not self.rule.include_pivot:
             raise UserError("no source takes part in the fusion; name one with source=NAME, or set fusion=sft")
-        self.save_hyperparameters()
-        self.rule, self.loss = (
-            FusionRule(rule, level, metric, empty),
-            FusionLoss(kind, missing_mass, temperature, student_temperature),
-        )
+        self.path, self.gradient_checkpointing, self.lora = path, gradient_checkpointing, lora
+        self.loading: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+        self.loading |= {"attn_implementation": attn_implementation}
+        settings = asdict(self.rule) | asdict(self.loss) | asdict(self.optimizer)
+        settings |= {"schedule": self.loss.schedule, "lr_schedule": self.optimizer.schedule}
+        settings |= {"path": path, "source_names": list(source_names), "lora": lora and dict(lora), **self.loading}
+        self.save_hyperparameters(settings | {"gradient_checkpointing": gradient_checkpointing})
+        self.source_names = list(source_names)
         sources = [f"{name} (source)" if name == "pivot" else name for name in source_names]
-        self.names = ["pivot", *sources] if include_pivot else sources
+        self.names = ["pivot", *sources] if self.rule.include_pivot else sources
         self.model: Any = None
         self.head: OutputHead | None = None
         self.wins: Counter[tuple[str, str]] = Counter()
@@ -80,31 +81,19 @@ class FusionModule(lightning.LightningModule):
         """Loads the pivot once, in training mode (from_pretrained leaves dropout and gradient checkpointing off)."""
         if self.model is not None:
             return
-        hp: Any = self.hparams
-        model: Any = models.load_model(
-            hp.path,
-            dtype=hp.dtype,
-            revision=hp.revision,
-            trust_remote_code=hp.trust_remote_code,
-            attn_implementation=hp.attn_implementation,
-        )
-        if hp.gradient_checkpointing:
+        model: Any = models.load_model(self.path, **self.loading)
+        if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if hp.lora:
+        if self.lora:
             import peft
 
-            model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **hp.lora))
-            if hp.gradient_checkpointing:
+            model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **self.lora))
+            if self.gradient_checkpointing:
                 model.enable_input_require_grads()
-        if hp.chunked:
-            head = OutputHead(model)
-            head.verify(
-                torch.arange(8)
-                .remainder(model.config.get_text_config().vocab_size)
-                .unsqueeze(0)
-                .to(head.head.weight.device)
-            )
-            self.head = head
+        if self.loss.chunked:
+            self.head = OutputHead(model)
+            probe = torch.arange(8).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
+            self.head.verify(probe.to(self.head.projection.weight.device))
         self.model = model.train()
 
     def training_step(self, batch: FusionBatch) -> Tensor:
@@ -112,33 +101,22 @@ class FusionModule(lightning.LightningModule):
         total, sft, fusion, part = self._losses(batch)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
         self._record(batch, part)
-        count = float(max(1, len(batch.gold)))
+        count = max(1, len(batch.gold))
         for name, value in (("loss", total * batch.step_tokens), ("sft", sft), ("fusion", fusion)):
-            self.log(
-                f"train/{name}",
-                value.detach() / count,
-                on_step=True,
-                batch_size=len(batch.gold),
-                prog_bar=name != "loss",
-            )
+            mean, shown = value.detach() / float(count), name != "loss"
+            self.log(f"train/{name}", mean, on_step=True, batch_size=len(batch.gold), prog_bar=shown)
         return total * scale
 
     def validation_step(self, batch: FusionBatch) -> None:
         """The same losses on held-out chats, and bits per byte of the response text."""
-        batch.step_tokens = batch.step_tokens.new_tensor(float(max(1, len(batch.gold))))
+        count, n_bytes = max(1, len(batch.gold)), batch.n_bytes[:, 0].sum()
+        batch.step_tokens = batch.step_tokens.new_tensor(float(count))
         total, sft, fusion, _ = self._losses(batch)
-        count, n_bytes = batch.step_tokens, batch.n_bytes[:, 0].sum()
-        for name, value in (("loss", total), ("sft", sft / count), ("fusion", fusion / count)):
-            self.log(f"validation/{name}", value, batch_size=int(count), sync_dist=True, add_dataloader_idx=False)
-        bits = sft / n_bytes.clamp_min(1) / torch.log(torch.tensor(2.0))
-        self.log(
-            "validation/bits_per_byte",
-            bits,
-            batch_size=int(n_bytes),
-            sync_dist=True,
-            prog_bar=True,
-            add_dataloader_idx=False,
-        )
+        options: dict[str, Any] = {"sync_dist": True, "add_dataloader_idx": False}
+        for name, value in (("loss", total), ("sft", sft / float(count)), ("fusion", fusion / float(count))):
+            self.log(f"validation/{name}", value, batch_size=count, **options)
+        bits = bits_per_byte(sft, n_bytes.clamp_min(1))
+        self.log("validation/bits_per_byte", bits, batch_size=int(n_bytes), prog_bar=True, **options)
 
     def on_validation_end(self) -> None:
         """Notes which weights were validated."""
@@ -146,29 +124,24 @@ class FusionModule(lightning.LightningModule):
 
     def targets(self, batch: FusionBatch) -> tuple[Targets, Tensor]:
         """What the rule makes of the batch's distributions; and each model's part in every position, [N, S]."""
-        hp: Any = self.hparams
-        first = 0 if hp.include_pivot else 1
-        p = self.loss.teacher(batch.logprobs)
+        first = 0 if self.rule.include_pivot else 1
+        p, ids = self.loss.teacher(batch.logprobs), batch.ids.long()
         ce = cross_entropy(batch.nats, batch.n_bytes, batch.n_tokens, self.rule.metric)[:, first:]
-        ids = batch.ids.long()
         fused = self.rule(ids[first:], p[first:], batch.gold_logprob[first:], ce, batch.sequence, (ids[0], p[0]))
         progress = self.global_step / max(1, self._total_steps())
-        weight = schedule_weight(hp.schedule, hp.lm_weight, progress, fused.reward)[batch.sequence]
-        has_target = (fused.p > 0).any(-1) if self.loss.kind != "uld" else (fused.p.sum(-1) > 0)
+        lam = self.loss.sft_share(progress, fused.reward)[batch.sequence]
+        has_target = (fused.p > 0).any(-1)
         per_token = 1.0 / batch.step_tokens.clamp_min(1)
-        return Targets(
-            fused.ids, fused.p, batch.gold, weight * per_token, (1 - weight) * has_target * per_token
-        ), fused.weight
+        targets = Targets(fused.ids, fused.p, batch.gold, lam * per_token, (1 - lam) * has_target * per_token)
+        return targets, fused.weight
 
     def _losses(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted loss, sums of sft and divergence over the positions, each model's part [N, S]."""
         targets, part = self.targets(batch)
         if len(batch.gold) == 0:  # nothing to learn from: keeps the graph, adds zero
-            return (
-                sum(p.sum() * 0.0 for p in self.parameters() if p.requires_grad),
-                *[targets.p.new_zeros(())] * 2,
-                part,
-            )  # type: ignore[return-value]
+            nothing = targets.p.new_zeros(())
+            total = sum((p.sum() * 0.0 for p in self.parameters() if p.requires_grad), nothing)
+            return total, nothing, nothing, part
         if self.head is not None:
             hidden = self.head.hidden(batch.input_ids, batch.attention_mask).flatten(0, 1)[batch.at]
             total, each = fused_loss(hidden, self.head, targets, self.loss)
@@ -179,13 +152,13 @@ class FusionModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW and a schedule of transformers with warm-up."""
-        hp: Any = self.hparams
-        steps = self._total_steps()
+        chosen, steps = self.optimizer, self._total_steps()
         trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=hp.lr, betas=tuple(hp.betas), weight_decay=hp.weight_decay)
-        warmup = int(hp.warmup_ratio * steps)
+        betas = (chosen.betas[0], chosen.betas[1])
+        optimizer = torch.optim.AdamW(trained, lr=chosen.lr, betas=betas, weight_decay=chosen.weight_decay)
+        warmup = int(chosen.warmup_ratio * steps)
         schedule = transformers.get_scheduler(
-            hp.lr_schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps
+            chosen.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

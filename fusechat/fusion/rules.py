@@ -1,5 +1,6 @@
 """Fusion rules: several models' distributions at the same positions -> one.
 
+A rule is one function here, or in a module of one's own, and one file in ``conf/fusion``.
 Shapes: S models (the pivot first where it takes part), B sequences, N positions, K kept entries.
 """
 
@@ -11,14 +12,37 @@ import torch
 from torch import Tensor
 
 from fusechat.app.errors import one_of
+from fusechat.app.registry import Family
 from fusechat.stores.distributions import merge_duplicates
 
-RULES, LEVELS, METRICS, EMPTY = (
-    ("min_ce", "avg_ce"),
-    ("sequence", "token"),
-    ("bits_per_byte", "nats_per_token"),
-    ("skip", "pivot"),
-)
+RULES = Family("fusion.rule", needs=("sources", "one"))
+"""Each model's cross entropy at every position [N, S] -> its weight there [N, S].
+
+Needs: ``sources``: there is something to fuse; without it training is plain SFT (λ = 1). ``one``: weights are one-hot,
+and the distribution of one model is taken as it is rather than a mixture of all.
+"""
+LEVELS, METRICS, EMPTY = ("sequence", "token"), ("bits_per_byte", "nats_per_token"), ("skip", "pivot")
+
+
+MIN_CE = "the model of lowest cross entropy speaks for the sequence (published)"
+
+
+@RULES.register("min_ce", MIN_CE, needs=("sources", "one"))
+def min_ce(ce: Tensor) -> Tensor:
+    """w_s = 1 for s = argmin CE; ties go to the first model (FuseLLM, arXiv 2401.10491)."""
+    return torch.nn.functional.one_hot(ce.argmin(-1), ce.shape[1])
+
+
+@RULES.register("avg_ce", "the mean of all models, weighted by softmax over exp(-CE)", needs=("sources",))
+def avg_ce(ce: Tensor) -> Tensor:
+    """w = softmax_s(exp(-CE_s)) (FuseLLM). The unit of CE matters: see `cross_entropy`."""
+    return torch.softmax(torch.exp(-ce), -1)
+
+
+@RULES.register("sft", "the baseline; the same code and steps with lambda = 1 and no source", needs=("one",))
+def sft(ce: Tensor) -> Tensor:
+    """The first model, the pivot, stands in every record; nothing is learnt from its distributions."""
+    return torch.nn.functional.one_hot(torch.zeros_like(ce[:, 0], dtype=torch.long), ce.shape[1])
 
 
 @dataclass(frozen=True)
@@ -33,59 +57,74 @@ class Fused:
 
 @dataclass(frozen=True)
 class FusionRule:
-    """MinCE takes the model of lowest cross entropy, AvgCE the mean of all, weighted by softmax(exp(-CE)) (FuseLLM).
+    """Whose distribution the student learns from.
 
-    level: compare whole sequences (published) or single tokens. metric: bits per byte of the response, fit for comparing
-    tokenizers, or nats per token (as released). empty: where the chosen model has no distribution at a position, take the
-    pivot's (as released) or leave the position without fusion loss. Ties go to the first model.
+    rule: a name of `RULES`. level: compare whole sequences (published) or single tokens. metric: what cross entropy is
+    taken over, see `cross_entropy`: ``bits_per_byte``, the response's bytes, fit for comparing tokenizers, or
+    ``nats_per_token`` (as released). include_pivot: the pivot's own distribution takes part (published). empty: where
+    the chosen model has no distribution at a position, take the ``pivot``'s (as released), or ``skip`` its fusion loss.
+    Raises `UserError` for unknown names.
     """
 
-    name: str = "min_ce"
+    rule: str = "min_ce"
     level: str = "sequence"
     metric: str = "bits_per_byte"
     empty: str = "skip"
+    include_pivot: bool = True
 
     def __post_init__(self) -> None:
-        one_of(self.name, RULES, "fusion.rule")
+        RULES[self.rule]
         one_of(self.level, LEVELS, "fusion.level")
         one_of(self.metric, METRICS, "fusion.metric")
         one_of(self.empty, EMPTY, "fusion.empty")
 
+    @property
+    def needs_sources(self) -> bool:
+        """Whether there is anything to fuse; plain SFT has no source."""
+        return "sources" in RULES[self.rule].needs
+
+    @property
+    def takes_one(self) -> bool:
+        """Whether one model speaks at a position, rather than a mixture of all."""
+        return "one" in RULES[self.rule].needs
+
     def __call__(
         self, ids: Tensor, p: Tensor, gold_logprob: Tensor, ce: Tensor, sequence: Tensor, pivot: tuple[Tensor, Tensor]
     ) -> Fused:
-        """ids, p [S, N, K]; gold_logprob [S, N]; ce [B, S]; sequence [N]; pivot: its ids, p [N, K], for empty positions."""
+        """ids, p [S, N, K]; gold_logprob [S, N]; ce [B, S]; sequence [N]; pivot: ids, p [N, K] for empty positions."""
         weight = self.weights(gold_logprob, ce, sequence, present=(p > 0).any(-1).T)
-        if self.name == "avg_ce":
+        if self.takes_one:
+            chosen, positions = weight.argmax(1), torch.arange(len(weight), device=weight.device)
+            out_ids, out = ids[chosen, positions], p[chosen, positions]
+            reward = torch.exp(-ce).amax(1)
+        else:
             mixed = (p * weight.T.unsqueeze(-1)).permute(1, 0, 2).flatten(1)
             out_ids, out = merge_duplicates(ids.permute(1, 0, 2).flatten(1), mixed)
             reward = torch.exp(-ce).mean(1)
-        else:
-            chosen = weight.argmax(1)
-            positions = torch.arange(len(chosen), device=chosen.device)
-            out_ids, out = ids[chosen, positions], p[chosen, positions]
-            reward = torch.exp(-ce).amax(1)
         if self.empty == "pivot":
             lacking = ~(out > 0).any(-1, keepdim=True)
-            width = out.shape[1]
-            out_ids = torch.where(lacking, _widened(pivot[0], width), out_ids)
-            out = torch.where(lacking, _widened(pivot[1], width), out)
+            out_ids = torch.where(lacking, _widened(pivot[0], out.shape[1]), out_ids)
+            out = torch.where(lacking, _widened(pivot[1], out.shape[1]), out)
         return Fused(out_ids, out, weight, reward)
 
     def weights(self, gold_logprob: Tensor, ce: Tensor, sequence: Tensor, present: Tensor) -> Tensor:
         """Each model's part in every position, [N, S]; ``present`` [N, S] says who has a distribution there."""
-        each = -gold_logprob.T if self.level == "token" else ce[sequence]
-        if self.level == "token":
-            each = each.masked_fill(~present, float("inf"))
-        if self.name == "avg_ce":
-            part = torch.softmax(torch.exp(-each), -1)
-            part = part * present if self.empty == "skip" else part
-            return part / part.sum(-1, keepdim=True).clamp_min(1e-12)
-        return torch.nn.functional.one_hot(each.argmin(-1), each.shape[1]).to(ce.dtype)
+        per_position = ce[sequence]
+        if self.level == "token":  # -log p(gold): nats of one token, infinite where a model is silent
+            per_position = (-gold_logprob.T).masked_fill(~present, float("inf"))
+        weight: Tensor = RULES[self.rule].function(per_position)
+        if self.takes_one:
+            return weight.to(ce.dtype)
+        weight = weight * present if self.empty == "skip" else weight
+        return weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
 def cross_entropy(nats: Tensor, n_bytes: Tensor, n_tokens: Tensor, metric: str) -> Tensor:
-    """Cross entropies in nats per byte of text or per own token, elementwise; texts of no length count as infinite."""
+    """CE in nats over the same response text, per UTF-8 byte (``bits_per_byte``) or per own token (``nats_per_token``).
+
+    ``bits_per_byte`` gives nats per byte, log 2 times the bits. MinCE's choice is the same in either unit; exp(-CE),
+    hence AvgCE's weights and the reward, is not: it is of nats. Texts of no length count as infinite. Elementwise.
+    """
     unit = n_bytes if metric == "bits_per_byte" else n_tokens
     return torch.where(unit > 0, nats / unit.clamp_min(1), float("inf"))
 

@@ -1,228 +1,160 @@
-"""What train.py puts together: names, fingerprint, data, module, trainer, and the target's description."""
+"""`train`: one target from a pivot and aligned sources, from stores on disk to a Hugging Face directory."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from fusechat.app.command import experiment_of, make_trainer, plain, provenance, seed_everything
-from fusechat.app.errors import UserError
-from fusechat.app.outputs import fingerprint, write_json
-from fusechat.app.tracking import log_made, make_logger, wandb_run
-from fusechat.fusion.callbacks import SavePretrained, latest_checkpoint, make_callbacks, step_of
-from fusechat.fusion.data import FusionDataModule
-from fusechat.fusion.module import FusionModule
+from fusechat.app.outputs import RECORD, settled, stage_fingerprint
+from fusechat.app.trainer import quiet_trainer, seed_everything
+from fusechat.fusion.callbacks import Callbacks, SavePretrained, latest_checkpoint, make_callbacks, step_of
+from fusechat.fusion.data import Data, FusionDataModule, open_stores
+from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.module import FusionModule, Optimizer
+from fusechat.fusion.record import Description
+from fusechat.fusion.rules import FusionRule
 from fusechat.models import load as models
-from fusechat.models.cards import command_line, write_card
-from fusechat.stores.store import DistributionStore
 
 LOG = logging.getLogger(__name__)
+METRIC = "validation/bits_per_byte"
+LORA = {"enabled": False, "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+TRAINER = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+TRAINER |= {"max_epochs": 3, "max_steps": -1, "accumulate_grad_batches": 1, "gradient_clip_val": 1.0}
+TRAINER |= {"log_every_n_steps": 20, "enable_model_summary": False}
+UNDECIDING = {"devices", "num_nodes", "accelerator", "log_every_n_steps", "enable_model_summary"}  # of the result
 
 
-class Training:
-    """One training run as its config describes it; nothing is loaded before it is asked for."""
+def train(
+    pivot: str | Path,
+    pivot_store: str | Path,
+    aligned: Mapping[str, str | Path],
+    output_dir: str | Path,
+    *,
+    rule: FusionRule | None = None,
+    loss: FusionLoss | None = None,
+    optimizer: Optimizer | None = None,
+    data: Data | None = None,
+    callbacks: Callbacks | None = None,
+    lora: Mapping[str, Any] | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    gradient_checkpointing: bool = False,
+    max_length: int = 2048,
+    seed: int = 0,
+    resume: str | None = "last",
+    overwrite: bool = False,
+    logger: Callable[[int], Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+    imports: Mapping[str, str] | None = None,
+    remedies: Sequence[str] = (),
+) -> float | None:
+    """Trains a target with L = λ L_SFT + (1 - λ) L_Fusion (FuseChat, arXiv 2402.16107), unless it is there already.
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg, self.output = cfg, Path(cfg.output_dir)
-        self.sft = cfg.fusion.rule == "sft"
-        self.sources = [] if self.sft else [str(name) for name in cfg.sources]
-        self.pivot_store = Path(cfg.paths.experiment) / "distributions/pivot"
-        self.aligned = [Path(cfg.paths.experiment) / "aligned" / name for name in self.sources]
-        stage = experiment_of(cfg)
-        self.remedies = [f"python -m fusechat.extract {stage} source=pivot"]
-        self.remedies += [f"python -m fusechat.align {stage} source={name}" for name in self.sources]
+    pivot: directory or Hub id whose weights the target starts from; dtype, revision, trust_remote_code and
+    attn_implementation say how it is loaded. pivot_store: the pivot's distributions; aligned: source name -> the store
+    aligned to them (none for ``FusionRule("sft")``). output_dir: becomes the target, a Hugging Face directory with
+    ``fusechat.json``; checkpoints lie in ``../../checkpoints`` until it is whole. trainer: options of
+    `lightning.Trainer`, over `TRAINER`; lora: ``enabled`` and options of `peft.LoraConfig`, over `LORA`. max_length:
+    the longest chat in tokens where data.max_tokens says none. resume: ``last`` checkpoint of the same settings, a
+    path, or None. logger: makes Lightning's loggers from the step that training goes on from. record: more to write
+    into ``fusechat.json``. imports: the user's own modules with their hashes. remedies: for messages, the commands
+    that make pivot_store and each aligned store.
 
-    @cached_property
-    def mark(self) -> str:
-        """Fingerprint of everything that decides the target."""
-        cfg = self.cfg
-        stores = [
-            DistributionStore(p, r).fingerprint
-            for p, r in zip([self.pivot_store, *self.aligned], self.remedies, strict=True)
-        ]
-        keys = ("fusion", "loss", "optimizer", "data", "lora", "trainer", "seed", "gradient_checkpointing")
-        ignored = {"devices", "num_nodes", "accelerator", "log_every_n_steps", "enable_model_summary"}
-        parts = {key: plain(cfg[key]) for key in keys}
-        parts["trainer"] = {k: v for k, v in parts["trainer"].items() if k not in ignored}
-        return fingerprint(
-            pivot=models.model_identity(cfg.pivot.path, cfg.pivot.revision),
-            stores=stores,
-            dtype=cfg.pivot.dtype,
-            **parts,
-        )
-
-    @cached_property
-    def held(self) -> dict[str, Any]:
-        """What the output directory says of itself, or nothing."""
-        file = self.output / "fusechat.json"
-        return json.loads(file.read_text()) if file.exists() else {}
-
-    @property
-    def finished(self) -> bool:
-        """Whether the target is there. Raises `UserError` where other settings made it."""
-        mark = self.mark  # first of all: it names the command for a store that is missing
-        if not self.held or self.cfg.overwrite:
-            return False
-        if self.held["fingerprint"] != mark:
-            raise UserError(
-                f"{self.output} holds a target made with other settings (fingerprint {self.held['fingerprint']}, now {self.mark}); "
-                "add overwrite=true, or choose another run_name=NAME"
-            )
-        LOG.info("skip: %s is trained already (fingerprint %s)", self.output, self.mark)
-        return True
-
-    @property
-    def metric(self) -> float | None:
-        """Validation bits per byte of the finished target."""
-        value = self.held.get("metrics", {}).get("validation/bits_per_byte")
+    Returns the validation bits per byte of the target, None where nothing was held out. Raises `UserError` for settings
+    out of range, missing or unfit stores, and an output_dir that other settings have made (unless ``overwrite``).
+    """
+    rule, loss, optimizer = rule or FusionRule(), loss or FusionLoss(), optimizer or Optimizer()
+    data, callbacks, output = data or Data(shuffle_seed=seed), callbacks or Callbacks(), Path(output_dir)
+    lora, trainer = {**LORA, **(lora or {})}, {**TRAINER, **(trainer or {})}
+    stores = open_stores(Path(pivot_store), [Path(path) for path in aligned.values()], remedies)
+    mark = stage_fingerprint(
+        imports,
+        pivot=models.model_identity(str(pivot), revision),
+        stores=[store.fingerprint for store in stores],
+        dtype=dtype,
+        fusion=asdict(rule),
+        loss=asdict(loss),
+        optimizer=asdict(optimizer),
+        data=asdict(data),
+        lora=lora,
+        trainer={key: value for key, value in trainer.items() if key not in UNDECIDING},
+        seed=seed,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    held = settled(output / RECORD, mark, what="target", keep="run_name=NAME", overwrite=overwrite)
+    if held is not None:
+        value = held.get("metrics", {}).get(METRIC)
         return None if value is None else float(value)
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.output.parent.parent / "checkpoints" / f"{self.output.name}-{self.mark}"
-
-    @property
-    def checkpoint(self) -> str | None:
-        """``ckpt_path=last``: where an earlier run of the same settings stopped, if it did."""
-        if self.cfg.ckpt_path != "last":
-            return self.cfg.ckpt_path  # type: ignore[no-any-return]
-        found = latest_checkpoint(self.checkpoints)
-        if found:
-            LOG.info("resuming %s", found)
-        return str(found) if found else None
-
-    def data(self) -> FusionDataModule:
-        """The stores, zipped."""
-        cfg = self.cfg
-        self.tokenizer = models.load_tokenizer(
-            cfg.pivot.path, revision=cfg.pivot.revision, trust_remote_code=cfg.pivot.trust_remote_code
-        )
-        seed_everything(cfg.seed)
-        pad = self.tokenizer.pad_token_id
-        self._data = FusionDataModule(
-            str(self.pivot_store),
-            [str(path) for path in self.aligned],
-            batch_size=cfg.data.batch_size,
-            bucket=cfg.data.bucket,
-            validation_fraction=cfg.data.validation_fraction,
-            split_seed=cfg.data.split_seed,
-            shuffle_seed=cfg.data.shuffle_seed,
-            max_tokens=cfg.data.max_tokens or cfg.chat.max_length,
-            pad_token_id=0 if pad is None else pad,
-            vocab_size=self._vocab_size(),
-            num_workers=cfg.data.num_workers,
-            remedies=self.remedies,
-        )
-        return self._data
-
-    def module(self) -> FusionModule:
-        """The model and its loss."""
-        cfg = self.cfg
-        lora = {k: v for k, v in plain(cfg.lora).items() if k != "enabled"} if cfg.lora.enabled else None
-        fusion, loss, optimizer = plain(cfg.fusion), plain(cfg.loss), plain(cfg.optimizer)
-        if self.sft:
-            loss["lm_weight"], fusion["rule"], loss["schedule"] = 1.0, "min_ce", "hard"
-        optimizer["lr_schedule"] = optimizer.pop("schedule")
-        return FusionModule(
-            cfg.pivot.path,
-            self.sources,
-            dtype=cfg.pivot.dtype,
-            revision=cfg.pivot.revision,
-            trust_remote_code=cfg.pivot.trust_remote_code,
-            attn_implementation=cfg.pivot.attn_implementation,
-            gradient_checkpointing=cfg.gradient_checkpointing,
-            lora=lora,
-            **fusion,
-            **loss,
-            **optimizer,
-        )
-
-    def trainer(self) -> Any:
-        """Lightning's Trainer with our callbacks and the logger that the config names."""
-        cfg, calls = self.cfg, self.cfg.callbacks
-        logger = make_logger(cfg, f"{cfg.stage}-{self.output.name}", step_of(self.checkpoint))
-        callbacks = make_callbacks(
-            self.checkpoints, calls.checkpoint_every_n_steps, calls.early_stopping, calls.progress_bar, bool(logger)
-        )
-        self._saver = SavePretrained(self.output, self.describe)
-        return make_trainer(
-            cfg,
-            [*callbacks, self._saver],
-            logger,
-            enable_progress_bar=calls.progress_bar,
-            use_distributed_sampler=False,
-        )
-
-    def describe(self, directory: Path, module: FusionModule, trainer: Any) -> None:
-        """Adds tokenizer, model card and fusechat.json to a target that is being written."""
-        self.tokenizer.save_pretrained(directory)
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        content = {
-            "fingerprint": self.mark,
-            "stage": "train",
-            "name": self.output.name,
-            "sources": self.sources,
-            "stores": dict(zip(["pivot", *self.sources], self._data.fingerprints, strict=True)),
-            "metrics": metrics,
-            "coverage": dict(zip(self.sources, self._data.coverage(), strict=True)),
-            "wins": module.win_rates(),
-            "steps": trainer.global_step,
-            **provenance(self.cfg),
-        }
-        (directory / "fusechat.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
-        self._write_card(directory, metrics)
-
-    def _write_card(self, directory: Path, metrics: dict[str, float]) -> None:
-        inputs = {"pivot": str(self.cfg.pivot.path)} | {f"source {n + 1}": name for n, name in enumerate(self.sources)}
-        made = f"A fusion target (rule {self.cfg.fusion.rule}, lambda {self.cfg.loss.lm_weight})."
-        shown = {k: v for k, v in metrics.items() if k.startswith("validation/")}
-        write_card(
-            directory,
-            self.output.name,
-            "Supervised fine-tuning alone." if self.sft else made,
-            inputs,
-            command_line(),
-            shown,
-        )
-
-    def close(self, trainer: Any) -> float | None:
-        """Removes the checkpoints of a finished run unless they are to stay; returns the metric."""
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        name, file = "validation/bits_per_byte", self.output / "fusechat.json"
-        if (
-            len(self._data.validation_rows) and trainer.lightning_module.validated_at != trainer.global_step
-        ):  # ended in mid-epoch
-            trainer.validate(trainer.lightning_module, self._data, verbose=False)
-        if not file.exists():  # killed between the last checkpoint and the export
-            self._saver.save(trainer, trainer.lightning_module, self.output)
-        if trainer.is_global_zero:
-            content = json.loads(file.read_text())
-            content["metrics"] |= {key: float(value) for key, value in trainer.callback_metrics.items()}
-            write_json(file, content)
-            self._write_card(self.output, content["metrics"])
-            if run := wandb_run(self.cfg, ""):
-                inputs = [("distributions", self.pivot_store), *(("aligned", path) for path in self.aligned)]
-                log_made(self.cfg, run, ("target", self.output), inputs)
-            if not self.cfg.callbacks.keep_checkpoints:
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-        value = trainer.callback_metrics.get(name)
-        return None if value is None else float(value)
-
-    def _vocab_size(self) -> int:
-        from transformers import AutoConfig
-
-        cfg = self.cfg.pivot
-        config = AutoConfig.from_pretrained(cfg.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
-        return int(config.get_text_config().vocab_size)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = models.load_tokenizer(str(pivot), **source)
+    seed_everything(seed)
+    datamodule = FusionDataModule(
+        stores,
+        data,
+        max_tokens=data.max_tokens or max_length,
+        vocab_size=_vocab_size(str(pivot), **source),
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
+    module = FusionModule(
+        str(pivot),
+        list(aligned),
+        rule=rule,
+        loss=loss,
+        optimizer=optimizer,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        gradient_checkpointing=gradient_checkpointing,
+        lora={key: value for key, value in lora.items() if key != "enabled"} if lora["enabled"] else None,
+        **source,
+    )
+    checkpoints = output.parent.parent / "checkpoints" / f"{output.name}-{mark}"
+    checkpoint = _checkpoint(checkpoints, resume)
+    loggers = logger(step_of(checkpoint)) if logger else False
+    description = Description.of(mark, output.name, str(pivot), list(aligned), module, datamodule, tokenizer, record)
+    saver = SavePretrained(output, description.write)
+    beside = [*make_callbacks(callbacks, checkpoints, bool(loggers)), saver]
+    options = {**trainer, "enable_progress_bar": callbacks.progress_bar, "use_distributed_sampler": False}
+    fit = quiet_trainer(options, beside, loggers)
+    fit.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
+    return _finish(fit, saver, description, None if callbacks.keep_checkpoints else checkpoints)
 
 
-def plan(cfg: DictConfig) -> Training:
-    """The run that a config describes."""
-    return Training(cfg)
+def _finish(fit: Any, saver: SavePretrained, description: Description, checkpoints: Path | None) -> float | None:
+    """Validates the saved weights, where training ended in mid-epoch; removes checkpoints; returns the metric."""
+    if fit.interrupted:
+        raise KeyboardInterrupt
+    module, data = fit.lightning_module, fit.datamodule
+    if len(data.validation_rows) and module.validated_at != fit.global_step:
+        fit.validate(module, data, verbose=False)
+    if not (saver.output_dir / RECORD).exists():  # killed between the last checkpoint and the export
+        saver.save(fit, module, saver.output_dir)
+    if fit.is_global_zero:
+        description.add_metrics(saver.output_dir, fit)
+        if checkpoints is not None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    value = fit.callback_metrics.get(METRIC)
+    return None if value is None else float(value)
+
+
+def _checkpoint(folder: Path, resume: str | None) -> str | None:
+    """``last``: where an earlier run of the same settings stopped, if it did."""
+    if resume != "last":
+        return resume
+    if found := latest_checkpoint(folder):
+        LOG.info("resuming %s", found)
+    return str(found) if found else None
+
+
+def _vocab_size(path: str, revision: str | None, trust_remote_code: bool) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    return int(config.get_text_config().vocab_size)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from fusechat.app.command import plain
 from fusechat.app.errors import UserError, one_of
 from fusechat.app.outputs import whole_lines
+from fusechat.stores.units import bits_per_byte
 
 LOG = logging.getLogger(__name__)
 COLUMN = "held-out bits per byte"
@@ -87,8 +88,6 @@ class Trials:
 
     def score(self, path: Path) -> float:
         """Bits per byte of the model on the held-out chats."""
-        import math
-
         from fusechat.chats.render import renderer_for
         from fusechat.evaluate import perplexity
         from fusechat.models import load as models
@@ -97,7 +96,7 @@ class Trials:
         renderer = renderer_for(tokenizer, tokenizer, "native", self.cfg.chat.max_length)
         model = models.load_model(str(path), dtype=self.cfg.pivot.dtype, device_map=self.cfg.evaluation.device_map)
         found = perplexity.score(model, renderer, self.chats, self.cfg.search.batch_size)
-        return sum(f["nats"] for f in found) / math.log(2) / sum(f["bytes"] for f in found)
+        return float(bits_per_byte(sum(f["nats"] for f in found), sum(f["bytes"] for f in found)))
 
     def finish(self) -> float:
         """Writes and prints the table; returns the best value."""

@@ -28,7 +28,7 @@ class OutputHead:
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise UserError(f"{type(self.model).__name__} has no linear lm_head; set loss.chunked=false")
-        self.head: nn.Linear = head
+        self.projection: nn.Linear = head
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Last hidden states, [B, T, D]."""
@@ -37,7 +37,7 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of any hidden states [..., D] -> [..., V]."""
-        return self.transform(self.head(hidden))
+        return self.transform(self.projection(hidden))
 
     def transform(self, logits: Tensor) -> Tensor:
         """What the architecture does to the lm_head's output."""
@@ -54,7 +54,7 @@ class OutputHead:
         own = self.model(input_ids=probe, use_cache=False).logits.float()
         ours = self.logits(self.hidden(probe)).float()
         self.model.train(training)
-        tolerance = 1e-4 if self.head.weight.dtype == torch.float32 else 0.05
+        tolerance = 1e-4 if self.projection.weight.dtype == torch.float32 else 0.05
         if own.shape != ours.shape or (own - ours).abs().max() > tolerance * own.abs().max().clamp_min(1.0):
             raise UserError(
                 f"{type(self.model).__name__} computes its logits in a way that backbone and lm_head do not show; "

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusechat.app.errors import UserError
+from fusechat.stores.units import bits
 
 DRAWS = 2000
 Sample = Mapping[str, Any]
@@ -18,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 def metric(samples: Sequence[Sample], name: str) -> tuple[Floats, Floats]:
     """Numerator and denominator per sample; a metric is the ratio of their sums, so that it resamples honestly."""
     if name == "bits_per_byte":
-        return np.array([s["nats"] / np.log(2) for s in samples]), np.array([s["bytes"] for s in samples])
+        return np.array([bits(s["nats"]) for s in samples]), np.array([s["bytes"] for s in samples])
     if name == "nats_per_token":
         return np.array([s["nats"] for s in samples]), np.array([s["tokens"] for s in samples])
     key = "correct" if name == "accuracy" else name

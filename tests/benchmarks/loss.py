@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from fusechat.fusion.losses import FusionLoss, Targets, fused_loss, loss_from_logits
+from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
+from fusechat.fusion.losses import FusionLoss
 from tests.benchmarks.measure import measure, table
 
 V, K, D = 32_000, 10, 512
@@ -42,7 +43,7 @@ def with_head(tokens: int) -> list[list[object]]:
     t, _ = targets(n)
     hidden = torch.randn(n, D, requires_grad=True)
     linear = torch.nn.Linear(D, V, bias=False)
-    head = SimpleNamespace(head=linear, transform=lambda z: z, softcap=None, scale=1.0)
+    head = SimpleNamespace(projection=linear, transform=lambda z: z, softcap=None, scale=1.0)
 
     def clear() -> None:
         hidden.grad = linear.weight.grad = None

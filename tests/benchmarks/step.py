@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusechat.fusion.data import FusionBatch
+from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.module import FusionModule
 from fusechat.models.heads import OutputHead
 from tests.benchmarks.measure import measure, table
@@ -71,7 +72,7 @@ def steps(shape: tuple[int, int, int, int], device: str) -> dict[str, Callable[[
         return run
 
     def ours(lm_weight: float) -> Callable[[], torch.Tensor]:
-        module = FusionModule("", ["source"], lm_weight=lm_weight)
+        module = FusionModule("", ["source"], loss=FusionLoss(lm_weight=lm_weight))
         module.model, module.head = model, OutputHead(model)
         return lambda: module._losses(data)[0]
 

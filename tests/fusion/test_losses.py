@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import transformers
 from torch import Tensor
 
 from fusechat.app.errors import UserError
-from fusechat.fusion.losses import KINDS, MISSING, FusionLoss, Targets, fused_loss, loss_from_logits, schedule_weight
-from fusechat.fusion.rules import FusionRule
+from fusechat.app.registry import choices
+from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
+from fusechat.fusion.losses import LOSSES, MISSING, FusionLoss
+from fusechat.fusion.rules import RULES, FusionRule
 from fusechat.models.heads import OutputHead
 from tests.conftest import GOLDEN
 
@@ -50,7 +53,9 @@ def test_parity_with_the_published_trainers(case: dict[str, Any]) -> None:
         ce = torch.tensor([case["metric_base"], case["metric_fused"]]).T
     loss = FusionLoss({"ce": "ce", "kl": "forward_kl"}[case["loss_type"]], temperature=case.get("temperature", 1.0))
     rule = FusionRule(
-        {"greater": "min_ce", "weighted": "avg_ce"}[case.get("mode", "greater")], metric="nats_per_token", empty="pivot"
+        rule={"greater": "min_ce", "weighted": "avg_ce"}[case.get("mode", "greater")],
+        metric="nats_per_token",
+        empty="pivot",
     )
     rows = [int(starts[b] + t) for b, t in zip(rows_b, rows_t, strict=True)]
     data = {name: padded(name, rows) for name in {*names, "pivot"}}
@@ -72,7 +77,8 @@ def test_parity_with_the_published_trainers(case: dict[str, Any]) -> None:
         pivot,
     )
     progress = case.get("global_step", 0) / case.get("max_steps", 1)
-    weight = schedule_weight(case.get("type", "hard"), case["lm_loss_weight"], progress, result.reward)[at]
+    schedule = {"lm_weight": case["lm_loss_weight"], "schedule": case.get("type", "hard")}
+    weight = replace(loss, **schedule).sft_share(progress, result.reward)[at]
     is_label, is_fused = (
         torch.tensor([float(label != -100) for label in labels]),
         torch.tensor([float(f) for f in fused]),
@@ -94,7 +100,7 @@ def dense(logits: Tensor, logprobs: Tensor, targets: Targets, loss: FusionLoss) 
     """The textbook, over the whole vocabulary: to be checked by eye."""
     n, v = logits.shape
     log_q = (logits / loss.student_temperature).log_softmax(-1)
-    q, p = log_q.exp(), torch.zeros(n, v).scatter(1, targets.ids, loss.teacher(logprobs))
+    q, p = log_q.exp(), logits.new_zeros(n, v).scatter(1, targets.ids, loss.teacher(logprobs))
     kept = torch.zeros(n, v, dtype=torch.bool).scatter(1, targets.ids, logprobs > -torch.inf)
     if loss.kind == "uld":
         top = q.sort(-1, descending=True).values[:, : targets.ids.shape[1]]
@@ -105,7 +111,7 @@ def dense(logits: Tensor, logprobs: Tensor, targets: Targets, loss: FusionLoss) 
     if loss.kind == "reverse_kl" and loss.missing_mass == "renormalize":
         q_all = q_all / q_all.sum(-1, keepdim=True)
     if rest:
-        p_tail = (1 - p.sum(-1, keepdim=True)).clamp_min(0) if loss.missing_mass == "tail" else torch.zeros(n, 1)
+        p_tail = (1 - p.sum(-1, keepdim=True)).clamp_min(0) if loss.missing_mass == "tail" else logits.new_zeros(n, 1)
         p_all, q_all = torch.cat([p_all, p_tail], 1), torch.cat([q_all, 1 - q_all.sum(-1, keepdim=True)], 1)
     xlogy = torch.special.xlogy
     if loss.kind == "ce":
@@ -129,14 +135,19 @@ def example(n: int, v: int, k: int) -> tuple[Tensor, Tensor, Targets]:
     return torch.randn(n, v), values, Targets(ids, values, torch.randint(0, v, (n,)), weights[0], weights[1])
 
 
+def in_float64(targets: Targets) -> Targets:
+    return Targets(*(x.double() if x.is_floating_point() else x for x in vars(targets).values()))
+
+
 @pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.0, 1.5)])
-@pytest.mark.parametrize(("kind", "missing"), itertools.product(KINDS, MISSING))
+@pytest.mark.parametrize(("kind", "missing"), itertools.product(sorted(LOSSES), MISSING))
 def test_loss_and_gradient_equal_the_dense_reference(
     kind: str, missing: str, temperatures: tuple[float, float]
 ) -> None:
     loss = FusionLoss(kind, missing, *temperatures)
     logits, logprobs, raw = example(40, 60, 6)
-    targets = Targets(raw.ids, loss.teacher(logprobs), raw.gold, raw.sft_weight, raw.fusion_weight)
+    logits, logprobs = logits.double(), logprobs.double()
+    targets = in_float64(replace(raw, p=loss.teacher(logprobs)))
     leaf = logits.clone().requires_grad_()
     sft = torch.nn.functional.cross_entropy(leaf, targets.gold, reduction="none")
     wanted = (sft * targets.sft_weight + dense(leaf, logprobs, targets, loss) * targets.fusion_weight).sum()
@@ -144,9 +155,65 @@ def test_loss_and_gradient_equal_the_dense_reference(
     ours = logits.clone().requires_grad_()
     value, each = loss_from_logits(ours * 1.0, targets, loss)
     value.backward()
-    assert torch.allclose(value, wanted, atol=1e-6)
-    assert torch.allclose(each[0], sft, atol=1e-5)
-    assert (ours.grad - leaf.grad).abs().max() < 1e-8
+    assert value.item() == pytest.approx(wanted.item(), abs=1e-12)
+    assert torch.allclose(each[0], sft, atol=1e-12)
+    assert (ours.grad - leaf.grad).abs().max() < 1e-12
+    assert leaf.grad.abs().max() > 1e-3
+    with torch.no_grad():
+        assert loss_from_logits(logits.clone(), targets, loss)[0] == value
+    in_fp32, _ = loss_from_logits(logits.float(), replace(raw, p=loss.teacher(logprobs).float()), loss)
+    assert in_fp32.dtype == torch.float32
+    assert in_fp32.item() == pytest.approx(wanted.item(), abs=1e-4)
+
+
+def alpha(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Alpha divergence at 1/2, as a user would write it: 4 (1 - sum sqrt(p q))."""
+    return 4 * (1 - (0.5 * (log_p + log_q)).exp().sum(-1))
+
+
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("student_temperature", [1.0, 2.0])
+def test_a_loss_of_the_users_own_trains_through_autograd(
+    missing: str, student_temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOSSES, "_members", dict(LOSSES._members))
+    LOSSES.register("alpha", "alpha divergence at 1/2")(alpha)
+    loss = FusionLoss("alpha", missing, student_temperature=student_temperature)
+    logits, logprobs, raw = example(7, 12, 4)
+    logits, targets = logits.double(), in_float64(replace(raw, p=loss.teacher(logprobs.double())))
+
+    def naive(z: Tensor) -> Tensor:
+        q = (z / student_temperature).softmax(-1).gather(1, targets.ids)
+        p, q = (targets.p, torch.where(targets.p > 0, q, 0.0))
+        if missing == "tail":
+            p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], 1) for x in (p, q))
+        safe = torch.where(p > 0, p * q, 1.0)
+        divergence = 4 * (1 - torch.where(p > 0, safe.sqrt(), 0.0).sum(-1))
+        sft = torch.nn.functional.cross_entropy(z, targets.gold, reduction="none")
+        return (sft * targets.sft_weight + divergence * targets.fusion_weight).sum()
+
+    ours = lambda z: loss_from_logits(z * 1.0, targets, loss)[0]
+    leaf, reference = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    log_q = (logits / student_temperature).log_softmax(-1).gather(1, targets.ids).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss.divergence(targets.p, x), (log_q,))
+    assert ours(leaf).item() == pytest.approx(naive(reference).item(), abs=1e-12)
+    (ours_gradient,) = torch.autograd.grad(ours(leaf), leaf)
+    (wanted,) = torch.autograd.grad(naive(reference), reference)
+    assert (ours_gradient - wanted).abs().max() < 1e-12
+    assert (wanted - torch.autograd.grad(ours(reference), reference)[0]).abs().max() < 1e-12
+
+
+def test_ranked_losses_sort_what_a_rule_has_mixed() -> None:
+    loss = FusionLoss("uld")
+    logits, logprobs, raw = example(9, 20, 5)
+    targets, order = replace(raw, p=loss.teacher(logprobs)), torch.tensor([3, 0, 4, 1, 2])
+    mixed = replace(targets, ids=targets.ids[:, order], p=targets.p[:, order])
+    assert torch.equal(*(loss_from_logits(logits.clone(), t, loss)[0] for t in (targets, mixed)))
+
+
+def test_groups_list_the_families() -> None:
+    for family, group in ((LOSSES, "loss.kind"), (RULES, "fusion.rule")):
+        assert choices(group) == {name: member.help for name, member in family.items()}
 
 
 def test_rows_without_entries_have_no_fusion_gradient() -> None:
@@ -198,20 +265,22 @@ def family(name: str) -> Any:
         name, {}
     )
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[name](**options))
+    config = FAMILIES[name](**options, experts_implementation="eager")  # the grouped kernel knows no fp64
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    return model.double().eval()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_chunked_loss_equals_the_models_own_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusechat.fusion.losses.CHUNK_ELEMENTS", 90 * 4)  # several chunks
+    monkeypatch.setattr("fusechat.fusion.gradient.CHUNK_ELEMENTS", 90 * 4)  # several chunks
     model, loss = family(name), FusionLoss("forward_kl", "tail")
     ids = torch.randint(3, 90, (2, 9))
     _, logprobs, raw = example(18, 90, 5)
-    targets = Targets(raw.ids, loss.teacher(logprobs), raw.gold, raw.sft_weight, raw.fusion_weight)
+    logprobs = logprobs.double()
+    targets = in_float64(replace(raw, p=loss.teacher(logprobs)))
     head = OutputHead(model)
     head.verify(ids)
     value, _ = fused_loss(head.hidden(ids).flatten(0, 1), head, targets, loss)
@@ -222,10 +291,11 @@ def test_chunked_loss_equals_the_models_own_logits(name: str, monkeypatch: pytes
     sft = torch.nn.functional.cross_entropy(logits, targets.gold, reduction="none")
     wanted = (sft * targets.sft_weight + dense(logits, logprobs, targets, loss) * targets.fusion_weight).sum()
     wanted.backward()
-    assert torch.allclose(value, wanted, atol=1e-5)
+    assert value.item() == pytest.approx(wanted.item(), abs=1e-9)
     for n, p in model.named_parameters():
         if p.grad is not None:
-            assert torch.allclose(ours[n], p.grad, atol=2e-6), n
+            assert torch.allclose(ours[n], p.grad, atol=1e-9, rtol=0), n
+    assert max(g.abs().max() for g in ours.values()) > 1e-3
 
 
 def test_a_head_that_hides_something_is_refused() -> None:
@@ -237,7 +307,9 @@ def test_a_head_that_hides_something_is_refused() -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(UserError, match=r"loss\.kind='mse' is unknown; use one of: ce, forward_kl"):
+    with pytest.raises(
+        UserError, match=r"loss\.kind='mse' is unknown; use one of: ce, forward_kl, jsd, reverse_kl, uld"
+    ):
         FusionLoss("mse")
     with pytest.raises(UserError, match=r"loss\.missing_mass='drop' is unknown"):
         FusionLoss("ce", "drop")

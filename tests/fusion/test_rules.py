@@ -47,5 +47,5 @@ def test_cross_entropy_per_byte_and_per_token() -> None:
 
 
 def test_unknown_rule() -> None:
-    with pytest.raises(UserError, match=r"fusion\.rule='best' is unknown; use one of: min_ce, avg_ce"):
+    with pytest.raises(UserError, match=r"fusion\.rule='best' is unknown; use one of: avg_ce, min_ce, sft"):
         FusionRule("best")

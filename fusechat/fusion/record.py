@@ -1,0 +1,72 @@
+"""What a target says of itself: tokenizer, fusechat.json and model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusechat.app.outputs import RECORD, read_json, write_json
+from fusechat.fusion.data import FusionDataModule
+from fusechat.fusion.module import FusionModule
+from fusechat.models.cards import command_line, write_card
+
+
+@dataclass(frozen=True)
+class Description:
+    """made: the card's sentence; inputs: role -> model; about: what is known before training; record: the caller's."""
+
+    tokenizer: Any
+    made: str
+    inputs: Mapping[str, str]
+    about: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        mark: str,
+        name: str,
+        pivot: str,
+        sources: Sequence[str],
+        module: FusionModule,
+        data: FusionDataModule,
+        tokenizer: Any,
+        record: Mapping[str, Any] | None,
+    ) -> Description:
+        """From the objects of a training that is about to begin."""
+        fused = f"A fusion target (rule {module.rule.rule}, lambda {module.loss.lm_weight})."
+        about: dict[str, Any] = {"fingerprint": mark, "stage": "train", "name": name, "sources": list(sources)}
+        stores = [store.fingerprint for store in data.stores]
+        about["stores"] = dict(zip(["pivot", *sources], stores, strict=True))
+        about["coverage"] = dict(zip(sources, data.coverage(), strict=True))
+        return cls(
+            tokenizer,
+            fused if module.rule.needs_sources else "Supervised fine-tuning alone.",
+            {"pivot": pivot} | {f"source {n + 1}": source for n, source in enumerate(sources)},
+            about,
+            record or {},
+        )
+
+    def write(self, directory: Path, module: FusionModule, trainer: Any) -> None:
+        """Adds all of it to a target that is being written."""
+        self.tokenizer.save_pretrained(directory)
+        trained = {"metrics": _metrics(trainer), "wins": module.win_rates(), "steps": trainer.global_step}
+        write_json(directory / RECORD, {**self.about, **trained, **self.record})
+        self._write_card(directory, trained["metrics"])
+
+    def add_metrics(self, directory: Path, trainer: Any) -> None:
+        """What was measured since."""
+        content = read_json(directory / RECORD)
+        content["metrics"] |= _metrics(trainer)
+        write_json(directory / RECORD, content)
+        self._write_card(directory, content["metrics"])
+
+    def _write_card(self, directory: Path, metrics: Mapping[str, float]) -> None:
+        shown = {name: value for name, value in metrics.items() if name.startswith("validation/")}
+        write_card(directory, str(self.about["name"]), self.made, self.inputs, command_line(), shown)
+
+
+def _metrics(trainer: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
