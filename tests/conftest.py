@@ -24,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from fusechat.app.command import CONF, run_stage
-from fusechat.pipeline import __main__ as pipeline
+from fusechat.app.verbs import VERBS
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a deadline is a timed assertion
@@ -61,7 +61,7 @@ def run_entry(name: str, overrides: list[str]) -> Any:
     """Runs an entry's stage in this process."""
     import importlib
 
-    module = importlib.import_module(pipeline.ENTRIES[name])
+    module = importlib.import_module(VERBS[name])
     return run_stage(module.run, composed(name, overrides))
 
 

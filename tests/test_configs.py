@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fusechat.app.command import CONF
-from fusechat.pipeline.__main__ import ENTRIES, expand
+from fusechat.pipeline.__main__ import STEPS, expand
 from tests.conftest import composed
 
 FILES = sorted(Path(CONF).rglob("*.yaml"))
@@ -15,7 +15,7 @@ EXPERIMENTS = sorted(file.stem for file in (Path(CONF) / "experiment").glob("*.y
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("entry", sorted(ENTRIES))
+@pytest.mark.parametrize("entry", STEPS)
 def test_every_experiment_composes(experiment: str, entry: str) -> None:
     cfg = composed(entry, [f"experiment={experiment}", "evaluation.chats=x", "model=a/b", *NEEDED.get(entry, [])])
     OmegaConf.resolve(cfg)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusechat.app import registry, session
+from fusechat.app import help, registry, session
 from fusechat.app.errors import UserError
 from fusechat.app.hints import config_folders, experiment_of, with_near_names
 from fusechat.app.session import imported, plain, provenance
 from fusechat.app.trainer import quiet_trainer, seed_everything
+from fusechat.app.verbs import as_typed
 
 __all__ = ["entry", "experiment_of", "imported", "label", "make_trainer", "plain", "provenance", "seed_everything"]
 
@@ -30,6 +34,9 @@ LOG = logging.getLogger("fusechat")
 Run = Callable[[DictConfig], Any]
 NO_JOBS = "error: the sweep has no jobs: one of its choices is empty; see the overrides with commas or range()"
 FAILED = "FUSECHAT_FAILED"  # names a file of jobs begun and failed, shared with the processes of a sweep
+TRACEBACK = "FUSECHAT_TRACEBACK"  # HYDRA_FULL_ERROR as it was given
+PARENT = "FUSECHAT_PARENT"  # the process id of the pipeline that a command is a step of
+WITHOUT_JOBS = {"--cfg", "-c", "--hydra-help", "--info", "-i"}  # flags that look and run nothing
 
 
 def label(path: str | None) -> str:
@@ -50,50 +57,86 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
         def job(cfg: DictConfig) -> Any:
             _note("")
             try:
-                return run_stage(run, cfg)
+                with _environment(HYDRA_FULL_ERROR=os.environ.get(TRACEBACK, "0")):  # as given, for child processes
+                    return run_stage(run, cfg)
             except Exception as error:
-                overrides = " ".join(HydraConfig.get().overrides.task)
-                _note(overrides or "(no overrides)")
-                if isinstance(error, UserError):
-                    LOG.error("%s%s", error, f"  [{overrides}]" if overrides else "")
-                raise
+                overrides = " ".join(HydraConfig.get().overrides.task) or "(no overrides)"
+                _note(overrides)
+                if not isinstance(error, UserError):
+                    raise
+                several = HydraConfig.get().mode == RunMode.MULTIRUN
+                LOG.error("%s%s", as_typed(str(error)), f"  [{overrides}]" if several else "")
+                if several or os.environ.get(TRACEBACK) == "1":
+                    raise
+                return None  # hydra has nothing to add
 
         command = hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")(job)
-        return lambda: _command(command)
+        return lambda: help.main(config_name) if help.wanted(sys.argv[1:]) else _command(command)
 
     return wrap
 
 
 def _command(command: Callable[[], None]) -> None:
-    traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then lets exceptions through, to be told here
+    """Runs a command of Hydra's and tells its mistakes; exits with 1 after one, with 130 after Ctrl-C."""
+    _end_with_parent()
+    asked = os.environ.get("HYDRA_FULL_ERROR", "0")
     with tempfile.NamedTemporaryFile("r", prefix="fusechat-failed-") as noted:
-        os.environ[FAILED] = noted.name
-        try:
-            command()
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from what is whole", file=sys.stderr)
-            sys.exit(130)
-        except (UserError, HydraException, OmegaConfBaseException) as error:
-            if traceback:
-                raise
-            failed = [line for line in noted.read().splitlines() if line]
-            if not (failed and isinstance(error, UserError)):
-                print(f"error: {with_near_names(error)}", file=sys.stderr)
-        else:
-            lines = noted.read().splitlines()
-            failed = [line for line in lines if line]
-            if (
-                (lines and not failed)
-                or not {"-m", "--multirun"} & set(sys.argv)
-                or {"--cfg", "-c", "--help", "--info", "-i"} & set(sys.argv)
-            ):
-                return
-            if not lines:
-                print(NO_JOBS, file=sys.stderr)
-        if failed:
-            print(f"{len(failed)} job(s) failed: " + "; ".join(failed), file=sys.stderr)
-    sys.exit(1)
+        # with full errors hydra lets exceptions through, to be told here
+        with _environment(**{"HYDRA_FULL_ERROR": "1", TRACEBACK: asked, FAILED: noted.name}):
+            mistake = _mistake(command, traceback=asked == "1")
+        jobs = noted.read().splitlines()
+    failed = [overrides for overrides in jobs if overrides]
+    several = bool({"-m", "--multirun"} & set(sys.argv)) and not WITHOUT_JOBS & set(sys.argv)
+    if mistake and not (failed and isinstance(mistake, UserError)):  # a job's own mistake is logged already
+        print(f"error: {as_typed(with_near_names(mistake))}", file=sys.stderr)
+    elif several and not jobs:
+        print(NO_JOBS, file=sys.stderr)
+    if several and failed:
+        print(f"{len(failed)} job(s) failed: " + "; ".join(failed), file=sys.stderr)
+    if mistake or failed or (several and not jobs):
+        sys.exit(1)
+
+
+def _mistake(command: Callable[[], None], traceback: bool) -> Exception | None:
+    """What a person got wrong, or nothing; errors of ours, and all where a traceback was asked for, go through."""
+    try:
+        command()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is whole", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if traceback:
+            raise
+        return error
+    return None
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for the time of a block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _end_with_parent() -> None:
+    """A step ends when its pipeline is gone, also where that was killed: Linux sends SIGTERM then."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != int(parent):  # gone before the call above
+        sys.exit(1)
 
 
 def _note(line: str) -> None:

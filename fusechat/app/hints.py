@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
 from fusechat.app.registry import CONF
-
-
-def near(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
-    """``; did you mean a or b?``, or nothing where no known name is near."""
-    found = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+from fusechat.app.verbs import near
 
 
 def with_near_names(error: Exception) -> str:

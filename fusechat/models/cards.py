@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusechat.app.verbs import command_line as command_line
+
 
 def write_card(
     directory: Path,
@@ -70,11 +72,3 @@ def _hub_ids(names: Sequence[str]) -> Any:
         name for name in names if name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/"))
     ]
     return ids or None
-
-
-def command_line() -> str:
-    """The command that runs now, as it could be typed again."""
-    import shlex
-    import sys
-
-    return shlex.join(["python", *sys.argv])

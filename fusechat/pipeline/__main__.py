@@ -5,69 +5,116 @@ python -m fusechat.pipeline experiment=tiny
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import logging
+import os
 import shlex
+import signal
+import subprocess
+import sys
 import time
-from typing import Any
+from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from fusechat.app.command import entry, run_stage
+from fusechat.app.command import PARENT, entry
 from fusechat.app.errors import UserError
+from fusechat.app.hints import config_folders
+from fusechat.app.verbs import VERBS, module_of, near, typed
 
 LOG = logging.getLogger(__name__)
-STEPS = ("extract", "align", "evaluate", "report", "judge", "publish", "tiny")
-ENTRIES = {name: f"fusechat.{name}.__main__" for name in STEPS} | {
-    "compare": "fusechat.compare",
-    "merge_search": "fusechat.merge_search",
-    "train": "train",
-    "merge": "merge",
-}
+STEPS = [verb for verb in VERBS if verb not in ("pipeline", "inspect")]
+HYDRA = ["hydra.output_subdir=null"]  # no folder of Hydra's own; a log beside the metrics
+HYDRA += [f"hydra.{key}=${{paths.logs}}/commands" for key in ("run.dir", "sweep.dir")] + ["hydra.sweep.subdir=."]
+GRACE = 10.0  # seconds in which a step may end by itself after Ctrl-C
+Step = tuple[str, list[str]]  # a verb and its overrides
 
 
 def run(cfg: DictConfig) -> None:
-    """Every step of ``pipeline.steps`` is an entry with overrides; commas make a sweep, as on the command line."""
-    from hydra.core.hydra_config import HydraConfig
+    """Every line of ``pipeline.steps`` is a command with overrides, run as a process of its own.
 
-    own = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+~").startswith("pipeline")]
-    steps = OmegaConf.to_container(cfg.pipeline.steps, resolve=False)
-    commands = [command for step in steps for command in expand(str(step))]  # type: ignore[union-attr]
+    So no result depends on what ran before. Commas make a sweep, as on the command line. Raises `UserError` that names
+    the step where one fails; the step itself has told the cause.
+    """
+    own, options = _given()
+    lines = [str(line) for line in OmegaConf.to_container(cfg.pipeline.steps, resolve=False)]  # type: ignore[union-attr]
+    steps = [parse(line) for line in lines]
+    if cfg.trainer.devices != 1:  # Lightning's ranks repeat the command line, and would repeat a sweep
+        steps = [job for line in lines for job in expand(line)]
     started = time.perf_counter()
-    for number, (name, overrides) in enumerate(commands, 1):
-        LOG.info("[%d/%d] %s %s", number, len(commands), name, " ".join(overrides))
-        run_step(name, [*own, *overrides])
+    for number, (verb, overrides) in enumerate(steps, 1):
+        sweep = ["-m"] if is_sweep(overrides) else []
+        shown = f"{typed(verb)} {shlex.join([*sweep, *own, *overrides, *options])}"
+        LOG.info("[%d/%d] %s", number, len(steps), shown)
+        command = [sys.executable, "-m", module_of(verb), *sweep, *own, *overrides, *options, *HYDRA]
+        if code := run_child(command):
+            raise UserError(f"step {number} of {len(steps)} {_ended(code)}: {shown}")
     LOG.info("pipeline finished in %.0f s", time.perf_counter() - started)
 
 
-def run_step(name: str, overrides: list[str]) -> Any:
-    """Composes the stage's config as its own command would, and runs it."""
-    from hydra import compose
-
-    if name not in ENTRIES:
-        raise UserError(f"pipeline.steps: {name!r} is no stage; use one of: {', '.join(sorted(ENTRIES))}")
-    module = importlib.import_module(ENTRIES[name])
-    return run_stage(module.run, compose(name, overrides))
+def parse(line: str) -> Step:
+    """``train source=a,b`` -> verb and overrides. Raises `UserError` for an unknown verb."""
+    verb, *overrides = shlex.split(line)
+    if verb not in STEPS:
+        raise UserError(f"pipeline.steps: {verb!r} is no stage; use one of: {', '.join(STEPS)}{near(verb, STEPS)}")
+    return verb, overrides
 
 
-def expand(step: str) -> list[tuple[str, list[str]]]:
-    """``train source=a,b seed=1`` -> one command per combination, in the order of a grid sweep."""
-    from itertools import product
-
+def is_sweep(overrides: Sequence[str]) -> bool:
+    """Whether an override has several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    name, *overrides = shlex.split(step)
-    parser = OverridesParser.create()
+    return any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides(list(overrides)))
+
+
+def expand(line: str) -> list[Step]:
+    """``train source=a,b seed=1`` -> one command per combination, in the order of a grid sweep."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    verb, overrides = parse(line)
     choices = []
-    for override, text in zip(parser.parse_overrides(overrides), overrides, strict=True):
+    for override, text in zip(OverridesParser.create().parse_overrides(overrides), overrides, strict=True):
         if override.is_sweep_override():
-            key = override.get_key_element()
-            choices.append(
-                [f"{key}={value}".replace("\\{", "{").replace("\\}", "}") for value in override.sweep_string_iterator()]
-            )
+            values = [value.replace("\\{", "{").replace("\\}", "}") for value in override.sweep_string_iterator()]
+            choices.append([f"{override.get_key_element()}={value}" for value in values])
         else:
             choices.append([text])
-    return [(name, list(combination)) for combination in product(*choices)]
+    return [(verb, list(combination)) for combination in itertools.product(*choices)]
+
+
+def run_child(command: Sequence[str]) -> int:
+    """Runs a command to its end, output passed through, and returns its exit code. Ctrl-C ends it too."""
+    child = subprocess.Popen(command, env=os.environ | {PARENT: str(os.getpid())})
+    try:
+        code = child.wait()
+    except BaseException:
+        _end(child)
+        raise
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    return code
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """A terminal's Ctrl-C reaches the child as well: it has a while to end by itself."""
+    for stop in (child.terminate, child.kill):
+        try:
+            child.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            stop()
+    child.wait()
+
+
+def _given() -> tuple[list[str], list[str]]:
+    """What the pipeline was given and passes on: overrides, and options."""
+    from hydra.core.hydra_config import HydraConfig
+
+    kept = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+~").startswith("pipeline")]
+    return kept, [part for folder in config_folders() for part in ("--config-dir", str(folder))]
+
+
+def _ended(code: int) -> str:
+    return f"failed (exit code {code})" if code > 0 else f"was ended by signal {-code} ({signal.Signals(-code).name})"
 
 
 main = entry("pipeline")(run)

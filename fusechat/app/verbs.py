@@ -1,0 +1,82 @@
+"""The commands by name: where each lives, what it is for, and how it is typed."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+VERBS = {  # in the order of a run
+    "pipeline": "fusechat.pipeline.__main__",
+    "tiny": "fusechat.tiny.__main__",
+    "extract": "fusechat.extract.__main__",
+    "align": "fusechat.align.__main__",
+    "train": "fusechat.fusion.__main__",
+    "merge": "fusechat.merging.__main__",
+    "merge_search": "fusechat.merge_search",
+    "evaluate": "fusechat.evaluate.__main__",
+    "report": "fusechat.report.__main__",
+    "compare": "fusechat.compare",
+    "judge": "fusechat.judge.__main__",
+    "publish": "fusechat.publish.__main__",
+    "inspect": "fusechat.inspect",
+}
+COMMAND = re.compile(rf"python (?:-m fusechat\.({'|'.join(VERBS)})|(train|merge)\.py)\b")
+STARTED = "FUSECHAT_STARTED"  # set where the console script was typed: messages then say `fusechat verb`
+
+
+def module_of(verb: str) -> str:
+    """What ``python -m`` runs."""
+    return VERBS[verb].removesuffix(".__main__")
+
+
+def file_of(verb: str) -> Path:
+    """The command's source."""
+    return PACKAGE.joinpath(*VERBS[verb].split(".")[1:]).with_suffix(".py")
+
+
+def about(verb: str) -> str:
+    """The first line of the command's docstring; nothing is imported."""
+    return (ast.get_docstring(ast.parse(file_of(verb).read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def typed(verb: str) -> str:
+    """How the command is typed here: ``fusechat train`` where it was begun so, else ``python train.py``."""
+    if os.environ.get(STARTED):
+        return f"fusechat {verb}"
+    script = PACKAGE.parent / f"{verb}.py"
+    return f"python {script.name}" if script.exists() else f"python -m {module_of(verb)}"
+
+
+def as_typed(text: str) -> str:
+    """A text whose commands (``python -m fusechat.x``, ``python train.py``) are as they are typed here."""
+    return re.sub(COMMAND, lambda found: typed(found[1] or found[2]), text)
+
+
+def near(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """``; did you mean a or b?``, or nothing where no known name is near."""
+    found = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def command_line() -> str:
+    """The command that runs now, as it could be typed again: of a sweep, the one job; nothing that is Hydra's own."""
+    from fusechat.app.hints import config_folders
+
+    if "hydra" in sys.modules:
+        from hydra.core.hydra_config import HydraConfig
+
+        if HydraConfig.initialized():
+            job = HydraConfig.get()
+            folders = [part for folder in config_folders() for part in ("--config-dir", str(folder))]
+            given = [
+                override.replace("\\{", "{").replace("\\}", "}") for override in job.overrides.task
+            ]  # a sweep escapes
+            return f"{typed(job.job.config_name)} {shlex.join([*given, *folders])}".rstrip()
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
