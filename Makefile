@@ -12,7 +12,7 @@ demo: $(VENV)/.ready  ## the whole of FuseChat on an embedded default: no GPU, n
 	$(BIN)/python -m fusechat.pipeline experiment=tiny
 
 test: $(VENV)/.ready  ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.ready  ## ruff and mypy --strict
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    {
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-    }
-)
+SCRATCH = Path(
+    tempfile.mkdtemp(prefix="fusechat-tests-")
+)  # other libraries' caches, and temporary files of child processes
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",  # how threads wait, not how many they are: workers of pytest-xdist share the cores
+    "TMPDIR": str(SCRATCH),
+    "HF_HOME": f"{SCRATCH}/huggingface",
+    "HYPOTHESIS_STORAGE_DIRECTORY": f"{SCRATCH}/hypothesis",
+    **dict.fromkeys(("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"), f"{SCRATCH}/wandb"),
+}
 
 import hypothesis
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from fusechat.app.command import CONF, run_stage
 from fusechat.app.verbs import VERBS
 
-torch.set_num_threads(1)
-hypothesis.settings.register_profile("untimed", deadline=None)  # a deadline is a timed assertion
-hypothesis.settings.load_profile("untimed")
+# A deadline is a timed assertion; a database would outlive the run, and what failed is printed as code that repeats it.
+hypothesis.settings.register_profile("tests", deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("tests")
 MINI = [
     "tiny.fusion_chats=96",
     "tiny.test_chats=24",
@@ -50,6 +58,23 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """No test leaves anything in the repository's root, where commands write unless told otherwise."""
+    listing = lambda: {path.name for path in ROOT.iterdir()} - {".pytest_cache"}
+    before = listing()
+    yield
+    assert not (left := listing() - before), f"a test left {left}"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same draws for a test whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 def composed(config: str, overrides: list[str]) -> Any:
     """The config an entry would get."""
     GlobalHydra.instance().clear()
@@ -68,9 +93,9 @@ def run_entry(name: str, overrides: list[str]) -> Any:
 class Mini:
     """A miniature world in a folder of its own."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *overrides: str) -> None:
         self.root = root
-        self.base = [*MINI, f"paths.root={root}"]
+        self.base = [*MINI, f"paths.root={root}", *overrides]
         self.experiment = root / "tiny" / "seed0"
 
     def run(self, name: str, *overrides: str) -> Any:

@@ -379,6 +379,7 @@ def test_two_ranks_share_the_shards(fresh: Mini) -> None:
     done = subprocess.run(
         command(fresh, "source=a", "trainer.devices=2", "trainer.strategy=ddp"),
         cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # else Lightning shares the cores out
         text=True,
         capture_output=True,
         timeout=300,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,8 +144,9 @@ def test_unknown_keys_and_groups_name_the_near_ones(overrides: list[str], messag
     assert message in done.stderr
 
 
-def test_failed_jobs_of_a_sweep_are_named_and_the_others_finish(undisturbed: Path) -> None:
-    root, targets = undisturbed, undisturbed / "tiny/seed0/targets"
+def test_failed_jobs_of_a_sweep_are_named_and_the_others_finish(undisturbed: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(undisturbed, tmp_path / "runs")
+    targets = root / "tiny/seed0/targets"
     done = run(
         "train.py",
         "-m",
