@@ -1,28 +1,36 @@
 """Judging answers with a language model behind an OpenAI-compatible endpoint: grades, or pairs in both orders.
 
-The prompts are ours: grades are comparable among models judged here, not with published ones. For those, give the answer
-files to FastChat's llm_judge or to alpaca_eval.
+The prompts are ours: grades are comparable among models judged here, not with published ones. For those, give the
+answer files to FastChat's llm_judge or to alpaca_eval.
 """
 
 from __future__ import annotations
 
+import random
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError
+from fusechat.judge.files import Turns
 
-GRADE = """You grade the last answer of an AI assistant in the conversation below. Look at whether it is correct, does what was
+if TYPE_CHECKING:
+    import httpx
+
+GRADE = """\
+You grade the last answer of an AI assistant in the conversation below. Look at whether it is correct, does what was
 asked, is complete and clear; length by itself earns nothing.{reference}
 
 {conversation}
 
 Say in two or three sentences what is good and bad about the last answer. Then end with its grade from 1 (useless) to 10
 (nothing left to wish for) in double brackets, like this: [[5]]"""
-PAIR = """Two AI assistants were asked the same. Decide whose last answer is better: correct, doing what was asked, complete and
+PAIR = """\
+Two AI assistants were asked the same. Decide whose last answer is better: correct, doing what was asked, complete and
 clear. Neither the order nor the length of the answers is an argument.{reference}
 
 === Assistant A ===
@@ -33,13 +41,14 @@ clear. Neither the order nor the length of the answers is an argument.{reference
 
 Say in two or three sentences why. Then end with your verdict in double brackets: [[A]], [[B]], or [[C]] for a tie."""
 BUSY = (429, 500, 502, 503, 504)
+LONGEST = 120.0  # seconds between two attempts
 VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5}
-Turns = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One judgement: key (unique), the conversation up to the judged answer, the other one's in pairs, and whether they were swapped."""
+    """One judgement. key: unique; turns: the conversation up to the judged answer; other: the other model's, in pairs;
+    swapped: the other model's is shown first."""
 
     key: str
     sample: str
@@ -68,7 +77,12 @@ class Task:
 
 
 class Judge:
-    """A chat endpoint. Raises `UserError` where it refuses, or fails more often than ``retries`` in a row."""
+    """A chat endpoint, for several threads at a time; closes its connections at the end of a with block.
+
+    retries: how often a request is sent again after 429, 5xx and broken connections; wait: seconds before the first
+    time, twice as many before each next one, and up to ``wait`` more by chance. tries: how often the judge is asked
+    again where its answer holds no grade. Raises `UserError` where it refuses, or fails more often than that.
+    """
 
     def __init__(
         self,
@@ -82,55 +96,62 @@ class Judge:
         wait: float,
         tries: int,
     ) -> None:
-        import requests
-        from requests.adapters import HTTPAdapter
-        from urllib3 import Retry
+        if not base_url.startswith(("http://", "https://")):
+            raise UserError(f"judge.base_url={base_url} is no address; expected http(s)://HOST/v1")
+        import httpx
 
-        again = Retry(
-            retries,
-            backoff_factor=wait,
-            backoff_jitter=wait,
-            status_forcelist=BUSY,
-            allowed_methods=None,
-            raise_on_status=False,
-        )
-        self.session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(max_retries=again, pool_maxsize=64))
-        if key:
-            self.session.headers["Authorization"] = f"Bearer {key}"
-        self.base_url, self.retries, self.tries = base_url.rstrip("/"), retries, tries
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(headers=headers, timeout=120, limits=httpx.Limits(max_connections=None))
+        self.base_url, self.retries, self.wait, self.tries = base_url.rstrip("/"), retries, wait, tries
         self.options = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.client.close()
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """The judgement of a task; value None where the judge answered garbage ``tries`` times."""
-        verdict = ""
+        verdict, value = "", None
         for _ in range(self.tries):
             verdict = self._ask(task.prompt)
-            if (value := task.value(verdict)) is not None:
-                return {"key": task.key, "sample": task.sample, "tag": task.tag, "value": value, "verdict": verdict}
-        return {"key": task.key, "sample": task.sample, "tag": task.tag, "value": None, "verdict": verdict}
+            value = task.value(verdict)
+            if value is not None:
+                break
+        return {"key": task.key, "sample": task.sample, "tag": task.tag, "value": value, "verdict": verdict}
 
     def _ask(self, prompt: str) -> str:
         """The model's text; empty where the body is no completion."""
-        import requests
-
-        body = {"messages": [{"role": "user", "content": prompt}], **self.options}
-        kept = f"failed {self.retries + 1} times; judgements so far are kept: run the same command again"
-        try:
-            response = self.session.post(f"{self.base_url}/chat/completions", json=body, timeout=120)
-        except requests.RequestException as error:
-            raise UserError(f"the judge at {self.base_url} {kept} ({type(error).__name__})") from error
-        if response.status_code in BUSY:
-            raise UserError(f"the judge at {self.base_url} {kept} (status {response.status_code})")
+        response = self._send({"messages": [{"role": "user", "content": prompt}], **self.options})
         if response.status_code != 200:
-            raise UserError(
-                f"the judge at {self.base_url} refuses ({response.status_code}): {response.text[:200]!r}; see judge.key_env"
-            )
+            told = f"({response.status_code}): {response.text[:200]!r}; see judge.key_env"
+            raise UserError(f"the judge at {self.base_url} refuses {told}")
         try:
             return str(response.json()["choices"][0]["message"]["content"])
         except (ValueError, LookupError, TypeError):
             return ""
+
+    def _send(self, body: dict[str, Any]) -> httpx.Response:
+        import httpx
+
+        reason = ""
+        for attempt in range(self.retries + 1):
+            asked_to_wait = 0.0
+            try:
+                response = self.client.post(f"{self.base_url}/chat/completions", json=body)
+                if response.status_code not in BUSY:
+                    return response
+                reason = f"status {response.status_code}"
+                after = response.headers.get("Retry-After", "")
+                asked_to_wait = float(after) if after.isdigit() else 0.0
+            except httpx.RequestError as error:
+                reason = type(error).__name__
+            if attempt < self.retries:
+                pause = self.wait * 2**attempt + random.uniform(0, self.wait)
+                time.sleep(min(LONGEST, max(pause, asked_to_wait)))
+        kept = f"failed {self.retries + 1} times; judgements so far are kept: run the same command again"
+        raise UserError(f"the judge at {self.base_url} {kept} ({reason})")
 
 
 def tasks(
@@ -144,23 +165,15 @@ def tasks(
     for name, turns in answers.items():
         for n in range(1, len(turns) + 1):
             sample, reference = f"{name}/{n}", (references.get(name) or [""] * n)[n - 1 : n]
-            about: dict[str, Any] = {
-                "sample": sample,
-                "tag": tags.get(name, ""),
-                "turns": turns[:n],
-                "reference": "".join(reference),
-            }
+            about: dict[str, Any] = {"sample": sample, "tag": tags.get(name, ""), "turns": turns[:n]}
+            about["reference"] = "".join(reference)
             for repeat in range(repeats):
                 if others is None:
                     yield Task(f"{sample}/{repeat}", **about)
                     continue
-                for swapped in (False, True):
-                    yield Task(
-                        f"{sample}/{repeat}/{'BA' if swapped else 'AB'}",
-                        other=others[name][:n],
-                        swapped=swapped,
-                        **about,
-                    )
+                for order in ("AB", "BA"):
+                    pair: dict[str, Any] = {"other": others[name][:n], "swapped": order == "BA"}
+                    yield Task(f"{sample}/{repeat}/{order}", **pair, **about)
 
 
 def judge_all(todo: Sequence[Task], judge: Callable[[Task], dict[str, Any]], parallel: int) -> Iterator[dict[str, Any]]:

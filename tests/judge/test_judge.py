@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fusechat.app.errors import UserError
+from fusechat.judge import judge as judge_answers
 from fusechat.judge.endpoint import Judge, Task
 from fusechat.report.results import read_result
 from tests.conftest import run_entry
@@ -157,9 +158,31 @@ def test_a_refusal_ends_at_once(tmp_path: Path, server: Server) -> None:
 
 
 def test_nobody_there(tmp_path: Path) -> None:
-    ask = Judge("http://127.0.0.1:9/v1", "m", None, temperature=0.0, max_tokens=8, retries=1, wait=0.0, tries=1)
-    with pytest.raises(UserError, match=r"the judge at http://127\.0\.0\.1:9/v1 failed 2 times"):
+    options = {"temperature": 0.0, "max_tokens": 8, "retries": 1, "wait": 0.0, "tries": 1}
+    failed = r"the judge at http://127\.0\.0\.1:9/v1 failed 2 times; .* \(ConnectError\)"
+    with Judge("http://127.0.0.1:9/v1", "m", None, **options) as ask, pytest.raises(UserError, match=failed):
         ask(Task("1/1/0", "1/1", "", [("q", "a")]))
+    assert ask.client.is_closed
+    with pytest.raises(UserError, match=r"judge\.base_url=localhost:9/v1 is no address; expected http\(s\)://HOST/v1"):
+        Judge("localhost:9/v1", "m", None, **options)
+
+
+def test_waits_double_with_jitter_(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("fusechat.judge.endpoint.time.sleep", pauses.append)
+    server.answer = lambda prompt, call: (429, "slow down") if call < 5 else (200, "[[5]]")
+    options = {"temperature": 0.0, "max_tokens": 8, "retries": 4, "wait": 1.0, "tries": 1}
+    with Judge(server.url, "m", None, **options) as ask:
+        assert ask(Task("1/1/0", "1/1", "", [("q", "a")]))["value"] == 5
+    assert all(2**n <= pause <= 2**n + 1 for n, pause in enumerate(pauses))
+    assert len(pauses) == 4
+
+
+def test_from_python(tmp_path: Path, server: Server) -> None:
+    questions, good, _ = files(tmp_path)
+    result = judge_answers(good, tmp_path / "grades.json", base_url=server.url, model="m", questions=questions)
+    assert result["metrics"]["grade"]["all"]["value"] == 7
+    assert read_result(tmp_path / "grades.json")["samples"] == result["samples"]
 
 
 def test_answers_to_other_questions_are_refused(tmp_path: Path, server: Server) -> None:
@@ -187,7 +210,8 @@ def test_judgements_are_kept_and_not_written_over(tmp_path: Path, server: Server
     assert judge(tmp_path, server) == 7
     assert len(server.prompts) == asked, "judged already"
     with pytest.raises(
-        UserError, match=r"good\.json holds other judgements; keep both with judge\.suffix=_NAME, or add overwrite=true"
+        UserError,
+        match=r"good\.json holds a judgement made with other settings .* overwrite=true to replace it, or judge\.suffix=_N",
     ):
         judge(tmp_path, server, f"baseline={tmp_path}/poor.jsonl")
     server.answer = lambda prompt, call: (200, "[[C]]")
