@@ -17,19 +17,16 @@ LOG = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> None:
-    """Prints second - first with interval and p for every metric both files have; writes CSV where ``output_file`` says so."""
-    from fusechat.report.results import compared, markdown, read_result
+    """Prints second - first with interval and p for every metric both files have; CSV where ``output_file`` says so."""
+    from fusechat.report.results import markdown
+    from fusechat.report.stage import compare
 
     for key in ("first", "second"):
         if not cfg[key] or not Path(cfg[key]).is_file():
-            raise UserError(
-                f"{key}={cfg[key]} is no result file; give one that python -m fusechat.evaluate has written"
-            )
-    frame = compared(read_result(Path(cfg.first)), read_result(Path(cfg.second)))
-    print(markdown(frame))
+            hint = "give one that python -m fusechat.evaluate has written"
+            raise UserError(f"{key}={cfg[key]} is no result file; {hint}")
+    print(markdown(compare(cfg.first, cfg.second, cfg.output_file)))
     if cfg.output_file:
-        Path(cfg.output_file).parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(cfg.output_file, index=False)
         LOG.info("comparison: %s", cfg.output_file)
 
 

@@ -44,7 +44,10 @@ def interval(samples: Sequence[Sample], name: str, seed: int = 0) -> dict[str, f
 
 
 def compare(first: Sequence[Sample], second: Sequence[Sample], name: str, seed: int = 0) -> dict[str, float]:
-    """Paired bootstrap of second - first: difference, 95 % interval, two-sided p. Raises `UserError` for other test sets."""
+    """Paired bootstrap of second - first: difference, 95 % interval, two-sided p.
+
+    Raises `UserError` for different test sets.
+    """
     if [s["id"] for s in first] != [s["id"] for s in second]:
         raise UserError(
             "the two results are of different test sets; evaluate both models with the same evaluation.chats"

@@ -1,4 +1,4 @@
-"""Answer files for llm_judge and alpaca_eval, the harness, and comparison of any two result files."""
+"""Answer files for llm_judge and alpaca_eval, and the harness."""
 
 import json
 from pathlib import Path
@@ -168,22 +168,3 @@ def test_a_local_task_of_the_harness(fresh: Mini) -> None:
             "evaluation=lm_eval",
             "evaluation.tasks=[arc_chalenge]",
         )
-
-
-def test_results_of_different_tests_are_refused(fresh: Mini, capsys: pytest.CaptureFixture[str]) -> None:
-    model = f"model={fresh.experiment}/world/models/pivot"
-    fresh.run("evaluate", model)
-    fresh.run("evaluate", model, "evaluation.limit=20", f"output_file={fresh.root}/less.json")
-    whole, less = f"{fresh.experiment}/evaluation/models-pivot.json", f"{fresh.root}/less.json"
-    with pytest.raises(UserError, match="the two results are of different test sets"):
-        fresh.run("compare", f"first={whole}", f"second={less}")
-    fresh.run("compare", f"first={whole}", f"second={whole}", f"output_file={fresh.root}/c.csv")
-    assert "| accuracy | all |" in capsys.readouterr().out
-    assert (fresh.root / "c.csv").read_text().count("True") == (fresh.root / "c.csv").read_text().count("\n") - 1, (
-        "all within noise"
-    )
-    (fresh.root / "cut.json").write_text('{"metrics": ')
-    with pytest.raises(UserError, match=r"cut\.json is half-written; remove it and evaluate again"):
-        fresh.run("compare", f"first={whole}", f"second={fresh.root}/cut.json")
-    with pytest.raises(UserError, match=r"second=None is no result file"):
-        fresh.run("compare", f"first={whole}")

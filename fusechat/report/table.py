@@ -1,0 +1,63 @@
+"""The result table: a row a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusechat.report.results import short
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SWEPT = {  # stage -> parts of its config that people sweep
+    "train": ("loss", "fusion", "optimizer", "token_map", "alignment", "data", "lora", "seed"),
+    "merge": ("merge",),
+}
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row a model: bits per byte and accuracy with 95 % intervals, accuracy by skill, the overrides that differ."""
+    import pandas as pd
+
+    several = len({row["folder"] for row in rows}) > 1
+    configs = [_made(Path(row["model"])) for row in rows]
+    differing = _differing(configs)
+    out = []
+    for row, made in zip(rows, configs, strict=True):
+        line: dict[str, Any] = {"experiment": str(row["folder"])} if several else {}
+        line["model"] = short(row["name"])
+        for name, title in (("bits_per_byte", "bits per byte"), ("accuracy", "accuracy %")):
+            if name in row["metrics"]:
+                scale, digits = (100, 1) if name == "accuracy" else (1, 4)
+                entry = row["metrics"][name]["all"]
+                line[title] = round(entry["value"] * scale, digits)
+                line[f"{title} 95 %"] = f"{entry['low'] * scale:.{digits}f}–{entry['high'] * scale:.{digits}f}"
+        line |= {name: round(entry["all"]["value"], 4) for name, entry in row.get("others", {}).items()}
+        by_skill = row["metrics"].get("accuracy", {})
+        line |= {tag: round(100 * entry["value"], 1) for tag, entry in by_skill.items() if tag != "all"}
+        out.append(line | {key: made.get(key, "") for key in differing})
+    return pd.DataFrame(out)
+
+
+def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Config keys whose values differ between the runs that made the models."""
+    keys = sorted({key for config in configs for key in config})
+    return [key for key in keys if len({str(config[key]) for config in configs if key in config}) > 1]
+
+
+def _made(model: Path) -> dict[str, Any]:
+    """The flat config of the stage that made a model, as far as people sweep it."""
+    file = model / "fusechat.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    swept = SWEPT.get(content.get("stage", ""), ())
+    flat = _flat(content.get("config", {}), "")
+    return {key: value for key, value in flat if key.split(".")[0] in swept and key != "merge.name"}
+
+
+def _flat(tree: Any, prefix: str) -> list[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        return [(prefix, tree)]
+    return [pair for key, value in tree.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else key)]

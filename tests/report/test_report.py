@@ -1,0 +1,131 @@
+"""Results: metrics resample honestly, tables and comparisons say what differs, pictures and the page hold everything."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusechat.app.errors import UserError
+from fusechat.report import compare as compare_files
+from fusechat.report import report, results
+from fusechat.report.statistics import compare, interval, metric_names
+from fusechat.report.table import table_of
+from tests.conftest import ROOT, Mini
+
+
+def samples(seed: int, shift: float = 0.0, n: int = 200) -> list[dict[str, Any]]:
+    rng, noise = np.random.default_rng(0), np.random.default_rng(seed)
+    base = rng.gamma(2, 2, n)
+    return [
+        {"id": i, "nats": b + shift + 0.1 * e, "bytes": 5, "tokens": 4, "correct": b < 4}
+        for i, (b, e) in enumerate(zip(base, noise.normal(size=n), strict=True))
+    ]
+
+
+def test_intervals_cover_the_value_and_pairing_sees_small_differences() -> None:
+    first, second, same = samples(1), samples(2, 0.1), samples(3)
+    entry = interval(first, "bits_per_byte")
+    assert entry["low"] < entry["value"] < entry["high"]
+    assert entry["value"] == pytest.approx(sum(s["nats"] for s in first) / np.log(2) / 1000)
+    found = compare(first, second, "bits_per_byte")
+    assert found["low"] > 0
+    assert found["p"] < 0.01
+    assert found["high"] - found["low"] < 0.2 * (entry["high"] - entry["low"]), (
+        "pairing takes the samples' own spread out"
+    )
+    assert compare(first, same, "bits_per_byte")["p"] > 0.01
+    with pytest.raises(UserError, match="different test sets"):
+        compare(first, second[1:], "bits_per_byte")
+
+
+def test_unknown_metric_and_broken_files(fresh: Mini) -> None:
+    with pytest.raises(UserError, match=r"holds no evaluations; make one with: python -m fusechat\.evaluate"):
+        fresh.run("report")
+    fresh.run("evaluate", f"model={fresh.experiment}/world/models/a")
+    with pytest.raises(
+        UserError, match=r"report\.metric='speed' is in no evaluation; use one of: accuracy, bits_per_byte"
+    ):
+        fresh.run("report", "report.metric=speed")
+    (fresh.experiment / "evaluation/broken.json").write_text('{"metrics"')
+    with pytest.raises(UserError, match=r"broken\.json is half-written; remove it and evaluate again"):
+        fresh.run("report")
+
+
+def test_table_shows_the_overrides_that_differ(fresh: Mini) -> None:
+    for weight in ("0.5", "0.9"):
+        fresh.run("train", "source=a", f"run_name=w{weight}", f"loss.lm_weight={weight}")
+        fresh.run("evaluate", f"model={fresh.experiment}/targets/w{weight}")
+    frame = table_of(results.ordered(results.collect([fresh.experiment]), "bits_per_byte"))
+    assert set(frame["loss.lm_weight"]) == {0.5, 0.9}
+    assert "optimizer.lr" not in frame
+    assert results.markdown(frame).count("\n") == 4
+
+
+def test_curves_put_the_rows_of_a_step_together(tmp_path: Path) -> None:
+    from fusechat.report.pictures import training_curves
+
+    for part, text in {
+        "from_step_0": "step,train/sft,validation/bits_per_byte,wins/all/a\n5,1.0,,\n9,0.8,,\n9,,0.5,\n9,,,0.7\n14,0.1,,\n",
+        "from_step_9": "step,train/sft,validation/bits_per_byte,wins/all/a\n14,0.6,,\n19,,0.4,\n",
+    }.items():
+        (tmp_path / "logs/train-a" / part).mkdir(parents=True)
+        (tmp_path / "logs/train-a" / part / "metrics.csv").write_text(text)
+    curve = training_curves(tmp_path)["a"].set_index("step")
+    assert curve["validation/bits_per_byte"].dropna().to_dict() == {9: 0.5, 19: 0.4}
+    assert curve["train/sft"].dropna().to_dict() == {5: 1.0, 9: 0.8, 14: 0.6}, (
+        "what the resumed run logged again counts"
+    )
+
+
+def test_results_of_different_tests_are_refused(fresh: Mini, capsys: pytest.CaptureFixture[str]) -> None:
+    model = f"model={fresh.experiment}/world/models/pivot"
+    fresh.run("evaluate", model)
+    fresh.run("evaluate", model, "evaluation.limit=20", f"output_file={fresh.root}/less.json")
+    whole, less = f"{fresh.experiment}/evaluation/models-pivot.json", f"{fresh.root}/less.json"
+    with pytest.raises(UserError, match="the two results are of different test sets"):
+        fresh.run("compare", f"first={whole}", f"second={less}")
+    fresh.run("compare", f"first={whole}", f"second={whole}", f"output_file={fresh.root}/c.csv")
+    assert "| accuracy | all |" in capsys.readouterr().out
+    assert (fresh.root / "c.csv").read_text().count("True") == (fresh.root / "c.csv").read_text().count("\n") - 1, (
+        "all within noise"
+    )
+    (fresh.root / "cut.json").write_text('{"metrics": ')
+    with pytest.raises(UserError, match=r"cut\.json is half-written; remove it and evaluate again"):
+        fresh.run("compare", f"first={whole}", f"second={fresh.root}/cut.json")
+    with pytest.raises(UserError, match=r"second=None is no result file"):
+        fresh.run("compare", f"first={whole}")
+
+
+def test_metrics_that_samples_make() -> None:
+    chat = {"id": "1", "tag": "sort", "nats": 1.0, "bytes": 3.0, "tokens": 2.0, "answer": "a"}
+    assert metric_names([chat]) == ["bits_per_byte", "nats_per_token"]
+    assert metric_names([chat | {"correct": True}]) == ["bits_per_byte", "nats_per_token", "accuracy"]
+    assert metric_names([{"id": 1, "tag": "", "b": 1.0}, {"id": 2, "tag": "", "a": 1}]) == ["a", "b"]
+
+
+def test_from_python(fresh: Mini) -> None:
+    for name in ("pivot", "a"):
+        fresh.run("evaluate", f"model={fresh.experiment}/world/models/{name}")
+    made = report([fresh.experiment], fresh.root / "report", metric="accuracy", baseline="models-pivot", title="mine")
+    assert {*made.table["model"]} == {"pivot", "a"}
+    assert made.comparisons["against"].tolist() == ["models-pivot"]
+    assert all(file.stat().st_size for _, file in made.pictures)
+    page = made.page.read_text()
+    assert "<h1>FuseChat: mine</h1>" in page
+    assert page.count("data:image/png;base64,") == len(made.pictures)
+    files = [fresh.experiment / f"evaluation/models-{name}.json" for name in ("pivot", "a")]
+    frame = compare_files(*files)
+    assert frame.loc[frame.metric == "accuracy", "skill"].tolist()[0] == "all"
+
+
+def test_the_package_brings_no_library_of_figures_or_tables() -> None:
+    code = """
+import sys
+import fusechat.report.results, fusechat.report.table, fusechat.report.pictures, fusechat.report.page, fusechat.report.stage
+print([m for m in ("matplotlib", "pandas", "rich", "torch", "omegaconf") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
