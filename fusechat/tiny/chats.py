@@ -1,4 +1,4 @@
-"""Chats generated from a seed: six skills with questions that can be told apart, and a test set no training set contains.
+"""Chats generated from a seed: six skills whose questions can be told apart, and a test set no training set contains.
 
 Held out: one phrasing of every fact, word and date question, and the letter strings whose hash says so.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fusechat.chats.render import Message
 
@@ -44,38 +45,11 @@ RELATIONS = {
 }
 WORDS = ("What is the Zan word for {}?", "Translate {} into Zan.", "How do you say {} in Zan?", "Give the Zan for {}.")
 DATES = ("What day is {} {} {}?", "Which day comes {} {} {}?", "Name the day {} {} {}.", "{} {} {} is which day?")
-ENGLISH = (
-    "tree",
-    "water",
-    "stone",
-    "bird",
-    "fire",
-    "house",
-    "road",
-    "night",
-    "bread",
-    "friend",
-    "song",
-    "hand",
-    "moon",
-    "wind",
-    "salt",
-    "ship",
-    "wolf",
-    "rain",
-    "gold",
-    "snow",
-    "field",
-    "horse",
-    "star",
-    "glass",
-    "iron",
-    "lake",
-    "leaf",
-    "milk",
-    "rope",
-    "wall",
-)
+_WORDS = """
+tree water stone bird fire house road night bread friend song hand moon wind salt
+ship wolf rain gold snow field horse star glass iron lake leaf milk rope wall
+"""
+ENGLISH = tuple(_WORDS.split())
 
 
 @dataclass(frozen=True)
@@ -129,15 +103,10 @@ class World:
                 yield Item("knowledge", phrasing.format(place), value, number == _hash(place + relation) % 4, pool)
 
     def _words(self) -> Iterator[Item]:
+        pool = tuple(self.lexicon.values())
         for word, translation in self.lexicon.items():
             for number, phrasing in enumerate(WORDS):
-                yield Item(
-                    "lexicon",
-                    phrasing.format(word),
-                    translation,
-                    number == _hash(word) % 4,
-                    tuple(self.lexicon.values()),
-                )
+                yield Item("lexicon", phrasing.format(word), translation, number == _hash(word) % 4, pool)
 
     def _dates(self) -> Iterator[Item]:
         for start, day in enumerate(DAYS):
@@ -153,10 +122,10 @@ def generate(
     world: World,
     count: int,
     seed: str,
-    weights: dict[str, float] | None = None,
+    weights: Mapping[str, float] | None = None,
     wrong: float = 0.0,
     held_out: bool = False,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """``count`` chats as rows of a chat file; a fraction ``wrong`` of them carries another answer of the same kind.
 
     Held-out chats are distinct. weights: skill -> relative frequency (default: uniform).
@@ -164,7 +133,7 @@ def generate(
     rng = random.Random(seed)
     chance = [(weights or {}).get(skill, 1.0 if weights is None else 0.0) for skill in SKILLS]
     samplers = {skill: world.items(skill, rng, held_out) for skill in SKILLS}
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     while len(rows) < count:
         item = samplers[rng.choices(SKILLS, chance)[0]]()

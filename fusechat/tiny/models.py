@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import lightning
-import numpy as np
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as token_models
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
-
-from fusechat.chats.padding import pad
-from fusechat.chats.render import ChatRenderer
 
 TEMPLATES = {
     "llama": "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -29,7 +22,7 @@ TEMPLATES = {
     "mixtral": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}</s>"
     "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}",
 }
-SPECIAL = {
+SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {"bos_token": "<s>", "eos_token": "<|end|>", "extra": ["<|user|>", "<|assistant|>", "<|system|>"]},
     "gpt_neox": {"eos_token": "<|endoftext|>", "extra": []},
     "qwen2": {"eos_token": "<|im_end|>", "extra": ["<|im_start|>"]},
@@ -46,38 +39,10 @@ CONFIGS = {
 def make_tokenizer(kind: str, vocab_size: int, texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of the family's own make, trained on ``texts``, with its chat template."""
     special = SPECIAL[kind]
-    names = [special[key] for key in ("bos_token", "eos_token") if key in special] + [
-        "<unk>",
-        "<pad>",
-        *special["extra"],
-    ]
-    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
-    if kind in ("gpt_neox", "qwen2"):
-        tokenizer = Tokenizer(token_models.BPE())
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        digits: list[Any] = [pre_tokenizers.Split(Regex(r"\d"), "isolated")] if kind == "qwen2" else []
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, level])
-        tokenizer.decoder = decoders.ByteLevel()
-        if kind == "qwen2":
-            tokenizer.normalizer = normalizers.NFC()
-        trainer: Any = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=names,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-    else:
-        tokenizer = Tokenizer(token_models.BPE(byte_fallback=True, unk_token="<unk>"))
-        space = pre_tokenizers.Metaspace(prepend_scheme="never")
-        punctuation = pre_tokenizers.Punctuation() if kind == "mixtral" else None
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([punctuation, space]) if punctuation else space
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names + alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    if kind in ("llama", "mixtral"):  # byte-fallback tokens are ordinary tokens, only their ids were to be reserved
-        content = json.loads(tokenizer.to_str())
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in alphabet]
-        tokenizer = Tokenizer.from_str(json.dumps(content))
+    known = [special[key] for key in ("bos_token", "eos_token") if key in special]
+    names = [*known, "<unk>", "<pad>", *special["extra"]]
+    build = _byte_level if kind in ("gpt_neox", "qwen2") else _byte_fallback
+    tokenizer = build(kind, vocab_size, names, texts)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -89,6 +54,36 @@ def make_tokenizer(kind: str, vocab_size: int, texts: Sequence[str]) -> PreTrain
     )
     fast.chat_template = TEMPLATES[kind]
     return fast
+
+
+def _byte_level(kind: str, vocab_size: int, names: list[str], texts: Sequence[str]) -> Tokenizer:
+    """BPE over bytes, GPT-2's way; qwen2 keeps digits apart and normalises."""
+    tokenizer = Tokenizer(token_models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits: list[Any] = [pre_tokenizers.Split(Regex(r"\d"), "isolated")] if kind == "qwen2" else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options: dict[str, Any] = {"special_tokens": names, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
+    return tokenizer
+
+
+def _byte_fallback(kind: str, vocab_size: int, names: list[str], texts: Sequence[str]) -> Tokenizer:
+    """BPE over characters with bytes as a last resort, SentencePiece's way; mixtral keeps punctuation apart."""
+    tokenizer = Tokenizer(token_models.BPE(byte_fallback=True, unk_token="<unk>"))
+    space = pre_tokenizers.Metaspace(prepend_scheme="never")
+    apart: Any = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), space])
+    tokenizer.pre_tokenizer = apart if kind == "mixtral" else space
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names + alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    content = json.loads(tokenizer.to_str())  # the bytes are ordinary tokens, only their ids were to be reserved
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in alphabet]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def make_model(kind: str, tokenizer: PreTrainedTokenizerFast, width: int, layers: int, heads: int) -> Any:
@@ -112,50 +107,3 @@ def make_model(kind: str, tokenizer: PreTrainedTokenizerFast, width: int, layers
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](**options), dtype=torch.float32)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
-
-
-class Batches(IterableDataset[dict[str, torch.Tensor]]):
-    """Endless padded batches of tokenized chats; labels are -100 outside the answers."""
-
-    def __init__(
-        self, rows: Sequence[Mapping[str, Any]], renderer: ChatRenderer, batch_size: int, seed: str, pad: int
-    ) -> None:
-        self.rendered = renderer([row["messages"] for row in rows])
-        self.batch_size, self.seed, self.pad = batch_size, seed, pad
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        rng = random.Random(self.seed)
-        while True:
-            order = rng.sample(self.rendered, len(self.rendered))
-            for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
-                yield self._pad(order[start : start + self.batch_size])
-
-    def _pad(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
-        ids, mask = pad([row.input_ids for row in rows], self.pad)
-        labels, _ = pad([np.where(row.assistant_mask, row.input_ids, -100) for row in rows], -100)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-class Pretraining(lightning.LightningModule):
-    """Plain answers-only training of a tiny model with AdamW, cosine schedule and a short warm-up."""
-
-    def __init__(self, model: Any, lr: float, steps: int) -> None:
-        super().__init__()
-        self.model, self.lr, self.steps = model.train(), lr, steps
-
-    def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean cross entropy of the answers' tokens."""
-        loss: torch.Tensor = self.model(**batch, use_cache=False).loss
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        """AdamW at ``lr``."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.01)
-        schedule = transformers.get_cosine_schedule_with_warmup(optimizer, self.steps // 20, self.steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def loader(data: Batches) -> DataLoader[dict[str, torch.Tensor]]:
-    """A DataLoader over ready batches."""
-    return DataLoader(data, batch_size=None)

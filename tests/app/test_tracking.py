@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ def records(file: Path) -> Iterator[Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts = file.read_bytes(), 7, b""
-    while at + 7 <= len(data):
+    while at + 7 <= len(data):  # what is not flushed yet is left out
         if BLOCK - at % BLOCK < 7:
             at += BLOCK - at % BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -37,12 +40,34 @@ def key_of(item: Any) -> str:
     return item.key or "/".join(item.nested_key)
 
 
-class Run:
-    """What a run's file says."""
+def files(world: Mini) -> set[Path]:
+    return set(world.experiment.rglob("offline-run-*/*.wandb"))
 
-    def __init__(self, world: Mini) -> None:
-        file = next(iter(sorted(world.experiment.rglob("offline-run-*/*.wandb"), key=lambda f: f.stat().st_mtime)[-1:]))
+
+def ended(file: Path, seconds: float = 120) -> list[Any]:
+    """The records of a run once its last one, the exit, is in the file: another process writes it."""
+    last = time.monotonic() + seconds
+    while True:
         found = [*records(file)]
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < last, f"{file} has no exit record"
+        time.sleep(0.1)
+
+
+def followed(world: Mini, name: str, *overrides: str) -> "Run":
+    """Runs an entry; what the one run that it has logged says."""
+    before = files(world)
+    world.run(name, *overrides, "logger=wandb_offline")
+    (made,) = files(world) - before
+    return Run(made)
+
+
+class Run:
+    """What the file of an ended run says."""
+
+    def __init__(self, file: Path) -> None:
+        found = ended(file)
         self.about = next(r.run for r in found if r.WhichOneof("record_type") == "run")
         self.config = {
             key_of(i): json.loads(i.value_json) for r in found for i in (*r.run.config.update, *r.config.update)
@@ -61,15 +86,8 @@ class Run:
 
 
 def test_a_training_run(fresh: Mini) -> None:
-    fresh.run(
-        "train",
-        "source=a",
-        "logger=wandb_offline",
-        "trainer.log_every_n_steps=1",
-        "trainer.max_steps=3",
-        "logger.tags=[mine]",
-    )
-    run = Run(fresh)
+    options = ["source=a", "trainer.log_every_n_steps=1", "trainer.max_steps=3", "logger.tags=[mine]"]
+    run = followed(fresh, "train", *options)
     assert (run.about.run_group, run.about.job_type, run.about.project) == ("tiny", "train", "fusechat")
     assert list(run.about.tags) == ["tiny", "train", "a", "mine"]
     assert (run.config["loss.lm_weight"], run.config["fusion.rule"], run.config["source.name"]) == (0.5, "min_ce", "a")
@@ -101,34 +119,29 @@ def test_a_training_run(fresh: Mini) -> None:
 
 
 def test_distributions_merges_and_answers(fresh: Mini) -> None:
-    fresh.run("extract", "source=b", "extract.top_k=9", "overwrite=true", "logger=wandb_offline")
-    run = Run(fresh)
+    run = followed(fresh, "extract", "source=b", "extract.top_k=9", "overwrite=true")
     assert run.about.job_type == "extract"
     assert run.history["extract/bits_per_byte"] > 0
     assert "distributions-b" in run.artifacts
-    fresh.run("align", "source=b", "overwrite=true", "logger=wandb_offline")
-    assert set(json.loads(Run(fresh).artifacts["aligned-b"].metadata)["inputs"]) == {
-        "distributions-pivot",
-        "distributions-b",
-    }
+    run = followed(fresh, "align", "source=b", "overwrite=true")
+    inputs = set(json.loads(run.artifacts["aligned-b"].metadata)["inputs"])
+    assert inputs == {"distributions-pivot", "distributions-b"}
     for name in "ab":
         fresh.run("train", f"source={name}", "trainer.max_steps=2")
     targets = ",".join(str(fresh.experiment / "targets" / name) for name in "ab")
-    fresh.run("merge", f"targets=[{targets}]", "logger=wandb_offline")
-    run = Run(fresh)
+    run = followed(fresh, "merge", f"targets=[{targets}]")
     assert list(run.about.tags) == ["tiny", "merge", "varm"]
     assert run.media == {"merge/weights", "merge/heatmap"}
     assert set(json.loads(run.artifacts["merged-varm_matrix"].metadata)["inputs"]) == {"target-a", "target-b"}
     fresh.run("evaluate", f"model={fresh.experiment}/world/models/pivot")
-    fresh.run("evaluate", f"model={fresh.experiment}/targets/a", "logger=wandb_offline")
-    run = Run(fresh)
+    run = followed(fresh, "evaluate", f"model={fresh.experiment}/targets/a")
     assert {"evaluation/bits_per_byte/all", "evaluation/accuracy/all", "evaluation/accuracy/sort"} <= set(run.history)
     file = next(fresh.experiment.rglob("answers_*.table.json"))
     table = json.loads(file.read_text())
     assert table["columns"] == ["skill", "prompt", "reference", "pivot's answer", "answer"]
     assert all(isinstance(cell, str) for row in table["data"] for cell in row)
-    fresh.run("report", "logger=wandb_offline")
-    assert {"report/results", "report/training", "report/wins", "report/merge_weights_varm_matrix"} <= Run(fresh).media
+    pictures = {"report/results", "report/training", "report/wins", "report/merge_weights_varm_matrix"}
+    assert pictures <= followed(fresh, "report").media
 
 
 def test_online_without_a_key_says_how_to_go_offline(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from fusechat.app.errors import UserError
+from fusechat.publish import publish as publish_from_python
 from tests.conftest import ROOT, Mini
 from tests.serving import serve, url
 
@@ -105,6 +106,9 @@ def test_a_dry_run_shows_and_sends_nothing(fresh: Mini, capsys: pytest.CaptureFi
     assert "would send to owner/name" in shown
     assert "model.safetensors" in shown
     assert "model-index" in shown
+    publication = publish_from_python(path, "owner/name", experiment=fresh.experiment)
+    assert publication.address is None
+    assert str(publication) in shown
     with pytest.raises(UserError, match=r"repo=name is no Hub id; write owner/name"):
         fresh.run("publish", f"model={path}", "repo=name")
     (path / "config.json").unlink()

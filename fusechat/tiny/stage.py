@@ -1,0 +1,109 @@
+"""Making the tiny world: chats that are the same for the same seed, and models that are trained once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusechat.app.outputs import RECORD, fingerprint, read_json, whole_directory, write_durably
+from fusechat.app.trainer import quiet_trainer, seed_everything
+from fusechat.tiny.chats import World, generate
+
+LOG = logging.getLogger(__name__)
+Row = dict[str, Any]
+Spec = Mapping[str, Any]  # a model's kind, vocab_size, steps, and mixture (skill -> relative frequency, or null)
+
+
+def make(
+    output_dir: str | Path,
+    *,
+    models: Mapping[str, Spec],
+    seed: int = 0,
+    fusion_chats: int = 2400,
+    test_chats: int = 600,
+    train_chats: int = 20000,
+    wrong_fraction: float = 0.2,
+    width: int = 128,
+    layers: int = 3,
+    heads: int = 4,
+    batch_size: int = 32,
+    lr: float = 3.0e-3,
+    max_length: int = 2048,
+    trainer: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes ``chats/*.jsonl`` and ``models/NAME`` below ``output_dir``, which it returns.
+
+    models: name -> its `Spec` (kind: llama, gpt_neox, qwen2 or mixtral). wrong_fraction: share of the fusion chats that
+    have a wrong answer. width, layers, heads, batch_size, lr: of every model and its training. trainer: options of
+    Lightning's Trainer. A model that these made is kept; one of other settings is trained again in its
+    place without asking.
+    """
+    counts = {"fusion_chats": fusion_chats, "test_chats": test_chats, "train_chats": train_chats}
+    tiny: dict[str, Any] = {**counts, "models": models}
+    tiny |= {"wrong_fraction": wrong_fraction, "width": width, "layers": layers, "heads": heads}
+    tiny |= {"batch_size": batch_size, "lr": lr}
+    root, world = Path(output_dir), World(seed)
+    chats = {
+        "fusion": generate(world, fusion_chats, f"fusion {seed}", wrong=wrong_fraction),
+        "test": generate(world, test_chats, f"test {seed}", held_out=True),
+    }
+    for name, spec in models.items():
+        chats[f"train_{name}"] = generate(world, train_chats, f"{name} {seed}", weights=spec["mixture"])
+    write_chats(chats, root / "chats")
+    for name, spec in models.items():
+        mark, target = fingerprint(seed=seed, tiny=tiny, model=spec), root / "models" / name
+        if (target / RECORD).exists() and read_json(target / RECORD).get("fingerprint") == mark:
+            LOG.info("skip: %s is trained already (fingerprint %s)", target, mark)
+            continue
+        about = {"fingerprint": mark, "stage": "tiny", "model": name, "seed": seed}
+        train(spec, chats[f"train_{name}"], target, about, tiny, max_length, trainer or {})
+    return root
+
+
+def write_chats(chats: Mapping[str, Sequence[Row]], folder: Path) -> None:
+    """A file of JSON lines each; one that holds these already is not touched. No training set has a test question."""
+    folder.mkdir(parents=True, exist_ok=True)
+    test = {row["messages"][0]["content"] for row in chats["test"]}
+    for name, rows in chats.items():
+        known = test & {row["messages"][0]["content"] for row in rows}
+        assert name == "test" or not known, f"{name} contains test questions"
+        path, data = folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if not path.exists() or path.read_bytes() != data:
+            write_durably(path, data)
+
+
+def train(
+    spec: Spec,
+    rows: Sequence[Row],
+    target: Path,
+    about: Mapping[str, Any],
+    tiny: Mapping[str, Any],
+    max_length: int,
+    trainer: Mapping[str, Any],
+) -> None:
+    """Trains one model with its tokenizer on the answers of ``rows``; ``target`` is whole or absent."""
+    from fusechat.chats.render import ChatRenderer
+    from fusechat.tiny.models import make_model, make_tokenizer
+    from fusechat.tiny.training import Batches, Pretraining, loader
+
+    name, seed = about["model"], about["seed"]
+    seed_everything(seed)
+    texts = [message["content"] for row in rows for message in row["messages"]]
+    tokenizer = make_tokenizer(spec["kind"], spec["vocab_size"], texts)
+    model = make_model(spec["kind"], tokenizer, tiny["width"], tiny["layers"], tiny["heads"])
+    renderer = ChatRenderer(tokenizer, max_length=max_length)
+    data = Batches(rows, renderer, tiny["batch_size"], f"{name} {seed}", tokenizer.pad_token_id)
+    fixed = {"max_epochs": -1, "max_steps": spec["steps"], "enable_checkpointing": False, "enable_progress_bar": False}
+    fitting = quiet_trainer({**trainer, **fixed}, [])
+    fitting.fit(Pretraining(model, tiny["lr"], spec["steps"]), loader(data))
+    size = model.num_parameters()
+    with whole_directory(target, overwrite=True) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / RECORD).write_text(json.dumps({**about, "parameters": size}, indent=1) + "\n")
+    loss = float(fitting.callback_metrics["train/loss"])
+    told = "%s: %s, %.2fM parameters, %d tokens, last loss %.3f"
+    LOG.info(told, name, spec["kind"], size / 1e6, len(tokenizer), loss)
