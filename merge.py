@@ -6,26 +6,46 @@ python merge.py merge=varm merge.granularity=matrix pivot.path=DIR 'targets=[DIR
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from omegaconf import DictConfig
 
-from fusechat.app.command import entry
+from fusechat.app.command import entry, experiment_of, imported, plain, provenance
+
+if TYPE_CHECKING:
+    from fusechat.merging.recipe import Recipe
+    from fusechat.merging.run import Merged
 
 
 def run(cfg: DictConfig) -> None:
     """config -> objects -> run."""
-    from fusechat.merging import run as merge_run
+    from fusechat.merging.recipe import Recipe
+    from fusechat.merging.run import make
 
-    plan = merge_run.plan(cfg)
-    if plan.finished:
+    inputs = {"pivot": cfg.pivot.path, "targets": plain(cfg.targets), "target": cfg.target}
+    train = f"python train.py {experiment_of(cfg)}"
+    recipe = Recipe.of(plain(cfg.merge), **inputs, seed=cfg.seed, imports=imported(cfg), made_by=train)
+    merged = make(recipe, cfg.output_dir, overwrite=cfg.overwrite, dry_run=cfg.merge.dry_run, record=provenance(cfg))
+    if merged.description:
+        print(merged.description)
+    if merged.made and not recipe.storing:
+        log(cfg, recipe, merged)
+
+
+def log(cfg: DictConfig, recipe: Recipe, merged: Merged) -> None:
+    """The weights that were measured, as table and picture, and the lineage, to wandb."""
+    from fusechat.app.tracking import log_made, log_picture, log_table, wandb_run
+    from fusechat.merging.folder import HEATMAP
+
+    run = wandb_run(cfg, f"merge-{merged.path.name}")
+    if run is None:
         return
-    if plan.compressing:
-        return plan.compress()
-    merge = plan.merge()
-    if cfg.merge.dry_run:
-        plan.show(merge)
-    else:
-        plan.write(merge)
-    return None
+    if merged.groups:
+        names = [path.name for path in recipe.target_paths]
+        rows = [[group, *(weights or [float("nan")] * len(names))] for group, weights in merged.groups.items()]
+        log_table(run, "merge/weights", ["group", *names], rows)
+        log_picture(run, "merge/heatmap", merged.path / HEATMAP)
+    log_made(cfg, run, ("merged", merged.path), [("target", path) for path in recipe.target_paths])
 
 
 main = entry("merge")(run)

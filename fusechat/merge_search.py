@@ -5,16 +5,62 @@ python -m fusechat.merge_search experiment=tiny search.trials=20
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from omegaconf import DictConfig
 
-from fusechat.app.command import entry
+from fusechat.app.command import entry, experiment_of, imported, plain, provenance
+
+if TYPE_CHECKING:
+    from fusechat.merging.recipe import Recipe
+
+OWN = ("search.", "merge.", "merge=", "output_dir=", "overwrite=")  # overrides that are the search's, not its merges'
 
 
 def run(cfg: DictConfig) -> float:
-    """Tries ``search.trials`` merges; leaves the best in ``output_dir`` and the table in ``search.folder``. Returns its bits per byte."""
-    from fusechat.merging import search
+    """Tries merges; leaves the best in ``output_dir``, a table in ``search.folder``. Returns its bits per byte."""
+    from fusechat.merging.search import mean_bits, search, space_of
 
-    return search.run(cfg)
+    space = space_of(plain(cfg.search.space), cfg.search.methods)
+    score = partial(
+        mean_bits,
+        chats=held_out_chats(cfg),
+        max_length=cfg.chat.max_length,
+        dtype=cfg.pivot.dtype,
+        device_map=cfg.evaluation.device_map,
+        batch_size=cfg.search.batch_size,
+    )
+    folder, output = Path(cfg.search.folder), Path(cfg.output_dir)
+    return search(candidate, score, space, folder, output, trials=cfg.search.trials, seed=cfg.seed)
+
+
+def held_out_chats(cfg: DictConfig) -> list[Any]:
+    """The chats that training held out."""
+    from fusechat.merging.search import held_out
+
+    split = {"validation_fraction": cfg.data.validation_fraction, "split_seed": cfg.data.split_seed}
+    chat = {key: cfg.chat[key] for key in ("format", "split", "name", "limit", "streaming")}
+    return held_out(cfg.chat.path, **split, **chat)
+
+
+def candidate(method: str, settings: Mapping[str, Any]) -> tuple[Recipe, Mapping[str, Any]]:
+    """The merge that ``merge.py`` would make with these settings; and its provenance."""
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+
+    from fusechat.merging.recipe import Recipe
+
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    given = [override for override in given if not override.startswith(OWN)]
+    own = [f"merge={method}", *(f"merge.{key}={value}" for key, value in settings.items())]
+    cfg = compose("merge", [*given, *own])
+    inputs = {"pivot": cfg.pivot.path, "targets": plain(cfg.targets), "target": cfg.target}
+    train = f"python train.py {experiment_of(cfg)}"
+    recipe = Recipe.of(plain(cfg.merge), **inputs, seed=cfg.seed, imports=imported(cfg), made_by=train)
+    return recipe, provenance(cfg)
 
 
 main = entry("merge_search")(run)

@@ -14,7 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 import train
 from fusechat import merge_search
-from fusechat.merging.search import COLUMN, held_out
+from fusechat.merge_search import held_out_chats
+from fusechat.merging.search import COLUMN
 from tests.conftest import ROOT, Mini
 
 QUIET = ["hydra/job_logging=stdout", "hydra/hydra_logging=disabled"]
@@ -126,7 +127,7 @@ def test_a_merge_search_ends_with_a_table_and_the_best_model(fresh: Mini, monkey
     )
     assert (fresh.experiment / "merge_search/results.md").read_text().count("\n") == len(made) + 2
     assert not (fresh.experiment / "merge_search/candidate").exists()
-    assert len(held := held_out(fresh.cfg("merge_search", "data.validation_fraction=0.3"))) > 5
+    assert len(held := held_out_chats(fresh.cfg("merge_search", "data.validation_fraction=0.3"))) > 5
     assert scored_one_by_one(merged, held) == pytest.approx(best)
     (fresh.experiment / "merge_search/trials.jsonl").write_text(
         "".join(json.dumps(t) + "\n" for t in made[:1]) + '{"cut'

@@ -79,6 +79,20 @@ def open_run() -> Any:
     return wandb.run if wandb is not None else None
 
 
+def log_table(run: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table in a wandb run."""
+    import wandb
+
+    run.log({name: wandb.Table(columns=list(columns), data=list(rows))})
+
+
+def log_picture(run: Any, name: str, file: Path) -> None:
+    """A picture in a wandb run."""
+    import wandb
+
+    run.log({name: wandb.Image(str(file))})
+
+
 def log_made(cfg: DictConfig, run: Any, made: Made | None, inputs: Sequence[Made]) -> None:
     """Lineage in wandb: the run used ``inputs`` and made ``made``; by reference, or uploaded with logger.upload=true.
 

@@ -1,14 +1,14 @@
-"""Delta store: a target kept as pivot + low-rank delta of mixed precision (Delta-CoMe, arXiv 2406.08903), without the GPTQ step.
+"""Delta store: a target kept as pivot + low-rank delta of mixed precision (Delta-CoMe, arXiv 2406.08903, without GPTQ).
 
-Every weight matrix of a block: delta = U S V by SVD; the first 2 singular vectors at 8 bits, the next 32 at 3, the rest at
-2 as far as the budget of 16 * ratio bits per element goes; round-to-nearest in groups of 128, S unquantised. Other
-parameters are kept as they are.
+Every weight matrix of a block: delta = U S V by SVD; the first 2 singular vectors at 8 bits, the next 32 at 3, the
+rest at 2 as far as the budget of 16 * ratio bits per element goes; round-to-nearest in groups of 128, S unquantised.
+Other parameters are kept as they are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,43 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusechat.app.errors import UserError
-from fusechat.merging.varm import BLOCK
+from fusechat.app.outputs import write_json
+from fusechat.merging.family import METHODS
+from fusechat.merging.groups import BLOCK
+from fusechat.merging.slices import Slices
 from fusechat.models.checkpoints import LazyCheckpoint, TensorInfo
 from fusechat.models.load import model_identity
 
 FILE, RECORD = "delta.safetensors", "delta.json"
 GROUP = 128
-RANKS = ((8, 2), (3, 32))  # (bits, singular vectors); the rest of the budget goes to 2 bits
+SMALLEST = 6e-8  # scale of a group whose elements are equal: the smallest half
+RANKS, REST = ((8, 2), (3, 32)), 2  # (bits, singular vectors); the rest of the budget goes to 2 bits
 
 
 def ranks_of(shape: tuple[int, ...], ratio: float) -> list[tuple[int, int]]:
     """(bits, vectors) for a matrix: sum of vectors * bits * (m + n) is about 16 * ratio * m * n bits."""
     m, n = shape
-    budget, left = 16 * ratio * m * n / (m + n), min(m, n)
-    found = []
-    for bits, wanted in RANKS:
+    budget = 16 * ratio * m * n / (m + n)  # bits for each element of a pair of singular vectors
+    left = min(m, n)
+    bands = []
+    for bits, wanted in (*RANKS, (REST, left)):
         count = min(left, wanted, int(budget // bits))
         budget, left = budget - bits * count, left - count
-        found.append((bits, count))
-    return [*found, (2, min(left, int(budget // 2)))]
+        bands.append((bits, count))
+    return bands
 
 
 def quantize(vectors: Tensor, bits: int) -> dict[str, Tensor]:
     """Rows of ``vectors`` [R, C] in groups of 128, min to max: packed codes, fp16 scale and offset per group."""
-    padded = torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % GROUP)).view(vectors.shape[0], -1, GROUP)
-    low = padded.amin(-1, keepdim=True).half().float()
-    scale = ((padded.amax(-1, keepdim=True) - low) / (2**bits - 1)).half().float().clamp_min(6e-8)
-    codes = ((padded - low) / scale).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    padded = torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % GROUP))
+    groups = padded.view(vectors.shape[0], -1, GROUP)
+    steps = 2**bits - 1
+    low = groups.amin(-1, keepdim=True).half().float()
+    scale = ((groups.amax(-1, keepdim=True) - low) / steps).half().float().clamp_min(SMALLEST)
+    codes = ((groups - low) / scale).round_().clamp_(0, steps).to(torch.uint8)
     flat: npt.NDArray[np.uint8] = codes.numpy().reshape(-1)
-    packed = np.packbits(np.unpackbits(flat[:, None], axis=1)[:, 8 - bits :])
+    bitfield = np.unpackbits(flat[:, None], axis=1)[:, 8 - bits :]
+    packed = np.packbits(bitfield)
     return {"codes": torch.from_numpy(packed), "scale": scale.squeeze(-1).half(), "low": low.squeeze(-1).half()}
 
 
@@ -63,41 +71,56 @@ def dequantize(stored: dict[str, Tensor], bits: int, columns: int) -> Tensor:
     return values.view(rows, -1)[:, :columns]
 
 
-def compress(pivot: LazyCheckpoint, target: LazyCheckpoint, directory: Path, ratio: float) -> dict[str, float]:
-    """Writes ``delta.safetensors`` and ``delta.json``; returns bytes, the target's bytes, and the relative error of the deltas."""
+@METHODS.register("compress", "keep a target as pivot + compressed delta", needs=("store",))
+def compress(slices: Slices, ratio: float = 0.0625) -> dict[str, Tensor]:
+    """One matrix of one target for the delta store: its δ = U S V, quantised in bands of singular vectors.
+
+    A member of the family because command, config group, checks of the inputs and record are those of a merge; its need
+    ``store`` says that what it returns is kept as it is, under the parameter's name, instead of streamed into a model.
+    """
     if not 0 < ratio <= 1:
         raise UserError(f"merge.ratio={ratio} is outside (0, 1]; 0.0625 keeps a sixteenth")
+    pivot, target = slices.whole()
+    u, s, vh = torch.linalg.svd(target - pivot, full_matrices=False)
+    stored: dict[str, Tensor] = {}
+    start = 0
+    for bits, count in ranks_of(tuple(slices.shape), ratio):
+        if count == 0:
+            continue
+        band = slice(start, start + count)
+        for side, vectors in (("u", u[:, band].t()), ("v", vh[band])):
+            quantised = quantize(vectors.contiguous(), bits)
+            stored |= {f"{side}{bits}:{key}": value for key, value in quantised.items()}
+        stored[f"s{bits}"] = s[band].clone()
+        start += count
+    return stored
+
+
+def write_store(
+    pivot: LazyCheckpoint, target: LazyCheckpoint, directory: Path, ratio: float, identity: str
+) -> dict[str, float]:
+    """Writes ``delta.safetensors`` and ``delta.json``; returns bytes, the target's bytes, the deltas' relative error.
+
+    identity: the pivot's, without whom the store is worth nothing.
+    """
     tensors: dict[str, Tensor] = {}
-    plan: dict[str, Any] = {}
+    ranks: dict[str, list[tuple[int, int]]] = {}
     lost = total = 0.0
     for name, info in pivot.infos.items():
         if len(info.shape) != 2 or not BLOCK.match(name):
             tensors[name] = target.tensor(name).clone()
             continue
-        delta = target.tensor(name).float() - pivot.tensor(name).float()
-        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-        at, ranks = 0, ranks_of(info.shape, ratio)
-        for bits, count in ranks:
-            part = slice(at, at + count)
-            if count:
-                for side, vectors in (("u", u[:, part].t()), ("v", vh[part])):
-                    tensors |= {
-                        f"{name}:{side}{bits}:{key}": value
-                        for key, value in quantize(vectors.contiguous(), bits).items()
-                    }
-                tensors[f"{name}:s{bits}"] = s[part].clone()
-            at += count
-        plan[name] = [[bits, count] for bits, count in ranks]
-        again = _low_rank(tensors.__getitem__, name, plan[name], info.shape)
-        lost, total = lost + float((again - delta).square().sum()), total + float(delta.square().sum())
+        matrix = Slices(pivot.tensor(name), [target.tensor(name)])
+        tensors |= {f"{name}:{part}": value for part, value in compress(matrix, ratio).items()}
+        ranks[name] = ranks_of(info.shape, ratio)
+        delta = matrix.targets[0].float() - matrix.pivot.float()
+        lost += float((low_rank(tensors.__getitem__, name, ranks[name], info.shape) - delta).square().sum())
+        total += float(delta.square().sum())
     save_file(tensors, directory / FILE)
-    (directory / RECORD).write_text(
-        json.dumps({"pivot": model_identity(str(pivot.path)), "ratio": ratio, "ranks": plan}, indent=1) + "\n"
-    )
-    size = sum(info.bytes for info in target.infos.values())
+    write_json(directory / RECORD, {"pivot": identity, "ratio": ratio, "ranks": ranks})
     return {
         "bytes": (directory / FILE).stat().st_size,
-        "target_bytes": size,
+        "target_bytes": sum(info.bytes for info in target.infos.values()),
         "relative_error": (lost / total) ** 0.5 if total else 0.0,
     }
 
@@ -131,7 +154,7 @@ class CompressedCheckpoint(LazyCheckpoint):
         """pivot + low-rank delta, in fp32; parameters that were not compressed come as they are."""
         if name not in self.ranks:
             return self._delta.get_tensor(name)  # type: ignore[no-any-return]
-        delta = _low_rank(self._delta.get_tensor, name, self.ranks[name], self.infos[name].shape)
+        delta = low_rank(self._delta.get_tensor, name, self.ranks[name], self.infos[name].shape)
         return self.pivot.tensor(name).float() + delta
 
 
@@ -140,13 +163,14 @@ def open_checkpoint(path: Path, pivot: LazyCheckpoint) -> LazyCheckpoint:
     return CompressedCheckpoint(path, pivot) if (path / RECORD).exists() else LazyCheckpoint(path)
 
 
-def _low_rank(get: Any, name: str, ranks: list[list[int]], shape: tuple[int, ...]) -> Tensor:
+def low_rank(get: Callable[[str], Tensor], name: str, ranks: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Tensor:
+    """U S V of a stored matrix, in fp32. get: stored tensors by name; ranks: (bits, vectors) of every band."""
     delta = torch.zeros(shape)
     for bits, count in ranks:
         if count:
-            parts = {
+            sides = {
                 side: {key: get(f"{name}:{side}{bits}:{key}") for key in ("codes", "scale", "low")} for side in "uv"
             }
-            u, v = dequantize(parts["u"], bits, shape[0]), dequantize(parts["v"], bits, shape[1])
+            u, v = dequantize(sides["u"], bits, shape[0]), dequantize(sides["v"], bits, shape[1])
             delta.addmm_(u.t() * get(f"{name}:s{bits}"), v)
     return delta

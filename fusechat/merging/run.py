@@ -1,170 +1,127 @@
-"""What merge.py puts together: inputs, fingerprint, disk check, the whole directory with card, record and heatmap."""
+"""The work of merge.py, from Python too: inputs opened and checked, then the whole directory written."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
-
-from fusechat.app.command import experiment_of, plain, provenance
-from fusechat.app.errors import UserError, one_of
-from fusechat.app.outputs import fingerprint, whole_directory
-from fusechat.app.tracking import log_made, wandb_run
-from fusechat.merging.delta import compress, open_checkpoint
-from fusechat.merging.stream import NAMES, Merge, check_shapes, copy_companions, describe
-from fusechat.models import load as models
-from fusechat.models.cards import command_line, write_card
-from fusechat.models.checkpoints import LazyCheckpoint
+from fusechat.app.errors import UserError
+from fusechat.app.outputs import RECORD, settled, whole_directory, write_json
+from fusechat.merging.folder import fill_model, fill_store
+from fusechat.merging.inputs import Inputs, open_inputs
+from fusechat.merging.recipe import Recipe
+from fusechat.merging.stream import describe, layout_of, size_of
+from fusechat.merging.varm import GroupWeights, measured_weights
 
 LOG = logging.getLogger(__name__)
-COMMON = {"name", "method", "weights", "patterns", "dtype", "max_shard_size", "dry_run"}
 
 
-class MergeRun:
-    """One merge as its config describes it."""
+@dataclass(frozen=True)
+class Merged:
+    """A merged model, or delta store, in ``path``.
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg, self.output, self.options = cfg, Path(cfg.output_dir), plain(cfg.merge)
-        one_of(cfg.merge.method, (*NAMES, "compress"), "merge.method")
-        self.compressing = cfg.merge.method == "compress"
-        if self.compressing and not cfg.target:
-            raise UserError("merge=compress needs the target to store: add target=DIR")
-        self.pivot, self.targets = (
-            Path(cfg.pivot.path),
-            [Path(p) for p in ([cfg.target] if self.compressing else cfg.targets)],
+    groups: the weights that VaRM measured. made: False where the folder held it already, or nothing was to be written;
+    then description says what would have been.
+    """
+
+    path: Path
+    groups: GroupWeights = field(default_factory=dict)
+    made: bool = True
+    description: str = ""
+
+
+def merge(
+    method: str,
+    pivot: str | Path,
+    targets: Sequence[str | Path],
+    output_dir: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    patterns: Sequence[Mapping[str, Any]] = (),
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    seed: int = 0,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    record: Mapping[str, Any] | None = None,
+    imports: Mapping[str, str] | None = None,
+) -> Merged:
+    """Merges targets of the pivot's shape into one model by a method of `fusechat.merging.METHODS`.
+
+    pivot, targets: local Hugging Face directories; a target may be a delta store. settings: the method's own, the
+    rest as its signature has them. weights: one per target; None is equal. patterns: [{match: regex, weights: [...]}]
+    or [{match: regex, keep: pivot}], the first that fits a parameter's name counts. dtype: float32, bfloat16 or
+    float16; None stores the pivot's. seed: of methods that drop at random. overwrite: replaces a folder that other
+    settings made. dry_run: writes nothing but describes the merge. record: what else ``fusechat.json`` is to hold.
+    imports: name -> hash of modules with methods of your own; part of the fingerprint.
+
+    Writes ``output_dir`` whole or not at all; a folder that holds this very merge is left as it is. Raises
+    `UserError` for unknown methods and settings, inputs that are broken or do not belong together, and a full disk.
+    """
+    paths = [Path(path) for path in targets]
+    recipe = Recipe(method, Path(pivot), paths, settings or {}, weights, patterns, dtype, max_shard_size, seed, imports)
+    return make(recipe, output_dir, overwrite=overwrite, dry_run=dry_run, record=record)
+
+
+def make(
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    record: Mapping[str, Any] | None = None,
+) -> Merged:
+    """`merge`, of a recipe."""
+    output = Path(output_dir)
+    _check_place(output, recipe.target_paths)
+    again = overwrite or dry_run
+    held = settled(output / RECORD, recipe.mark, what="merged model", keep="output_dir=DIR", overwrite=again)
+    if held is not None:
+        return Merged(output, held.get("weights", {}), made=False)
+    inputs = open_inputs(recipe.pivot_path, recipe.target_paths, by_token=not recipe.storing)
+    if dry_run and recipe.storing:
+        raise UserError(f"merge={recipe.method} has no plan to show; leave out merge.dry_run=true")
+    groups = _group_weights(inputs, recipe)
+    if dry_run:
+        return Merged(output, groups, made=False, description=describe(inputs, recipe, groups))
+    _check_room(output, size_of(layout_of(inputs, recipe.dtype)))
+    with whole_directory(output, overwrite) as directory:
+        if recipe.storing:
+            about = fill_store(inputs, recipe, directory, output.name)
+        else:
+            about = fill_model(inputs, recipe, groups, directory, output.name)
+        write_json(directory / RECORD, {"fingerprint": recipe.mark, **about, **(record or {})})
+    LOG.info("%s is made by %s from %d target(s)", output, recipe.method, len(inputs.targets))
+    if measured := about.get("measured"):
+        share = 100 * measured["bytes"] / measured["target_bytes"]
+        LOG.info("%.1f %% of the target; relative error of the deltas %.3f", share, measured["relative_error"])
+    return Merged(output, groups)
+
+
+def _check_place(output: Path, inputs: Sequence[Path]) -> None:
+    place = output.resolve()
+    for path in inputs:
+        if path.resolve() in (place, *place.parents):
+            raise UserError(f"output_dir={output} lies inside the input {path}; choose another")
+
+
+def _group_weights(inputs: Inputs, recipe: Recipe) -> GroupWeights:
+    if "variation" not in recipe.member.needs:
+        return {}
+    asked = ("granularity", "variation", "weighting", "temperature", "allow_unchanged")
+    return measured_weights(inputs, list(recipe.identities.values()), **{key: recipe.settings[key] for key in asked})
+
+
+def _check_room(output: Path, need: int) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output.parent).free
+    if need > free:
+        raise UserError(
+            f"{output.parent} has {free / 1e9:.2f} GB free, the merged model needs {need / 1e9:.2f} GB; "
+            "choose another output_dir"
         )
-        for path in self.targets:
-            if not path.is_dir():
-                raise UserError(
-                    f"the target {path} does not exist; make it with: python train.py {experiment_of(cfg)} source={path.name}"
-                )
-            if self.output.resolve() == path.resolve() or path.resolve() in self.output.resolve().parents:
-                raise UserError(f"output_dir={self.output} lies inside the input {path}; choose another")
-        if not self.pivot.is_dir():
-            raise UserError(
-                f"pivot.path={self.pivot} is no directory; merging reads local checkpoints: download it with `hf download`"
-            )
-        settings = {k: v for k, v in self.options.items() if k not in ("dry_run", "name")}
-        self.hashes = {str(path): models.model_identity(str(path)) for path in (self.pivot, *self.targets)}
-        self.mark = fingerprint(merge=settings, inputs=list(self.hashes.values()), seed=cfg.seed)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the merged model is there. Raises `UserError` where other settings made it."""
-        file = self.output / "fusechat.json"
-        if self.cfg.merge.dry_run or self.cfg.overwrite or not file.exists():
-            return False
-        held = json.loads(file.read_text()).get("fingerprint")
-        if held != self.mark:
-            raise UserError(
-                f"{self.output} holds another model (fingerprint {held}, now {self.mark}); add overwrite=true, or choose another output_dir"
-            )
-        LOG.info("skip: %s is merged already (fingerprint %s)", self.output, self.mark)
-        return True
-
-    def merge(self) -> Merge:
-        """Opens the checkpoints, checks that they belong together, and measures the change where the method needs it."""
-        settings = {k: v for k, v in self.options.items() if k not in COMMON}
-        pivot = LazyCheckpoint(self.pivot)
-        merge = Merge(
-            pivot,
-            [open_checkpoint(path, pivot) for path in self.targets],
-            self.options["method"],
-            settings,
-            weights=self.options["weights"],
-            patterns=self.options["patterns"],
-            dtype=self.options["dtype"],
-            seed=self.cfg.seed,
-        )
-        if merge.method == "varm":
-            merge.measure(self.hashes)
-        return merge
-
-    def compress(self) -> None:
-        """Stores the target as pivot + compressed delta."""
-        pivot, target = LazyCheckpoint(self.pivot), LazyCheckpoint(self.targets[0])
-        check_shapes(pivot, [target], [{}])
-        with whole_directory(self.output, self.cfg.overwrite) as directory:
-            copy_companions(self.targets[0], directory, None)
-            measured = compress(pivot, target, directory, self.options["ratio"])
-            record = {
-                "fingerprint": self.mark,
-                "stage": "compress",
-                "name": self.output.name,
-                "inputs": self.hashes,
-                "measured": measured,
-            }
-            (directory / "fusechat.json").write_text(
-                json.dumps(record | provenance(self.cfg), indent=1, default=str) + "\n"
-            )
-        share = measured["bytes"] / measured["target_bytes"]
-        LOG.info(
-            "%s: %.1f MB, %.1f %% of the target; relative error of the deltas %.3f",
-            self.output,
-            measured["bytes"] / 1e6,
-            100 * share,
-            measured["relative_error"],
-        )
-
-    def show(self, merge: Merge) -> None:
-        """Prints the plan."""
-        print(describe(merge, self.options["max_shard_size"]))
-
-    def write(self, merge: Merge) -> None:
-        """Writes the merged model, whole or not at all."""
-        self._check_room(merge)
-        with whole_directory(self.output, self.cfg.overwrite) as directory:
-            copy_companions(self.pivot, directory, self.options["dtype"])
-            merge.write(directory, self.options["max_shard_size"])
-            record = {
-                "fingerprint": self.mark,
-                "stage": "merge",
-                "name": self.output.name,
-                "method": merge.method,
-                "inputs": self.hashes,
-                "targets": [path.name for path in self.targets],
-                "weights": merge.groups,
-                **provenance(self.cfg),
-            }
-            (directory / "fusechat.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
-            inputs = {"pivot": str(self.pivot)} | {f"target {n + 1}": str(path) for n, path in enumerate(self.targets)}
-            write_card(directory, self.output.name, f"Merged by {merge.method}.", inputs, command_line())
-            if merge.groups:
-                from fusechat.report.figures import weight_heatmap
-
-                weight_heatmap(merge.groups, [path.name for path in self.targets], directory / "merge_weights.png")
-        LOG.info("merged %d targets by %s into %s", len(self.targets), merge.method, self.output)
-        self._log(merge, self.output / "merge_weights.png")
-
-    def _log(self, merge: Merge, heatmap: Path) -> None:
-        run = wandb_run(self.cfg, f"merge-{self.output.name}")
-        if run is None:
-            return
-        if merge.groups:
-            import wandb
-
-            rows = [
-                [group, *(weights or [float("nan")] * len(self.targets))] for group, weights in merge.groups.items()
-            ]
-            table = wandb.Table(columns=["group", *(path.name for path in self.targets)], data=rows)
-            run.log({"merge/weights": table, "merge/heatmap": wandb.Image(str(heatmap))})
-        log_made(self.cfg, run, ("merged", self.output), [("target", path) for path in self.targets])
-
-    def _check_room(self, merge: Merge) -> None:
-        import torch
-
-        need = sum(int(torch.Size(shape).numel()) * dtype.itemsize for shape, dtype in merge.plan.values())
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.output.parent).free
-        if need > free:
-            raise UserError(
-                f"{self.output.parent} has {free / 1e9:.2f} GB free, the merged model needs {need / 1e9:.2f} GB; choose another output_dir"
-            )
-
-
-def plan(cfg: DictConfig) -> MergeRun:
-    """The merge that a config describes."""
-    return MergeRun(cfg)

@@ -1,105 +1,91 @@
-"""Search for the merge of lowest held-out bits per byte: optuna over methods and their settings.
-
-python -m fusechat.merge_search experiment=tiny search.trials=20
-"""
+"""Search for the merge of lowest held-out bits per byte: optuna over methods and their settings."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from fusechat.app.command import plain
 from fusechat.app.errors import UserError, one_of
 from fusechat.app.outputs import whole_lines
+from fusechat.merging.recipe import Recipe
+from fusechat.merging.run import make
 from fusechat.stores.units import bits_per_byte
 
 LOG = logging.getLogger(__name__)
 COLUMN = "held-out bits per byte"
+Candidate = Callable[[str, Mapping[str, Any]], tuple[Recipe, Mapping[str, Any]]]
+Space = Mapping[str, Mapping[str, Sequence[Any]]]  # method -> setting -> values to choose from
 
 
-def run(cfg: DictConfig) -> float:
-    """Tries ``search.trials`` merges; leaves the best in ``output_dir`` and the table in ``search.folder``. Returns its bits per byte."""
+def search(
+    candidate: Candidate,
+    score: Callable[[Path], float],
+    space: Space,
+    folder: Path,
+    output_dir: Path,
+    *,
+    trials: int,
+    seed: int,
+) -> float:
+    """Tries merges; leaves the best in ``output_dir`` and a table in ``folder``. Returns the lowest score.
+
+    candidate: method and settings -> recipe, and what its ``fusechat.json`` is to hold. score: of a merged model,
+    lower is better. The sampler is seeded and scores are kept, so that a search that was killed takes the same way.
+    Raises `UserError` where optuna is missing.
+    """
     try:
         import optuna
     except ImportError as error:
         raise UserError("a search needs optuna: pip install 'fusechat[sweep]'") from error
-    space = plain(cfg.search.space)
-    for method in cfg.search.methods:
-        one_of(method, tuple(space), "search.methods")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    trials = Trials(cfg)
+    known = Trials(score, folder, output_dir)
 
     def objective(trial: Any) -> float:
-        method = trial.suggest_categorical("method", list(cfg.search.methods))
+        method = trial.suggest_categorical("method", list(space))
         chosen = {key: trial.suggest_categorical(f"{method}.{key}", values) for key, values in space[method].items()}
-        return trials.value(method, chosen)
+        recipe, record = candidate(method, chosen)
+        return known.value(recipe, record, {"method": method, **chosen})
 
-    study = optuna.create_study(direction="minimize", sampler=optuna.samplers.TPESampler(seed=cfg.seed))
-    study.optimize(objective, n_trials=cfg.search.trials)
-    return trials.finish()
+    study = optuna.create_study(direction="minimize", sampler=optuna.samplers.TPESampler(seed=seed))
+    study.optimize(objective, n_trials=trials)
+    return known.table()
 
 
 class Trials:
-    """Merges, scores and remembers. The sampler is seeded and values are remembered, so a search that was killed takes the same way."""
+    """Merges, scores and remembers."""
 
-    def __init__(self, cfg: DictConfig) -> None:
-        from hydra.core.hydra_config import HydraConfig
-
-        self.cfg, self.folder, self.output = cfg, Path(cfg.search.folder), Path(cfg.output_dir)
-        given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-        self.given = [o for o in given if not o.startswith(("search.", "merge.", "merge=", "output_dir="))]
-        self.chats = held_out(cfg)
-        self.file = self.folder / "trials.jsonl"
+    def __init__(self, score: Callable[[Path], float], folder: Path, output_dir: Path) -> None:
+        self.score, self.folder, self.output = score, folder, output_dir
+        self.file = folder / "trials.jsonl"
         self.done = whole_lines(self.file)
 
-    def value(self, method: str, settings: dict[str, Any]) -> float:
-        """Held-out bits per byte of one merge; the model stays where it is the best so far."""
-        from hydra import compose
-
-        from fusechat.merging import run as merge_run
-
-        overrides = [f"merge={method}", *(f"merge.{key}={value}" for key, value in settings.items())]
-        place = self.folder / "candidate"
-        plan = merge_run.plan(
-            compose("merge", [*self.given, *overrides, f"output_dir={place}", "overwrite=true", "logger=none"])
-        )
-        known = next((t[COLUMN] for t in self.done if t["fingerprint"] == plan.mark), None)
+    def value(self, recipe: Recipe, record: Mapping[str, Any], choice: Mapping[str, Any]) -> float:
+        """The score of one merge; the model stays where it is the best so far. choice: what the table says of it."""
+        known = next((trial[COLUMN] for trial in self.done if trial["fingerprint"] == recipe.mark), None)
         if known is not None:
             return float(known)
-        plan.write(plan.merge())
-        bits = self.score(place)
-        best = min((t[COLUMN] for t in self.done), default=float("inf"))
-        if bits < best:
+        place = self.folder / "candidate"
+        make(recipe, place, overwrite=True, record=record)
+        value = self.score(place)
+        if value < min((trial[COLUMN] for trial in self.done), default=math.inf):
             shutil.rmtree(self.output, ignore_errors=True)
             self.output.parent.mkdir(parents=True, exist_ok=True)
             place.rename(self.output)
         else:
             shutil.rmtree(place)
-        self.done.append({COLUMN: bits, "method": method, **settings, "fingerprint": plan.mark})
+        self.done.append({COLUMN: value, **choice, "fingerprint": recipe.mark})
         with self.file.open("a") as file:
             file.write(json.dumps(self.done[-1]) + "\n")
-        LOG.info("%s: %.4f bits per byte", " ".join(overrides), bits)
-        return bits
+        LOG.info("%s: %.4f bits per byte", " ".join(f"{key}={value}" for key, value in choice.items()), value)
+        return value
 
-    def score(self, path: Path) -> float:
-        """Bits per byte of the model on the held-out chats."""
-        from fusechat.chats.render import renderer_for
-        from fusechat.evaluate import perplexity
-        from fusechat.models import load as models
-
-        tokenizer = models.load_tokenizer(str(path))
-        renderer = renderer_for(tokenizer, tokenizer, "native", self.cfg.chat.max_length)
-        model = models.load_model(str(path), dtype=self.cfg.pivot.dtype, device_map=self.cfg.evaluation.device_map)
-        found = perplexity.score(model, renderer, self.chats, self.cfg.search.batch_size)
-        return float(bits_per_byte(sum(f["nats"] for f in found), sum(f["bytes"] for f in found)))
-
-    def finish(self) -> float:
-        """Writes and prints the table; returns the best value."""
+    def table(self) -> float:
+        """Writes and prints the table; returns the lowest score."""
         import pandas as pd
 
         from fusechat.report.results import markdown
@@ -112,16 +98,37 @@ class Trials:
         return float(frame[COLUMN].iloc[0])
 
 
-def held_out(cfg: DictConfig) -> list[Any]:
-    """The chats that training held out. Raises `UserError` where it held out none."""
+def space_of(space: Space, methods: Sequence[str]) -> Space:
+    """The part of a search space that belongs to ``methods``. Raises `UserError` for one it does not know."""
+    for method in methods:
+        one_of(method, tuple(space), "search.methods")
+    return {method: space[method] for method in methods}
+
+
+def held_out(path: str, *, validation_fraction: float, split_seed: int, **options: Any) -> list[Any]:
+    """The chats that training held out. options: of `load_chats`. Raises `UserError` where it held out none."""
     from fusechat.chats.formats import in_validation, load_chats
 
-    reading = {key: cfg.chat[key] for key in ("format", "split", "name", "limit", "streaming")}
-    chats, _ = load_chats(cfg.chat.path, **reading)
-    fraction, seed = cfg.data.validation_fraction, cfg.data.split_seed
-    found = [row["messages"] for row in chats if in_validation(row["id"], fraction, seed)]
+    chats, _ = load_chats(path, **options)
+    found = [row["messages"] for row in chats if in_validation(row["id"], validation_fraction, split_seed)]
     if not found:
         raise UserError(
-            f"data.validation_fraction={fraction} holds out no chat of {cfg.chat.path}; a search needs some, e.g. 0.05"
+            f"data.validation_fraction={validation_fraction} holds out no chat of {path}; "
+            "a search needs some, e.g. 0.05"
         )
     return found
+
+
+def mean_bits(
+    path: Path, chats: Sequence[Any], *, max_length: int, dtype: str, device_map: str | None, batch_size: int
+) -> float:
+    """Bits per byte of a model over all chats together."""
+    from fusechat.chats.render import renderer_for
+    from fusechat.evaluate import perplexity
+    from fusechat.models.load import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(str(path))
+    renderer = renderer_for(tokenizer, tokenizer, "native", max_length)
+    model = load_model(str(path), dtype=dtype, device_map=device_map)
+    found = perplexity.score(model, renderer, chats, batch_size)
+    return float(bits_per_byte(sum(f["nats"] for f in found), sum(f["bytes"] for f in found)))

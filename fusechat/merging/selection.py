@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numba
 import numpy as np
@@ -21,7 +21,6 @@ class Largest:
     """
 
     def __init__(self, scores: Scores, count: int | None = None, share: float = 1.0) -> None:
-        self.scores = scores
         upper = _histogram(scores, 16, 31, 0, HIGH)
         size, positive = int(upper.sum()), int(upper[1:].sum())
         count = int(share * positive) if count is None else count
@@ -33,13 +32,17 @@ class Largest:
             self.threshold = float(np.array([(high << 16) | low], np.int32).view(np.float32)[0])
             self.ties = count - above - more
 
-    def masks(self) -> Iterator[Tensor]:
-        """The masks of the stream's slices, in order: fp32 of 0 and 1, which multiplies many times faster than bool."""
+    def masker(self) -> Callable[[Tensor], Tensor]:
+        """A function that is called with each slice's scores, in the stream's order, and returns the slice's mask.
+
+        Masks are fp32 of 0 and 1, which multiplies many times faster than bool.
+        """
         left = self.ties
-        for scores in self.scores():
+
+        def mask_of(scores: Tensor) -> Tensor:
+            nonlocal left
             if self.everything or self.nothing:
-                yield torch.full((), float(self.everything))
-                continue
+                return torch.full((), float(self.everything))
             mask = torch.nn.functional.hardshrink(scores, self.threshold).sign_()  # 1 above the threshold
             if left > 0:
                 equal = scores == self.threshold
@@ -48,7 +51,9 @@ class Largest:
                     equal &= equal.flatten().cumsum(0).view_as(equal) <= left
                 left -= min(found, left)
                 mask.masked_fill_(equal, 1.0)
-            yield mask
+            return mask
+
+        return mask_of
 
 
 def _kth(histogram: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> tuple[int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ Score = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 class Slices:
-    """Iterating yields flat slices (pivot, targets), anew each time. The tensors may be memory-mapped and of any float type."""
+    """Iterating yields flat slices (pivot, targets), anew each time. The tensors may be memory-mapped, of any float."""
 
     def __init__(self, pivot: Tensor, targets: Sequence[Tensor]) -> None:
         self.pivot, self.targets = pivot, list(targets)
@@ -41,10 +40,6 @@ class Slices:
         for pivot, targets in self:
             yield [target - pivot for target in targets]
 
-    def ones(self) -> Iterator[Tensor]:
-        """Masks that let everything through."""
-        return (torch.ones(()) for _ in self._starts(SLICE))
-
     def largest(self, score: Score, count: int | None = None, share: float = 1.0) -> Largest:
         """The elements of largest score, see `Largest`."""
         from fusechat.merging.selection import Largest  # here: numba takes longer to import than some merges
@@ -55,11 +50,8 @@ class Slices:
         """Pivot and targets at once, for methods that need it."""
         return [tensor.float() for tensor in (self.pivot, *self.targets)]
 
-    def _starts(self, step: int) -> range:
-        return range(0, max(1, self.size), max(1, step))
-
     def _cut(self, step: int) -> Iterator[Part]:
         pivot, *targets = [tensor.reshape(-1) for tensor in (self.pivot, *self.targets)]
-        for start in self._starts(step):
+        for start in range(0, max(1, self.size), max(1, step)):
             part = slice(start, start + step)
             yield pivot[part].float(), [target[part].float() for target in targets]

@@ -26,8 +26,8 @@ def vocabulary(path: Path) -> dict[str, int] | None:
 def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Tensor]:
     """Vocabulary-sized tensors of the target with their rows in the pivot's order; rows it lacks are the pivot's.
 
-    Empty where both have the same tokens at the same ids and the same shapes. Raises `UserError` where shapes differ and
-    no tokenizer tells which row is which.
+    Empty where both have the same tokens at the same ids and the same shapes. Raises `UserError` where shapes differ
+    and no tokenizer tells which row is which.
     """
     own, theirs = vocabulary(pivot.path), vocabulary(target.path)
     names = [
@@ -41,16 +41,14 @@ def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Tenso
             continue
         if own is None or theirs is None or shape[1] != other[1]:
             raise UserError(
-                f"{name}: shape {other} in {target.path}, {shape} in the pivot {pivot.path}, and no tokenizers to match rows by"
+                f"{name}: shape {other} in {target.path}, {shape} in the pivot {pivot.path}, "
+                "and no tokenizers to match rows by"
             )
+        shared = [(i, theirs[token]) for token, i in own.items() if token in theirs]
+        pairs = [(mine, other_row) for mine, other_row in shared if mine < shape[0] and other_row < other[0]]
+        to, source = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)
         rows = pivot.tensor(name).clone()
-        pairs = [
-            (i, theirs[token])
-            for token, i in own.items()
-            if token in theirs and i < shape[0] and theirs[token] < other[0]
-        ]
-        index = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
-        rows[index[:, 0]] = target.tensor(name)[index[:, 1]].to(rows.dtype)
+        rows[to] = target.tensor(name)[source].to(rows.dtype)
         moved[name] = rows
     return moved
 

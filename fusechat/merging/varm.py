@@ -1,6 +1,6 @@
-"""VaRM: merge weights from how much each group of parameters changed (FuseChat, arXiv 2402.16107, equation of section 3.3).
+"""VaRM: merge weights from how much each group of parameters changed (FuseChat, arXiv 2402.16107, section 3.3).
 
-W[j, m] = mean_m(delta_j^2) / sum_j mean_m(delta_j^2), always against the pivot. Groups come from parameter names alone.
+W_{j,m} = mean_m(δ_j²) / Σ_i mean_m(δ_i²), θ[m] = Σ_j W_{j,m} θ_j[m], with δ_j = θ_j − θ_0 always against the pivot.
 """
 
 from __future__ import annotations
@@ -8,56 +8,107 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from fusechat.app.errors import UserError, one_of
+from fusechat.app.outputs import write_durably
+from fusechat.merging.dense import linear
+from fusechat.merging.family import METHODS, Parts, Weights
+from fusechat.merging.groups import GRANULARITIES, group_of
+from fusechat.merging.inputs import Inputs
 from fusechat.merging.slices import Slices
-from fusechat.models.checkpoints import LazyCheckpoint
 
-GRANULARITIES = ("model", "layer", "module", "matrix", "parameter")
-BLOCK = re.compile(r"^(.*?\.\d+)\.([^.]+)")  # first number in a name: the decoder block, whatever the family calls it
 CACHE = ".fusechat-variation.json"
+GroupWeights = dict[str, list[float] | None]  # group -> one weight per target (sum 1); None where no target changed it
+
+
+@METHODS.register(
+    "varm",
+    "weights from how much each group changed (FuseChat, published: square, share, matrix)",
+    needs=("variation",),
+)
+def varm(
+    slices: Slices,
+    weights: Weights | None,
+    granularity: str = "matrix",
+    variation: str = "square",
+    weighting: str = "share",
+    temperature: float = 1.0,
+    allow_unchanged: bool = False,
+) -> Parts:
+    """θ = Σ_j w_j θ_j with the weights of the parameter's group; of each element where ``granularity=parameter``.
+
+    A group that no target changed keeps the pivot's value. weighting, temperature, allow_unchanged: see
+    `measured_weights`.
+    """
+    if weights is not None:
+        return linear(slices, weights)
+    if granularity == "parameter":
+        return element_weighted(slices, 2 if variation == "square" else 1)
+    return (pivot for pivot, _ in slices)
+
+
+def element_weighted(slices: Slices, power: int = 2) -> Parts:
+    """VaRM of single elements: w_j = |δ_j|^power / Σ_i |δ_i|^power; unchanged elements keep the pivot's value."""
+    for pivot, targets in slices:
+        variations = [(target - pivot).abs_().pow_(power) for target in targets]
+        total = sum(variations[1:], variations[0].clone())
+        merged = torch.zeros_like(pivot)
+        for target, variation in zip(targets, variations, strict=True):
+            merged.addcmul_(variation, target)
+        unchanged = 1 - total.sign()
+        yield merged.addcmul_(pivot, unchanged).div_(total.add_(unchanged))
 
 
 @dataclass(frozen=True)
 class Change:
-    """How far one tensor of a target is from the pivot's: sum of delta^2, of |delta|, and the number of elements."""
+    """How far one tensor of a target is from the pivot's: Σ δ², Σ |δ|, and the number of elements."""
 
     square: float
     absolute: float
     size: int
 
 
-def group_of(name: str, granularity: str) -> str:
-    """The group a parameter belongs to. Embeddings, final norm and lm_head are groups of their own (except ``model``)."""
-    one_of(granularity, GRANULARITIES, "merge.granularity")
-    block = BLOCK.match(name)
-    if granularity == "model":
-        return "model"
-    if granularity in ("matrix", "parameter") or block is None:
-        return name
-    return block[1] if granularity == "layer" else f"{block[1]}.{block[2]}"
-
-
-def group_weights(
-    changes: Sequence[Mapping[str, Change]],
+def measured_weights(
+    inputs: Inputs,
+    identities: Sequence[str],
     granularity: str,
-    variation: str = "square",
-    weighting: str = "share",
-    temperature: float = 1.0,
-) -> dict[str, list[float] | None]:
-    """Group -> one weight per target (sum 1), or None for a group that no target changed.
+    variation: str,
+    weighting: str,
+    temperature: float,
+    allow_unchanged: bool,
+) -> GroupWeights:
+    """The groups' weights, from one pass over every target; none for ``granularity=parameter``.
 
-    variation: ``square`` (published) or ``abs``. weighting: ``share`` (published), or ``softmax`` of the variations over
-    their mean and the temperature.
+    identities: hashes of pivot and targets, under which what was measured is kept beside the target. variation:
+    ``square`` (published) or ``abs``. weighting: ``share`` (published), or ``softmax`` of the variations over their
+    mean and the temperature. Raises `UserError` where no target differs from the pivot, unless ``allow_unchanged``.
     """
+    one_of(granularity, GRANULARITIES, "merge.granularity")
     one_of(variation, ("square", "abs"), "merge.variation")
     one_of(weighting, ("share", "softmax"), "merge.weighting")
+    own, *others = identities
+    changes = [change_of_target(inputs, j, f"{own}:{other}") for j, other in enumerate(others)]
+    changed = any(change.square > 0 for target in changes for change in target.values())
+    if not changed and not allow_unchanged:
+        raise UserError(
+            f"no target differs from the pivot {inputs.pivot.path}: every VaRM weight is 0/0; "
+            "check targets, or pass merge.allow_unchanged=true to write the pivot again"
+        )
+    if granularity == "parameter":
+        return {}
+    means = group_variations(changes, granularity, variation)
+    return {group: _normalised(values, weighting, temperature) for group, values in means.items()}
+
+
+def group_variations(
+    changes: Sequence[Mapping[str, Change]], granularity: str, variation: str
+) -> dict[str, list[float]]:
+    """Group -> mean_m(δ_j²), or mean_m(|δ_j|), of every target. changes: one per target, by parameter."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(changes))
     sizes: dict[str, int] = defaultdict(int)
     for name in changes[0]:
@@ -65,51 +116,44 @@ def group_weights(
         sizes[group] += changes[0][name].size
         for j, change in enumerate(changes):
             sums[group][j] += change[name].square if variation == "square" else change[name].absolute
-    return {
-        group: _normalised([s / sizes[group] for s in values], weighting, temperature) for group, values in sums.items()
-    }
+    return {group: [s / sizes[group] for s in values] for group, values in sums.items()}
 
 
 def _normalised(variations: list[float], weighting: str, temperature: float) -> list[float] | None:
+    """W_j from the targets' variations v_j: v_j / Σ v_i, or softmax of v_j / (temperature · mean v)."""
     total = sum(variations)
     if total == 0:
         return None
     if weighting == "softmax":
-        mean = total / len(variations)
-        peak = max(variations)
+        mean, peak = total / len(variations), max(variations)
         variations = [math.exp((v - peak) / (temperature * mean)) for v in variations]
         total = sum(variations)
     return [v / total for v in variations]
 
 
-def measure(
-    pivot: LazyCheckpoint,
-    target: LazyCheckpoint,
-    names: Iterable[str],
-    key: str,
-    aligned: Mapping[str, Tensor] | None = None,
-) -> dict[str, Change]:
-    """One pass over a target: the change of every tensor. Results are kept beside the target under ``key``, both contents' hashes.
+def change_of_target(inputs: Inputs, j: int, key: str) -> dict[str, Change]:
+    """The change of every tensor of target ``j``; kept beside the target under ``key``, both contents' hashes.
 
-    aligned: tensors already matched by token, in place of the target's own. Raises `UserError` for NaN or inf.
+    Raises `UserError` for NaN or inf.
     """
-    file = target.path / CACHE
+    file = inputs.targets[j].path / CACHE
     held = json.loads(file.read_text()) if file.exists() else {}
     if key in held:
         return {name: Change(*entry) for name, entry in held[key].items()}
-    found = {name: _change(pivot, target, name, (aligned or {}).get(name)) for name in names}
+    found = {name: _change(inputs, j, name) for name in inputs.floating}
     held[key] = {name: [c.square, c.absolute, c.size] for name, c in found.items()}
     with contextlib.suppress(OSError):  # a read-only target: measured again next time
-        file.write_text(json.dumps(held))
+        write_durably(file, json.dumps(held).encode())
     return found
 
 
-def _change(pivot: LazyCheckpoint, target: LazyCheckpoint, name: str, replaced: Tensor | None) -> Change:
+def _change(inputs: Inputs, j: int, name: str) -> Change:
     square = absolute = 0.0
-    own = pivot.tensor(name)
-    for (delta,) in Slices(own, [target.tensor(name) if replaced is None else replaced]).deltas():
+    slices = Slices(inputs.pivot.tensor(name), [inputs.tensor(j, name)])
+    for (delta,) in slices.deltas():
         absolute += float(delta.norm(1))
         square += float(delta.dot(delta))
     if not math.isfinite(square):
-        raise UserError(f"{target.path}: {name} holds NaN or inf; the target is broken, train or download it again")
-    return Change(square, absolute, own.numel())
+        path = inputs.targets[j].path
+        raise UserError(f"{path}: {name} holds NaN or inf; the target is broken, train or download it again")
+    return Change(square, absolute, slices.size)

@@ -203,7 +203,7 @@ def test_target_is_a_model_with_its_record(fresh: Mini) -> None:
 
 
 def test_the_metric_is_of_the_target_that_was_saved(fresh: Mini) -> None:
-    from fusechat.merging.search import held_out
+    from fusechat.merge_search import held_out_chats
     from tests.test_sweeps import scored_one_by_one
 
     options = [
@@ -213,7 +213,7 @@ def test_the_metric_is_of_the_target_that_was_saved(fresh: Mini) -> None:
     ]  # ends in mid-epoch: nine steps each
     value = fresh.run("train", "source=a", *options)
     path = fresh.experiment / "targets/a"
-    assert value == pytest.approx(scored_one_by_one(path, held_out(fresh.cfg("train", *options))), rel=1e-3)
+    assert value == pytest.approx(scored_one_by_one(path, held_out_chats(fresh.cfg("train", *options))), rel=1e-3)
     assert json.loads((path / "fusechat.json").read_text())["metrics"]["validation/bits_per_byte"] == value
     assert f"validation/bits_per_byte | {value:.4f}" in (path / "README.md").read_text()
 

@@ -6,14 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusechat.merging import methods, slices
+from fusechat.app.errors import UserError
+from fusechat.app.registry import CONF, choices
+from fusechat.merging import slices
+from fusechat.merging.dense import linear, model_stock, slerp, task_arithmetic
+from fusechat.merging.family import settings_of
+from fusechat.merging.methods import METHODS
 from fusechat.merging.selection import Largest
 from fusechat.merging.slices import Slices
+from fusechat.merging.sparse import breadcrumbs, dare, sce, ties
+from fusechat.merging.varm import element_weighted
+from fusechat.merging.widen import widen
 from tests.conftest import GOLDEN
 
 MERGE = GOLDEN / "merge"
@@ -32,26 +41,23 @@ def whole(
 
 Method = Callable[[Tensor, list[Tensor]], Tensor]
 CASES: dict[str, Method] = {
-    "mergekit-0.1.5/fp32/linear": lambda p, t: whole(methods.linear, p, t, [0.5, 0.3, 0.2]),
-    "mergekit-0.1.5/fp32/linear_nonorm": lambda p, t: whole(methods.linear, p, t, [1, 2, 4], normalize=False),
-    "mergekit-0.1.5/fp32/task_arithmetic": lambda p, t: whole(methods.task_arithmetic, p, t, [0.3, 0.4, 0.5]),
+    "mergekit-0.1.5/fp32/linear": lambda p, t: whole(linear, p, t, [0.5, 0.3, 0.2]),
+    "mergekit-0.1.5/fp32/linear_nonorm": lambda p, t: whole(linear, p, t, [1, 2, 4], normalize=False),
+    "mergekit-0.1.5/fp32/task_arithmetic": lambda p, t: whole(task_arithmetic, p, t, [0.3, 0.4, 0.5], normalize=False),
     "mergekit-0.1.5/fp32/task_arithmetic_norm_lambda": lambda p, t: whole(
-        methods.task_arithmetic, p, t, [0.3, 0.4, 0.5], 0.7, True
+        task_arithmetic, p, t, [0.3, 0.4, 0.5], 0.7, True
     ),
-    "mergekit-0.1.5/fp32/ties": lambda p, t: whole(methods.ties, p, t, [0.3, 0.4, 0.5], [0.2, 0.5, 0.8]),
-    "mergekit-0.1.5/fp32/ties_nonorm": lambda p, t: whole(methods.ties, p, t, [0.3, 0.4, 0.5], [0.5] * 3, 1.2, False),
+    "mergekit-0.1.5/fp32/ties": lambda p, t: whole(ties, p, t, [0.3, 0.4, 0.5], [0.2, 0.5, 0.8]),
+    "mergekit-0.1.5/fp32/ties_nonorm": lambda p, t: whole(ties, p, t, [0.3, 0.4, 0.5], [0.5] * 3, 1.2, False),
     "mergekit-0.1.5/fp32/breadcrumbs": lambda p, t: whole(
-        methods.breadcrumbs, p, t, [0.3, 0.4, 0.5], [0.8] * 3, [0.05] * 3
+        breadcrumbs, p, t, [0.3, 0.4, 0.5], [0.8] * 3, [0.05] * 3, normalize=False
     ),
-    "mergekit-0.1.5/fp32/slerp_0.3": lambda p, t: whole(methods.slerp, p, t[:2], 0.3),
-    "mergekit-0.1.5/fp32/model_stock": lambda p, t: whole(methods.model_stock, p, t),
-    "mergekit-0.1.5/fp32/model_stock_filterwise": lambda p, t: whole(methods.model_stock, p, t, filter_wise=True),
-    **{
-        f"mergekit-0.1.5/fp32/sce_topk{d}": lambda p, t, d=d: whole(methods.sce, p, t, d, "deltas")
-        for d in (0.1, 0.5, 1.0)
-    },
-    **{f"fuseai-sce/fp32/sce_topk{d}": lambda p, t, d=d: whole(methods.sce, p, t, d) for d in (0.1, 0.5, 1.0)},
-    "varm/fp32/parameter": lambda p, t: whole(methods.element_weighted, p, t),
+    "mergekit-0.1.5/fp32/slerp_0.3": lambda p, t: whole(slerp, p, t[:2], 0.3),
+    "mergekit-0.1.5/fp32/model_stock": lambda p, t: whole(model_stock, p, t),
+    "mergekit-0.1.5/fp32/model_stock_filterwise": lambda p, t: whole(model_stock, p, t, filter_wise=True),
+    **{f"mergekit-0.1.5/fp32/sce_topk{d}": lambda p, t, d=d: whole(sce, p, t, d, "deltas") for d in (0.1, 0.5, 1.0)},
+    **{f"fuseai-sce/fp32/sce_topk{d}": lambda p, t, d=d: whole(sce, p, t, d) for d in (0.1, 0.5, 1.0)},
+    "varm/fp32/parameter": lambda p, t: whole(element_weighted, p, t),
 }
 EXCEPT = ("sce", "model_stock")
 
@@ -76,51 +82,105 @@ def test_widen_parity(ratio: float, calibration: float) -> None:
         MERGE / "out/widen/fp32" / f"widen_ratio{ratio}_cal{calibration}.safetensors"
     ).items():
         pivot, *targets = (model[name] for model in MODELS)
-        assert close(
-            whole(methods.widen, pivot, targets, ratio, calibration, transposed="embed_tokens" in name), wanted
-        ), name
+        assert close(whole(widen, pivot, targets, ratio, calibration, transposed="embed_tokens" in name), wanted), name
 
 
-ALL: dict[str, Method] = {
-    "linear": lambda p, t: whole(methods.linear, p, t, [1.0] * len(t)),
-    "task_arithmetic": lambda p, t: whole(methods.task_arithmetic, p, t, [1.0] * len(t), normalize=True),
-    "ties": lambda p, t: whole(methods.ties, p, t, [1.0] * len(t), [0.5] * len(t)),
-    "dare": lambda p, t: whole(methods.dare, p, t, [1.0] * len(t), [0.5] * len(t), [0]),
-    "della": lambda p, t: whole(methods.della, p, t, [1.0] * len(t), [0.5] * len(t), [0]),
-    "breadcrumbs": lambda p, t: whole(
-        methods.breadcrumbs, p, t, [1.0] * len(t), [0.8] * len(t), [0.1] * len(t), normalize=True
-    ),
-    "sce": lambda p, t: whole(methods.sce, p, t, 0.5),
-    "slerp": lambda p, t: whole(methods.slerp, p, t, 0.5),
-    "model_stock": lambda p, t: whole(methods.model_stock, p, t),
-    "widen": lambda p, t: whole(methods.widen, p, t),
-    "varm": lambda p, t: whole(methods.element_weighted, p, t),
-}
+MERGES = [name for name, member in METHODS.items() if "store" not in member.needs]
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_unchanged_targets_give_the_pivot_and_inputs_stay_as_they_are(name: str) -> None:
+def in_file(name: str) -> dict[str, Any]:
+    """A method's own settings in its config file."""
+    content, common = (yaml.safe_load((CONF / "merge" / f"{n}.yaml").read_text()) for n in (name, "common"))
+    assert content["method"] == name
+    return {key: value for key, value in content.items() if key not in {"defaults", "method", *common}}
+
+
+def by_name(name: str, pivot: Tensor, targets: list[Tensor]) -> Tensor:
+    """A method with its file's settings and what it needs, as the streaming code hands it over."""
+    member, count = METHODS[name], len(targets)
+    chosen = in_file(name)
+    needed: dict[str, Any] = {
+        "weights": [1.0] * count,
+        "variation": [1 / count] * count,
+        "seed": [0, 7],
+        "name": "model.layers.0.mlp.up_proj.weight",
+        "transposed": False,
+    }
+    needed |= {key: [chosen[key]] * count for key in ("density", "gamma") if key in chosen}
+    handed = {key: value for key, value in needed.items() if key in member.needs}
+    if "variation" in handed:
+        handed["weights"] = handed.pop("variation")
+    return whole(member.function, pivot, targets, **chosen | handed)
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_every_method_merges_the_golden_inputs(name: str) -> None:
+    changed = []
+    for key in MODELS[0]:
+        pivot, *targets = (model[key] for model in MODELS)
+        before = [tensor.clone() for tensor in (pivot, *targets)]
+        merged = by_name(name, pivot, targets)
+        assert merged.shape == pivot.shape
+        assert merged.dtype == torch.float32
+        assert torch.isfinite(merged).all()
+        changed.append(not torch.equal(merged, pivot))
+        assert all(torch.equal(a, b) for a, b in zip(before, (pivot, *targets), strict=True)), "inputs changed"
+    assert sum(changed) > len(changed) / 2
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_unchanged_targets_give_the_pivot(name: str) -> None:
     pivot = torch.randn(6, 5)
-    targets = [pivot + torch.randn(6, 5) * 0.1 for _ in range(3)]
-    before = [t.clone() for t in (pivot, *targets)]
-    assert torch.isfinite(ALL[name](pivot, targets)).all()
-    assert all(torch.equal(a, b) for a, b in zip(before, (pivot, *targets), strict=True))
-    assert torch.allclose(ALL[name](pivot, [pivot.clone()] * 3), pivot, atol=1e-6)
+    assert torch.allclose(by_name(name, pivot, [pivot.clone()] * 3), pivot, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_slicing_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    pivot = torch.randn(37, 12)
+    targets = [pivot + (torch.randn(37, 12) * 0.1).round(decimals=1) for _ in range(3)]  # ties among the deltas
+    at_once = by_name(name, pivot, targets)
+    monkeypatch.setattr(slices, "SLICE", 50)
+    assert torch.allclose(by_name(name, pivot, targets), at_once, atol=1e-6)
+    assert not torch.allclose(at_once, pivot, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_group_has_a_file_for_every_method_with_its_settings(name: str) -> None:
+    own = in_file(name)
+    assert own.keys() == settings_of(METHODS[name], own).keys()
+    required = {key: own[key] for key in {"density", "gamma"} & own.keys()}
+    assert own == settings_of(METHODS[name], required), "defaults are the same from Python"
+
+
+def test_the_group_names_what_the_registry_has() -> None:
+    assert choices("merge.method") == {name: METHODS[name].help for name in sorted(METHODS)}
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(UserError, match="merge=linear has no setting 'densty'; it knows: normalize"):
+        settings_of(METHODS["linear"], {"densty": 0.5})
+    with pytest.raises(UserError, match=r"merge=ties needs the setting merge\.density"):
+        settings_of(METHODS["ties"], {})
+    assert settings_of(METHODS["ties"], {"density": [0.1, 0.2]}) == {
+        "density": [0.1, 0.2],
+        "scale": 1.0,
+        "normalize": True,
+    }
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0.2, 1.0))
 def test_dare_is_unbiased_and_seeded(seed: int, density: float) -> None:
     pivot, target = torch.zeros(4000), torch.ones(4000)
-    draw = lambda: whole(methods.dare, pivot, [target, target], [0.5, 0.5], [density] * 2, [seed])
+    draw = lambda: whole(dare, pivot, [target, target], [0.5, 0.5], [density] * 2, [seed])
     assert torch.equal(draw(), draw())
     assert abs(float(draw().mean()) - 1.0) < 0.15
 
 
 def masked(chosen: Largest, scores: Tensor, size: int) -> Tensor:
-    return torch.cat(
-        [torch.ones_like(part) * mask for part, mask in zip(scores.split(size), chosen.masks(), strict=True)]
-    )
+    mask = chosen.masker()
+    return torch.cat([torch.ones_like(part) * mask(part) for part in scores.split(size)])
 
 
 @given(st.integers(0, 10**6), st.integers(0, 100), st.integers(1, 100), st.booleans())
@@ -133,16 +193,6 @@ def test_largest_is_a_stable_sort(seed: int, count: int, size: int, coarse: bool
     assert torch.equal(chosen, wanted)
     of_positive = masked(Largest(lambda: scores.split(size), share=0.5), scores, size)
     assert int(of_positive.sum()) == int((scores > 0).sum()) // 2
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_slicing_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    pivot = torch.randn(37, 12)
-    targets = [pivot + (torch.randn(37, 12) * 0.1).round(decimals=1) for _ in range(3)]  # ties among the deltas
-    at_once = ALL[name](pivot, targets)
-    monkeypatch.setattr(slices, "SLICE", 50)
-    assert torch.allclose(ALL[name](pivot, targets), at_once, atol=1e-6)
 
 
 def test_golden_data_is_there() -> None:

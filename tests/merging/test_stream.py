@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusechat.app.errors import UserError
-from fusechat.merging.varm import CACHE, group_of
+from fusechat.merging.groups import group_of
+from fusechat.merging.varm import CACHE
 from fusechat.models.checkpoints import LazyCheckpoint
 from tests.conftest import GOLDEN, Mini, run_entry
 
@@ -225,7 +226,7 @@ def test_other_refusals(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
         merge(models, f"output_dir={models['t1']}/merged")
     with pytest.raises(UserError, match="does not exist; make it with: python train.py"):
         merge(models, targets=("t1", "/nowhere"))
-    with pytest.raises(UserError, match=r"merge\.method='best' is unknown; use one of: varm, linear"):
+    with pytest.raises(UserError, match=r"merge\.method='best' is unknown; use one of: breadcrumbs, compress"):
         merge(models, "merge.method=best")
     usage: Any = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))

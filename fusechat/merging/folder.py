@@ -1,0 +1,57 @@
+"""What a merge writes: a model's folder with card and heatmap, or a delta store's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fusechat.merging.delta import write_store
+from fusechat.merging.inputs import Inputs
+from fusechat.merging.recipe import Recipe
+from fusechat.merging.stream import write_merged
+from fusechat.merging.varm import GroupWeights
+from fusechat.models.cards import command_line, write_card
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+NOT_COPIED = {"README.md", "fusechat.json", ".gitattributes"}
+HEATMAP = "merge_weights.png"
+
+
+def fill_model(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: Path, name: str) -> dict[str, Any]:
+    """Writes the merged model; returns what its record says. groups: the weights measured for VaRM."""
+    copy_companions(recipe.pivot_path, directory, recipe.dtype)
+    write_merged(inputs, recipe, groups, directory)
+    names = [path.name for path in recipe.target_paths]
+    roles = {"pivot": str(recipe.pivot_path)}
+    roles |= {f"target {number}": str(path) for number, path in enumerate(recipe.target_paths, 1)}
+    write_card(directory, name, f"Merged by {recipe.method}.", roles, command_line())
+    if groups:
+        from fusechat.report.figures import weight_heatmap  # here: matplotlib takes longer to import than some merges
+
+        weight_heatmap(groups, names, directory / HEATMAP)
+    about = {"stage": "merge", "name": name, "method": recipe.method, "inputs": recipe.identities}
+    return about | {"targets": names, "weights": groups}
+
+
+def fill_store(inputs: Inputs, recipe: Recipe, directory: Path, name: str) -> dict[str, Any]:
+    """Writes the delta store; returns what its record says."""
+    (target,) = inputs.targets
+    copy_companions(target.path, directory, None)
+    identity = recipe.identities[str(recipe.pivot_path)]
+    measured = write_store(inputs.pivot, target, directory, identity=identity, **recipe.settings)
+    return {"stage": "compress", "name": name, "inputs": recipe.identities, "measured": measured}
+
+
+def copy_companions(model: Path, directory: Path, dtype: str | None) -> None:
+    """Copies config (``dtype`` in it where given), tokenizer, chat template and generation config of a model."""
+    for file in sorted(model.iterdir()):
+        foreign = file.name in NOT_COPIED or file.name.startswith(".") or file.name.endswith(WEIGHTS)
+        if file.is_file() and not foreign:
+            shutil.copyfile(file, directory / file.name)
+    config = directory / "config.json"
+    if dtype and config.exists():
+        content = json.loads(config.read_text())
+        content["dtype" if "dtype" in content else "torch_dtype"] = dtype
+        config.write_text(json.dumps(content, indent=2) + "\n")

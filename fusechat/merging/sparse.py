@@ -1,0 +1,200 @@
+"""Merge methods that drop elements of the deltas: by magnitude, by chance, by variance, by sign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusechat.app.errors import one_of
+from fusechat.merging.family import METHODS, Parts, Weights, combined, total_of
+from fusechat.merging.slices import Slices
+
+if TYPE_CHECKING:
+    from fusechat.merging.selection import Largest
+
+
+@METHODS.register("ties", "trim, elect sign, merge", needs=("weights", "density"))
+def ties(slices: Slices, weights: Weights, density: Weights, scale: float = 1.0, normalize: bool = True) -> Parts:
+    """TIES (arXiv 2306.01708): trim each δ_j to its largest elements, elect a sign, merge those who agree.
+
+    density: share of elements kept. θ = θ_0 + scale · consensus of the trimmed deltas, see `consensus`.
+    """
+    kept = [slices.of(j).largest(_magnitude, count=int(d * slices.size)) for j, d in enumerate(density)]
+    trims = [largest.masker() for largest in kept]
+    for pivot, targets in slices:
+        deltas = [target - pivot for target in targets]
+        trimmed = [delta.mul_(trim(delta.abs())) for delta, trim in zip(deltas, trims, strict=True)]
+        yield consensus(trimmed, weights, normalize).mul_(scale).add_(pivot)
+
+
+@METHODS.register("dare", "drop at random and rescale", needs=("weights", "density", "seed"))
+def dare(
+    slices: Slices,
+    weights: Weights,
+    density: Weights,
+    seed: Sequence[int],
+    consensual: bool = False,
+    scale: float = 1.0,
+    normalize: bool = True,
+) -> Parts:
+    """DARE (arXiv 2311.03099): δ_j ← m_j ⊙ δ_j / p_j with m_j ~ Bernoulli(p_j), p = ``density``.
+
+    Then their weighted sum or, ``consensual``, the TIES consensus.
+    """
+    merge = consensus if consensual else weighted_sum
+    generators = _generators(seed, len(density))
+    for pivot, targets in slices:
+        rescaled = []
+        for target, keep, generator in zip(targets, density, generators, strict=True):
+            kept = _below(generator, pivot, keep)
+            rescaled.append((target - pivot).mul_(kept).div_(keep))
+        yield merge(rescaled, weights, normalize).mul_(scale).add_(pivot)
+
+
+@METHODS.register("della", "drop at random by magnitude", needs=("weights", "density", "seed"))
+def della(
+    slices: Slices,
+    weights: Weights,
+    density: Weights,
+    seed: Sequence[int],
+    epsilon: float = 0.1,
+    consensual: bool = True,
+    scale: float = 1.0,
+    normalize: bool = True,
+) -> Parts:
+    """DELLA (arXiv 2406.11617): DARE with probabilities that rise with the rank r of |δ| among its row's n elements.
+
+    p = density − ε + 2ε · r / (n − 1).
+    """
+    merge = consensus if consensual else weighted_sum
+    generators = _generators(seed, len(density))
+    for pivot, targets in slices.rows():
+        last = max(1, pivot.shape[1] - 1)
+        rescaled = []
+        for target, d, generator in zip(targets, density, generators, strict=True):
+            delta = target - pivot
+            rank = delta.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float()
+            keep = (d - epsilon + 2 * epsilon * rank / last).clamp_(1e-6, 1.0)
+            rescaled.append(delta.mul_(_below(generator, delta, keep)).div_(keep))
+        yield merge(rescaled, weights, normalize).mul_(scale).add_(pivot)
+
+
+@METHODS.register("breadcrumbs", "drop outliers and small deltas", needs=("weights", "density", "gamma"))
+def breadcrumbs(
+    slices: Slices, weights: Weights, density: Weights, gamma: Weights, scale: float = 1.0, normalize: bool = True
+) -> Parts:
+    """Model breadcrumbs (arXiv 2312.06795): drop each δ_j's share ``gamma`` of largest, keep the next ``density``."""
+    wide, outliers = [], []
+    for j, (d, g) in enumerate(zip(density, gamma, strict=True)):
+        kept = int(slices.size * d)
+        dropped = min(
+            int(slices.size * g), slices.size - kept
+        )  # where density and gamma overlap, the outliers give way
+        wide.append(slices.of(j).largest(_magnitude, count=kept + dropped).masker())
+        outliers.append(slices.of(j).largest(_magnitude, count=dropped).masker())
+    for pivot, targets in slices:
+        deltas = []
+        for target, among_wide, among_outliers in zip(targets, wide, outliers, strict=True):
+            delta = target - pivot
+            magnitude = delta.abs()
+            deltas.append(delta.mul_(among_wide(magnitude) - among_outliers(magnitude)))
+        yield weighted_sum(deltas, weights, normalize).mul_(scale).add_(pivot)
+
+
+@METHODS.register("sce", "select, calculate, erase (FuseChat 2.0)")
+def sce(slices: Slices, density: float = 0.1, select: str = "weights") -> Parts:
+    """Select, calculate, erase (FuseChat 2.0, arXiv 2408.07990).
+
+    Select the share τ = ``density`` of the elements that vary at all, those of largest variance over the targets;
+    calculate w_j = Σ δ̂_j² / Σ_i Σ δ̂_i² from the selected δ̂; erase elements whose sign is not that of Σ_j δ_j;
+    divide what is left by the weights of those who agree. ``select=weights`` (the authors') uses the selection for
+    the weights alone, ``select=deltas`` (mergekit's) masks the deltas too.
+    """
+    one_of(select, ("weights", "deltas"), "merge.select")
+    selected = slices.largest(_variances, share=density) if density < 1 else None
+    weights = _energy_shares(slices, selected)
+    if weights is None:
+        yield from (pivot for pivot, _ in slices)
+        return
+    masked = selected.masker() if selected and select == "deltas" else None
+    for pivot, targets in slices:
+        deltas = [target - pivot for target in targets]
+        if masked:
+            mask = masked(_variances(pivot, targets))
+            deltas = [delta.mul_(mask) for delta in deltas]
+        yield _erased(deltas, weights).add_(pivot)
+
+
+def _energy_shares(slices: Slices, selected: Largest | None) -> list[float] | None:
+    """w_j = Σ δ̂_j² / Σ_i Σ δ̂_i² over the selected elements (None: all); None where no target changed any of them."""
+    chosen = selected.masker() if selected else None
+    energy = torch.zeros(len(slices.targets), dtype=torch.float64)
+    for pivot, targets in slices:
+        mask = chosen(_variances(pivot, targets)) if chosen else torch.ones(())
+        deltas = [target - pivot for target in targets]
+        energy += torch.stack([(delta * mask).dot(delta) for delta in deltas])
+    total = energy.sum()
+    return (energy / total).tolist() if float(total) else None
+
+
+def _erased(deltas: Sequence[Tensor], weights: Weights) -> Tensor:
+    """Σ_j w_j δ_j / Σ_j w_j over the j whose sign is that of Σ_j δ_j, element by element; zero where none agrees."""
+    sign = _elected(deltas)
+    merged, total = torch.zeros_like(sign), torch.zeros_like(sign)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agreeing = delta.mul_(sign).clamp_min_(0.0)
+        merged.add_(agreeing, alpha=weight)
+        total.add_(agreeing.sign_(), alpha=weight)
+    return merged.div_(total.clamp_min_(1e-30)).mul_(sign)
+
+
+def consensus(deltas: Sequence[Tensor], weights: Weights, normalize: bool) -> Tensor:
+    """The TIES consensus: Σ w_j δ_j over the j whose sign is the whole sum's; ``normalize`` divides by their Σ w_j."""
+    weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
+    sign = _elected(weighted)
+    merged, share = torch.zeros_like(sign), torch.zeros_like(sign)
+    for value, weight in zip(weighted, weights, strict=True):
+        agreeing = value.mul_(sign).clamp_min_(0.0)
+        merged.add_(agreeing)
+        share.add_(agreeing.sign_(), alpha=weight)
+    merged.mul_(sign)
+    return merged.div_(torch.where(share.abs() < 1e-8, 1.0, share)) if normalize else merged
+
+
+def weighted_sum(deltas: Sequence[Tensor], weights: Weights, normalize: bool) -> Tensor:
+    """Σ_j w_j δ_j; ``normalize`` divides by Σ_j w_j."""
+    total = combined(deltas, weights)
+    return total.div_(total_of(weights)) if normalize else total
+
+
+def _elected(values: Sequence[Tensor]) -> Tensor:
+    """1 or -1 by the sign of the sum; a sum of zero counts as positive."""
+    return torch.copysign(torch.ones(()), sum(values[1:], values[0].clone()))
+
+
+def _variances(pivot: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """Of the targets, element by element; taken from the first, so that equal targets give exactly zero."""
+    first, second = torch.zeros_like(pivot), torch.zeros_like(pivot)
+    for target in targets[1:]:
+        apart = target - targets[0]
+        first.add_(apart)
+        second.addcmul_(apart, apart)
+    return second.div_(len(targets)).sub_(first.div_(len(targets)).square_()).clamp_min_(0.0)
+
+
+def _magnitude(pivot: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    return (targets[0] - pivot).abs_()
+
+
+def _generators(seed: Sequence[int], count: int) -> list[np.random.Generator]:
+    """One per target, so that a mask depends neither on the other targets nor on how the tensor is sliced."""
+    return [np.random.Generator(np.random.SFC64([*seed, j])) for j in range(count)]
+
+
+def _below(generator: np.random.Generator, like: Tensor, limit: float | Tensor) -> Tensor:
+    """1 where a uniform draw is below the limit, else 0."""
+    return (limit - torch.from_numpy(generator.random(like.shape, dtype=np.float32))).sign_().clamp_min_(0.0)
