@@ -11,6 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from fusechat.app.command import entry, experiment_of, imported, plain, provenance
+from fusechat.app.errors import UserError
 from fusechat.app.tracking import log_made, make_logger, open_run
 
 
@@ -19,7 +20,9 @@ def run(cfg: DictConfig) -> float | None:
     from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer, train
 
     rule, experiment, output = FusionRule(**plain(cfg.fusion)), Path(cfg.paths.experiment), Path(cfg.output_dir)
-    sources = [str(name) for name in cfg.sources] if rule.needs_sources else []
+    sources = list(cfg.sources) if rule.needs_sources else []
+    if None in sources:
+        raise UserError("no source takes part in the fusion; name one with source=NAME, or set fusion=sft")
     pivot_store, aligned = experiment / "distributions/pivot", {s: experiment / "aligned" / s for s in sources}
     stage = experiment_of(cfg)
     pivot = {key: value for key, value in plain(cfg.pivot).items() if key not in ("name", "path")}

@@ -37,8 +37,9 @@ def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     Path(cfg.paths.logs).mkdir(parents=True, exist_ok=True)
-    own = {"extract": cfg.source.name, "align": cfg.source.name, "train": cfg.source.name, "merge": cfg.merge.method}
-    tags = [cfg.experiment_name, cfg.stage, *([own[cfg.stage]] if cfg.stage in own else []), *cfg.logger.tags]
+    keys = {"extract": "source.name", "align": "source.name", "train": "run_name", "merge": "merge.method"}
+    own = OmegaConf.select(cfg, keys[cfg.stage]) if cfg.stage in keys else None
+    tags = [cfg.experiment_name, cfg.stage, *([own] if own else []), *cfg.logger.tags]
     flat: Any = flatten(OmegaConf.to_container(cfg, resolve=True))
     wandb = WandbLogger(
         name=name,
