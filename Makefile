@@ -14,8 +14,11 @@ demo: $(VENV)/.ready  ## the whole of FuseChat on an embedded default: no GPU, n
 test: $(VENV)/.ready  ## the whole test suite
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-lint: $(VENV)/.ready  ## ruff and mypy --strict
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+wheel: $(VENV)/.ready  ## the wheel, built, installed into an empty prefix and run from an empty folder
+	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
+
+lint: $(VENV)/.ready  ## ruff, mypy --strict, declared against imported packages
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/deptry .
 
 format: $(VENV)/.ready  ## format the code
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
@@ -32,4 +35,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test lint format bench
+.PHONY: help demo test wheel lint format bench

@@ -18,13 +18,17 @@ LOG = logging.getLogger(__name__)
 
 def run(cfg: DictConfig) -> None:
     """Writes ``report/``: results.csv, results.md, comparisons.csv, PNGs and index.html; prints the table."""
-    from fusechat.report.page import print_table
+    from fusechat.report.page import print_rows, print_table
+    from fusechat.report.published import beside
     from fusechat.report.stage import report
 
     options = {"metric": cfg.report.metric, "baseline": cfg.report.baseline, "title": cfg.experiment_name}
     hint = f"python -m fusechat.evaluate {experiment_of(cfg)} model=DIR"
     made = report(cfg.runs or [cfg.paths.experiment], cfg.output_dir, hint=hint, **options)
     print_table(made.table)
+    if cfg.report.published:
+        rows = beside(made.table, cfg.report.published, cfg.seed).to_dict("records")
+        print_rows(rows, f"beside those published for seed {cfg.seed}; docs/demo.md says what moves")
     LOG.info("report: %s", made.page)
     _log(cfg, made)
 

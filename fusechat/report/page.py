@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +32,23 @@ def page(title: str, table: pd.DataFrame, comparisons: pd.DataFrame, pictures: S
 
 def print_table(frame: pd.DataFrame) -> None:
     """The result table on the terminal: the model and its headline numbers."""
+    shown = [c for c in frame.columns if "." not in c and not c.endswith("95 %") and c != "seed"]
+    cells = [{column: _cell(line, column) for column in shown} for _, line in frame.iterrows()]
+    print_rows(cells, "held-out results, 95 % bootstrap intervals (± half their width)")
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """A table on the terminal; nothing where there are no rows."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="held-out results, 95 % bootstrap intervals (± half their width)")
-    shown = [c for c in frame.columns if "." not in c and not c.endswith("95 %") and c != "seed"]
-    for column in shown:
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for _, line in frame.iterrows():
-        table.add_row(*(_cell(line, column) for column in shown))
+    if not rows:
+        return
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("model", "metric") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
     Console(width=max(130, Console().width)).print(table)
 
 
