@@ -25,9 +25,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, world: Mini, *overrides: str) -> None
     """``python train.py -m ...`` in this process."""
     GlobalHydra.instance().clear()
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", "-m", *world.base, *QUIET, f"hydra.sweep.dir={world.root}/sweep", *overrides]
-    )
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *world.base, *QUIET, *overrides])
     train.main()
 
 
@@ -35,9 +33,7 @@ def search(monkeypatch: pytest.MonkeyPatch, world: Mini, *overrides: str) -> flo
     """``python -m fusechat.merge_search`` in this process; the best value."""
     GlobalHydra.instance().clear()
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(
-        sys, "argv", ["merge_search", *world.base, *QUIET, f"hydra.run.dir={world.root}/hydra", *overrides]
-    )
+    monkeypatch.setattr(sys, "argv", ["merge_search", *world.base, *QUIET, *overrides])
     merge_search.main()
     return min(t[COLUMN] for t in trials(world))
 
@@ -74,7 +70,8 @@ def test_optuna_minimises_validation_bits_per_byte(fresh: Mini, monkeypatch: pyt
         "hydra.sweeper.params={loss.lm_weight:'choice(0.1,0.9)'}",
         "trainer.max_steps=2",
     )
-    found: dict[str, Any] = yaml.safe_load((fresh.root / "sweep/optimization_results.yaml").read_text())
+    (results,) = fresh.root.glob("multirun/*/*/optimization_results.yaml")
+    found: dict[str, Any] = yaml.safe_load(results.read_text())
     assert found["best_value"] == pytest.approx(min(metric(fresh, f"search_{i}") for i in range(3)))
     assert found["best_params"]["loss.lm_weight"] in (0.1, 0.9)
 
@@ -85,7 +82,6 @@ def test_joblib_names_the_failed_job_and_finishes_the_others(fresh: Mini) -> Non
         "train.py",
         "-m",
         *fresh.base,
-        f"hydra.sweep.dir={fresh.root}/sweep",
         "sweep=joblib",
         "trainer.max_steps=2",
     ]
@@ -175,7 +171,6 @@ def test_the_slurm_sweep_submits_each_job(fresh: Mini) -> None:
         "sweep=slurm",
         "hydra/launcher=submitit_local",
         "hydra.launcher.gpus_per_node=0",
-        f"hydra.sweep.dir={fresh.root}/sweep",
     ]
     jobs = [f"targets=[{fresh.root}/t1,{fresh.root}/t2]", "merge=linear,task_arithmetic"]
     done = subprocess.run(

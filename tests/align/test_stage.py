@@ -215,9 +215,7 @@ def test_the_command_that_mends_it_names_the_experiment_it_was_given(tmp_path: P
         f"paths.root={tmp_path}",
         "source=nh2_solar",
     ]
-    done = subprocess.run(
-        [*command, f"hydra.run.dir={tmp_path}/hydra"], cwd=ROOT, text=True, capture_output=True, timeout=100
-    )
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=100)
     assert (
         "make it with: python -m fusechat.extract experiment=fusechat_7b_varm experiment_name=mine source=pivot"
         in done.stdout + done.stderr

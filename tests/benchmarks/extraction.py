@@ -115,7 +115,7 @@ def memory() -> list[list[object]]:
                 f"output_dir={root}/out{count}",
                 "extract.rows_per_shard=250",
                 "logger=none",
-                f"hydra.run.dir={root}/h",
+                f"paths.root={root}/runs",
             ]
             code = f"import sys; sys.argv = ['x', *{arguments!r}]; from fusechat.extract.__main__ import main; main()"
             subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -66,7 +66,7 @@ def run(root: Path, arguments: list[str]) -> tuple[float, float]:
         f"targets=[{targets}]",
         f"output_dir={root / 'out'}",
     ]
-    command += [*arguments, "overwrite=true", "logger=none", f"hydra.run.dir={root / 'hydra'}"]
+    command += [*arguments, "overwrite=true", "logger=none", f"paths.root={root}"]
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     status = Path(f"/proc/{process.pid}/status")

@@ -111,7 +111,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_errors_are_one_line_with_a_remedy(tmp_path: Path) -> None:
-    done = run("train.py", "source=a", f"paths.root={tmp_path}", f"hydra.run.dir={tmp_path}")
+    done = run("train.py", "source=a", f"paths.root={tmp_path}")
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     assert (
@@ -121,7 +121,7 @@ def test_errors_are_one_line_with_a_remedy(tmp_path: Path) -> None:
 
 
 def test_traceback_when_asked_for(tmp_path: Path) -> None:
-    command = [sys.executable, "train.py", "source=a", f"paths.root={tmp_path}", f"hydra.run.dir={tmp_path}"]
+    command = [sys.executable, "train.py", "source=a", f"paths.root={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ | {"HYDRA_FULL_ERROR": "1"})
     assert "Traceback" in done.stderr
 
@@ -152,7 +152,6 @@ def test_failed_jobs_of_a_sweep_are_named_and_the_others_finish(undisturbed: Pat
         "-m",
         *SHORT,
         f"paths.root={root}",
-        f"hydra.sweep.dir={root}/sweep",
         "source=a",
         "run_name=x,y",
         "loss.kind=ce,mse",
@@ -212,9 +211,7 @@ def test_ctrl_c_ends_the_step_and_the_pipeline(tmp_path: Path) -> None:
 
 
 def test_a_failing_step_is_named_after_its_cause(tmp_path: Path) -> None:
-    process = start(
-        tmp_path, "pipeline.steps=['align source=a']", "hydra.output_subdir=null", f"hydra.run.dir={tmp_path}"
-    )
+    process = start(tmp_path, "pipeline.steps=['align source=a']")
     output, _ = process.communicate(timeout=120)
     lines = output.splitlines()
     assert process.returncode == 1
@@ -226,7 +223,7 @@ def test_a_failing_step_is_named_after_its_cause(tmp_path: Path) -> None:
 
 
 def test_unknown_steps_are_refused_before_any_work(tmp_path: Path) -> None:
-    process = start(tmp_path, "pipeline.steps=[tiny,'evalute model=x']", f"hydra.run.dir={tmp_path}/hydra")
+    process = start(tmp_path, "pipeline.steps=[tiny,'evalute model=x']")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "pipeline.steps: 'evalute' is no stage; use one of: tiny, extract," in output

@@ -71,7 +71,6 @@ def publish(world: Mini, hub: Hub, *overrides: str) -> subprocess.CompletedProce
         "-m",
         "fusechat.publish",
         *world.base,
-        f"hydra.run.dir={world.root}/hydra",
         "repo=owner/name",
         *overrides,
     ]
