@@ -185,4 +185,4 @@ def test_the_slurm_sweep_submits_each_job(fresh: Mini) -> None:
         "linear",
         "task_arithmetic",
     }
-    assert len([*fresh.root.glob("sweep/.submitit/*/*_submitted.pkl")]) == 2
+    assert len([*fresh.root.glob("multirun/*/*/.submitit/*/*_submitted.pkl")]) == 2
