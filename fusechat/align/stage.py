@@ -122,9 +122,7 @@ def make_alignment(
         raise UserError(
             f"token_map={token_map} asks the pivot's tokenizer for offsets and it is a slow one; use one of: {others}"
         )
-    if "boundaries" in SEQUENCES[sequence].needs and not offsets:
-        LOG.warning("a slow tokenizer reports no offsets: aligned by alignment.sequence=%s instead", WITHOUT_OFFSETS)
-        sequence = WITHOUT_OFFSETS
+    sequence = sequence_for(sequence, offsets)
     chained = "chain" in chosen.needs and offsets
     alignment = Alignment(pivot, source, sequence, unmatched, chained, logprobs)
     if "texts" in SEQUENCES[sequence].needs:
@@ -135,6 +133,14 @@ def make_alignment(
     if alignment.table is not None:
         check_table(alignment.table, token_map, len(tokenizers[1]), alignment.vocab_size)
     return alignment
+
+
+def sequence_for(name: str, offsets: bool) -> str:
+    """The sequence alignment asked for, or, where a tokenizer reports no offsets, one that needs none."""
+    if "boundaries" not in SEQUENCES[name].needs or offsets:
+        return name
+    LOG.warning("a slow tokenizer reports no offsets: aligned by alignment.sequence=%s instead", WITHOUT_OFFSETS)
+    return WITHOUT_OFFSETS
 
 
 def check_table(table: Any, name: str, source_size: int, pivot_size: int) -> None:

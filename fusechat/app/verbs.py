@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1]
 VERBS = {  # in the order of a run
     "pipeline": "fusechat.pipeline.__main__",
     "tiny": "fusechat.tiny.__main__",
+    "preview": "fusechat.preview.__main__",
     "extract": "fusechat.extract.__main__",
     "align": "fusechat.align.__main__",
     "train": "fusechat.fusion.__main__",

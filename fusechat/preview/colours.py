@@ -1,0 +1,100 @@
+"""Readings as coloured text, for a terminal and, recorded there, for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from fusechat.chats.render import Rendered
+from fusechat.preview.reading import Reading
+from fusechat.stores.kinds import KINDS
+
+CONTEXT, CUT = ("dim", "dim underline"), "strike red"  # neighbouring tokens differ, so that their borders show
+TRAINED = ("black on bright_green", "black on green")
+KIND_STYLES = dict(
+    zip(KINDS, ("black on green", "black on bright_cyan", "black on bright_yellow", "white on red"), strict=True)
+)
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Chats as they will be trained on</title>
+<style>{stylesheet} body {{ color: {foreground}; background: {background}; margin: 1em; }}
+@media (max-width: 500px) {{ body {{ font-size: 11px; }} }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; }}</style></head>
+<body><pre><code>{code}</code></pre></body></html>
+"""
+
+
+def numbers_table(readings: Sequence[Reading]) -> Table:
+    """A column per tokenizer: how many tokens, how much is trained on, what is cut or has no answer."""
+    table, numbers = Table("chats as read by"), [reading.numbers() for reading in readings]
+    for reading in readings:
+        table.add_column(reading.name, justify="right")
+    table.add_row("vocabulary", *(f"{len(reading.tokenizer):,}" for reading in readings))
+    for key, label in {"chats": "chats", "tokens": "tokens", "longest": "longest chat"}.items():
+        table.add_row(label, *(f"{n[key]:,}" for n in numbers))
+    for key, label in {"trained": "trained on", "cut": "chats cut", "without_answer": "no answer"}.items():
+        table.add_row(label, *(f"{n[key]:.1%}" for n in numbers))
+    return table
+
+
+def kinds_table(shares: Mapping[str, Mapping[str, float]], sequence: str) -> Table:
+    """A row per source: the share of the pivot's positions by the kind of partner they find."""
+    table = Table(f"partners by {sequence}")
+    for kind in KINDS:
+        table.add_column(Text(f" {kind} ", KIND_STYLES[kind]), justify="right")
+    for source, of in shares.items():
+        table.add_row(source, *(f"{of[kind]:.1%}" for kind in KINDS))
+    return table
+
+
+def trained(chat: Rendered) -> Text:
+    """A chat with the tokens that are trained on in colour; what lies beyond the last token is struck out."""
+    styles = [(TRAINED if mask else CONTEXT)[i % 2] for i, mask in enumerate(chat.assistant_mask)]
+    return _coloured(chat, styles)
+
+
+def met(chat: Rendered, kinds: npt.NDArray[Any]) -> Text:
+    """A chat with each predicted token in the colour of the partner that its distribution comes from."""
+    styles = [CONTEXT[0]] * len(chat.input_ids)
+    for position, kind in zip(chat.positions, kinds, strict=True):
+        styles[position + 1] = KIND_STYLES[KINDS[kind]]
+    return _coloured(chat, styles)
+
+
+def shown(number: int, title: str, text: Text) -> Group:
+    """A chat under its heading."""
+    return Group(Text(f"\nchat {number}, {title}", "bold"), text)
+
+
+def write_page(console: Console, path: Path) -> None:
+    """What a recording console has printed, as a page of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console.save_html(str(path), code_format=PAGE, clear=False)
+
+
+def _coloured(chat: Rendered, styles: Sequence[str]) -> Text:
+    text, at = Text(), 0
+    for (first, end), style in _spans(chat, styles):
+        text.append(chat.text[at:first], "dim")
+        text.append(chat.text[first:end], style)
+        at = end
+    if chat.truncated:
+        text.append(chat.text[at:], CUT)
+    else:
+        text.append(chat.text[at:], "dim")
+    return text
+
+
+def _spans(chat: Rendered, styles: Sequence[str]) -> Iterator[tuple[tuple[int, int], str]]:
+    """Characters and style of each token that adds characters: bytes of one character are one piece."""
+    at = 0
+    for (first, end), style in zip(chat.char_spans.tolist(), styles, strict=True):
+        if end > at:
+            yield (max(first, at), end), style
+            at = end

@@ -1,0 +1,85 @@
+"""The preview counts what extraction and alignment then count, and colours what training then trains on."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusechat.align.summary import numbers as aligned_numbers
+from fusechat.chats.formats import load_chats
+from fusechat.chats.render import renderer_for
+from fusechat.extract.summary import totals
+from fusechat.preview import colours
+from fusechat.preview.reading import Reading, meeting, read, shares
+from fusechat.stores.store import DistributionStore
+from tests.conftest import Mini
+
+
+@pytest.fixture(scope="module")
+def readings(mini: Mini, tokenizers: Any) -> dict[str, Reading]:
+    chats, _ = load_chats(mini.experiment / "world/chats/fusion.jsonl")
+    messages, pivot = [row["messages"] for row in chats], tokenizers("pivot")
+    chat = mini.cfg("extract").chat
+    return {
+        name: read(name, renderer_for(tokenizers(name), pivot, chat.template, chat.max_length), messages)
+        for name in ("pivot", "a")
+    }
+
+
+@pytest.mark.parametrize("name", ["pivot", "a"])
+def test_it_counts_what_extraction_counts(mini: Mini, readings: dict[str, Reading], name: str) -> None:
+    stored = totals(DistributionStore(mini.experiment / "distributions" / name).manifest)
+    found = readings[name].numbers()
+    assert found["tokens"] == stored["tokens"] > 0
+    assert sum(len(chat.positions) for chat in readings[name].rendered) == stored["positions"]
+    assert found["cut"] * found["chats"] == stored["truncated"]
+    assert found["without_answer"] * found["chats"] == len(stored["no_response"])
+
+
+def test_it_counts_what_alignment_counts(mini: Mini, readings: dict[str, Reading]) -> None:
+    stored = aligned_numbers(DistributionStore(mini.experiment / "aligned/a").manifest)
+    found = shares(meeting(readings["pivot"], readings["a"], mini.cfg("align").alignment.sequence))
+    assert found == {kind: pytest.approx(stored[kind]) for kind in found}
+    assert 0 < found["same"] < 1
+    by_text = shares(meeting(readings["pivot"], readings["a"], "dtw"))
+    assert sum(by_text.values()) == pytest.approx(1)
+
+
+def test_colours_are_the_masks(readings: dict[str, Reading]) -> None:
+    reading = readings["pivot"]
+    for chat in reading.rendered[:8]:
+        text = colours.trained(chat)
+        assert text.plain == chat.text
+        green = "".join(text.plain[s.start : s.end] for s in text.spans if str(s.style) in colours.TRAINED)
+        tokens = np.flatnonzero(chat.assistant_mask)
+        assert green == "".join(chat.text[first:end] for first, end in chat.char_spans[tokens])
+
+
+def test_what_is_cut_is_struck_out(mini: Mini, tokenizers: Any) -> None:
+    chats, _ = load_chats(mini.experiment / "world/chats/fusion.jsonl")
+    pivot = tokenizers("pivot")
+    (chat,) = read("pivot", renderer_for(pivot, pivot, "pivot", 12), [chats[0]["messages"]]).rendered
+    text = colours.trained(chat)
+    struck = [text.plain[s.start : s.end] for s in text.spans if str(s.style) == colours.CUT]
+    assert struck == [chat.text[chat.char_spans[-1, 1] :]]
+
+
+def test_the_command_prints_and_writes_the_page(mini: Mini, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "folder/preview.html"
+    mini.run("preview", "source=a", "preview.show=1", "preview.count=20", f"output_file={page}")
+    printed = capsys.readouterr().out
+    assert "chat 0, where a speaks for the pivot's tokens" in printed
+    assert re.search(r"│ chats +│ +20 │ +20 │", printed)
+    html = page.read_text()
+    assert "chat 0, as a reads it" in html
+    assert "background-color" in html
+    assert not re.search(r"https?://", html), "asks no other host"
+
+
+def test_without_a_source_it_shows_the_pivot_alone(mini: Mini, capsys: pytest.CaptureFixture[str]) -> None:
+    mini.run("preview", "source=default", "preview.show=0")
+    printed = capsys.readouterr().out
+    assert "chats as read by" in printed
+    assert "partners by" not in printed
