@@ -17,6 +17,9 @@ test: $(VENV)/.ready  ## the whole test suite
 wheel: $(VENV)/.ready  ## the wheel, built, installed into an empty prefix and run from an empty folder
 	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
 
+browser: $(VENV)/.ready  ## the report as Chromium shows it, wide and on a phone (needs the package chromium)
+	$(BIN)/python -m pytest -m browser tests/report
+
 lint: $(VENV)/.ready  ## ruff, mypy --strict, declared against imported packages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/deptry .
 
@@ -35,4 +38,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test wheel lint format bench
+.PHONY: help demo test wheel browser lint format bench

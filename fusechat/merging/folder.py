@@ -28,9 +28,9 @@ def fill_model(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: 
     roles |= {f"target {number}": str(path) for number, path in enumerate(recipe.target_paths, 1)}
     write_card(directory, name, f"Merged by {recipe.method}.", roles, command_line())
     if groups:
-        from fusechat.report.figures import weight_heatmap  # here: matplotlib takes longer to import than some merges
+        from fusechat.report.frames import weights_picture  # here: matplotlib takes longer to import than some merges
 
-        weight_heatmap(groups, names, directory / HEATMAP)
+        weights_picture(groups, names, directory / HEATMAP)
     about = {"stage": "merge", "name": name, "method": recipe.method, "inputs": recipe.identities}
     return about | {"targets": names, "weights": groups}
 

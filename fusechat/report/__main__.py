@@ -12,20 +12,22 @@ from omegaconf import DictConfig
 
 from fusechat.app.command import entry, experiment_of
 from fusechat.app.tracking import wandb_run
+from fusechat.app.verbs import command_line
 
 LOG = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> None:
-    """Writes ``report/``: results.csv, results.md, comparisons.csv, PNGs and index.html; prints the table."""
+    """Writes ``report/``: tables, figures and index.html; prints the table and what follows from it."""
     from fusechat.report.page import print_rows, print_table
     from fusechat.report.published import beside
     from fusechat.report.stage import report
 
     options = {"metric": cfg.report.metric, "baseline": cfg.report.baseline, "title": cfg.experiment_name}
     hint = f"python -m fusechat.evaluate {experiment_of(cfg)} model=DIR"
-    made = report(cfg.runs or [cfg.paths.experiment], cfg.output_dir, hint=hint, **options)
+    made = report(cfg.runs or [cfg.paths.experiment], cfg.output_dir, hint=hint, made_by=command_line(), **options)
     print_table(made.table)
+    print(made.conclusion)
     if cfg.report.published:
         rows = beside(made.table, cfg.report.published, cfg.seed).to_dict("records")
         print_rows(rows, f"beside those published for seed {cfg.seed}; docs/demo.md says what moves")
@@ -40,7 +42,7 @@ def _log(cfg: DictConfig, made: Any) -> None:
     import wandb
 
     words = {name: str for name, column in made.table.items() if column.dtype == object}
-    figures = {f"report/{path.stem}": wandb.Image(str(path)) for _, path in made.pictures}
+    figures = {f"report/{picture.name}": wandb.Image(str(picture.path)) for picture in made.pictures}
     run.log({"report/results": wandb.Table(dataframe=made.table.astype(words)), **figures})
 
 

@@ -1,161 +1,232 @@
-"""Figures, one function each, drawn without a display."""
+"""Figures, one function each: rows of a table in, a matplotlib figure out, drawn without a display.
+
+Every row is one mark: a bar with the id ``NAME-mark-N`` in the SVG, or one point of a group ``NAME-points-N``.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import io
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusechat.stores.kinds import KINDS, kind_counts
+from fusechat.stores.kinds import KINDS
 
-COLOURS = ["#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c"]
-CURVES = {
-    "train/sft": "SFT loss, nats per token",
-    "train/fusion": "fusion loss, nats per token",
-    "validation/bits_per_byte": "validation bits per byte",
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Okabe and Ito's colours, told apart by every kind of colour vision
+COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000"]
+VERDICTS = {"better": ("#0072b2", "o"), "worse": ("#d55e00", "s"), "within noise": ("#767676", "D")}
+QUANTITIES = {
+    "train/sft": "SFT loss\nnats per token",
+    "train/fusion": "fusion loss\nnats per token",
+    "validation/bits_per_byte": "validation\nbits per byte",
 }
-Weights = Mapping[str, Sequence[float] | None]  # group of parameters -> a weight for each target
-Entry = Mapping[str, float]  # value, low, high
+PER_BAND = 4  # runs beside each other among the training curves
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files alone."""
+    """matplotlib.pyplot, drawing to files alone; the same rows give the same SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "fusechat"
     import matplotlib.pyplot as plt
 
     return plt
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> str:
+    """Writes the PNG and returns the same figure as an SVG element."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     pyplot().close(figure)
-    return path
+    text = drawn.getvalue()
+    return text[text.index("<svg") :]
 
 
-def weight_heatmap(groups: Weights, names: Sequence[str], path: Path) -> Path:
-    """Merge weights: layers down, modules across, one panel per target; groups outside the layers below."""
-    cells = _cells(groups, len(names))
-    rows = sorted({r for r, _ in cells}, key=lambda r: (r == "outside", int(r.split()[-1]) if r != "outside" else 0))
-    columns = list(dict.fromkeys(c for _, c in cells))
-    top = max((w for weights in cells.values() for w in weights if w == w), default=1.0)
-    width = 1.5 + len(names) * (1.2 + 0.32 * len(columns))
-    height = min(12.0, 2.6 + 0.28 * len(rows))  # a deep model's picture stays one
-    every = -(-len(rows) // 34)  # labels that fit
-    figure, axes = pyplot().subplots(1, len(names), figsize=(width, height), squeeze=False)
-    for j, (axis, name) in enumerate(zip(axes[0], names, strict=True)):
-        absent = [np.nan] * len(names)
-        grid = np.array([[cells.get((r, c), absent)[j] for c in columns] for r in rows], float)
-        image = axis.imshow(grid, vmin=0, vmax=top, cmap="viridis", aspect="auto")
-        axis.set_title(name)
-        axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
-        axis.set_yticks(range(0, len(rows), every), rows[::every] if j == 0 else [""] * len(rows[::every]), fontsize=7)
-    figure.colorbar(image, ax=axes[0].tolist(), label="merge weight", shrink=0.8)
-    return _save(figure, path)
+def forest(rows: pd.DataFrame, unit: str) -> Any:
+    """Paired differences from the baseline with their 95 % intervals, a panel a kind of model.
+
+    rows: model, kind, against, difference, low, high, verdict.
+    """
+    parts = [(kind, part) for kind, part in rows.groupby("kind", sort=False)]
+    heights = [len(part) + 1.2 for _, part in parts]
+    figure, axes = pyplot().subplots(
+        len(parts), 1, figsize=(8.4, 0.9 + 0.3 * sum(heights)), height_ratios=heights, squeeze=False
+    )
+    for axis, (kind, part) in zip(axes[:, 0], parts, strict=True):
+        places = np.arange(len(part))
+        for verdict, (colour, marker) in VERDICTS.items():
+            held = (part["verdict"] == verdict).to_numpy()
+            if held.any():
+                chosen = part[held]
+                axis.hlines(places[held], chosen["low"], chosen["high"], color=colour, linewidth=1.6)
+                points = axis.scatter(
+                    chosen["difference"], places[held], color=colour, marker=marker, s=26, zorder=3, label=verdict
+                )
+                points.set_gid(f"comparisons-points-{kind}-{verdict.replace(' ', '-')}")
+        axis.axvline(0, color="#333333", linewidth=0.8)
+        axis.set_yticks(places, part["model"], fontsize=9)
+        axis.set_ylim(len(part) - 0.4, -0.6)
+        axis.margins(x=0.08)
+        axis.set_title(kind, loc="left", fontsize=10)
+        for place, row in zip(places, part.itertuples(), strict=True):
+            told = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+            axis.annotate(told, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axes[-1, 0].set_xlabel(f"{unit}, difference from {rows['against'].iloc[0]} with 95 % interval")
+    figure.legend(*_legend(axes[:, 0]), loc="upper right", ncol=3, fontsize=8, frameon=False)
+    figure.tight_layout()
+    return figure
 
 
-def _cells(groups: Weights, count: int) -> dict[tuple[str, str], Sequence[float]]:
-    """(layer, module) -> a weight for each target; not a number where a group kept the pivot's value."""
-    cells: dict[tuple[str, str], Sequence[float]] = {}
-    for group, weights in groups.items():
-        found = re.match(r"^(.*?\.(\d+))(?:\.(.*))?$", group)
-        row, column = (f"layer {int(found[2])}", found[3] or "all") if found else ("outside", group)
-        cells[row, column.removesuffix(".weight")] = [np.nan] * count if weights is None else weights
-    return cells
+def skills(rows: pd.DataFrame) -> Any:
+    """Exact match of every model, a panel a skill, with Wilson's 95 % intervals.
 
-
-def _bars(axis: Any, entries: Sequence[Entry], scale: float = 1.0, **options: Any) -> None:
-    """Horizontal bars with their intervals."""
-    values, low, high = (np.array([scale * entry[key] for entry in entries]) for key in ("value", "low", "high"))
-    axis.barh(range(len(entries)), values, xerr=np.abs([values - low, high - values]), **options)
-
-
-def result_bars(names: Sequence[str], entries: Sequence[Entry], path: Path) -> Path:
-    """Horizontal bars of one metric with 95 % intervals."""
-    figure, axis = pyplot().subplots(figsize=(8, 0.5 + 0.32 * len(names)))
-    colours = [COLOURS[2 if n.startswith("merged") else 1 if n.startswith("target") else 0] for n in names]
-    _bars(axis, entries, color=colours, error_kw={"elinewidth": 1, "capsize": 2})
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.set_xlabel("held-out bits per byte of the answer (lower is better), 95 % bootstrap interval")
-    return _save(figure, path)
-
-
-def skill_bars(names: Sequence[str], metrics: Sequence[Mapping[str, Entry]], path: Path) -> Path:
-    """One panel a skill: accuracy of every model with its interval."""
-    skills = [tag for tag in metrics[0] if tag != "all"] or ["all"]
-    columns = min(3, len(skills))
-    rows = -(-len(skills) // columns)
-    size = (4.2 * columns, rows * (0.6 + 0.24 * len(names)))
-    figure, axes = pyplot().subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
-    absent = dict.fromkeys(("value", "low", "high"), np.nan)
-    for axis, skill in zip(axes.flat, skills, strict=False):
-        _bars(axis, [m.get(skill, absent) for m in metrics], 100, color=COLOURS[0], error_kw={"elinewidth": 1})
-        axis.set_title(skill)
-        axis.set_xlim(0, 100)
-    for axis in axes.flat[len(skills) :]:
+    rows: skill, model, n, correct, value, low, high (shares).
+    """
+    parts = [(skill, part) for skill, part in rows.groupby("skill", sort=False)]
+    names = list(dict.fromkeys(rows["model"]))
+    columns = min(3, len(parts))
+    bands = -(-len(parts) // columns)
+    figure, axes = pyplot().subplots(
+        bands, columns, figsize=(3.6 * columns, bands * (0.7 + 0.2 * len(names))), sharey=True, squeeze=False
+    )
+    for number, (axis, (skill, part)) in enumerate(zip(axes.flat, parts, strict=False)):
+        places = [names.index(model) for model in part["model"]]
+        axis.hlines(places, 100 * part["low"], 100 * part["high"], color=COLOURS[4], linewidth=1.6)
+        axis.scatter(100 * part["value"], places, color=COLOURS[0], s=16, zorder=3).set_gid(f"skills-points-{number}")
+        axis.set_title(f"{skill} (n = {part['n'].max()})", fontsize=10)
+        axis.set_xlim(-2, 102)
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+    for axis in axes.flat[len(parts) :]:
         axis.set_visible(False)
-    for row in axes:
-        row[0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0][0].invert_yaxis()
-    figure.supxlabel("exact match, %")
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
+    for axis in axes[:, 0]:
+        axis.tick_params(axis="y", labelsize=8)
+    figure.supxlabel("exact match, %", fontsize=10)
     figure.tight_layout()
-    return _save(figure, path)
+    return figure
 
 
-def curves(runs: Mapping[str, Any], path: Path) -> Path:
-    """SFT loss, fusion loss and validation bits per byte over the optimizer steps of every run."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8))
-    for axis, (column, title) in zip(axes, CURVES.items(), strict=True):
-        for number, (name, frame) in enumerate(runs.items()):
-            part = frame[["step", column]].dropna() if column in frame else frame[:0]
-            if len(part) and not (part[column] == 0).all():
-                colour = plt.get_cmap("tab10")(number % 10)
-                axis.plot(part["step"], part[column], label=name, color=colour, linewidth=1.2)
-        axis.set_title(title)
-        axis.set_xlabel("optimizer step")
-    axes[0].legend(fontsize=7)
+def training(rows: pd.DataFrame) -> Any:
+    """A column a run, a row a quantity, the other runs in grey behind. rows: run, quantity, step, value."""
+    runs = list(dict.fromkeys(rows["run"]))
+    shown = [quantity for quantity in QUANTITIES if (rows["quantity"] == quantity).any()]
+    columns = min(PER_BAND, len(runs))
+    bands = -(-len(runs) // PER_BAND)
+    figure, axes = pyplot().subplots(
+        bands * len(shown), columns, figsize=(2.6 * columns, 1.5 * bands * len(shown)), squeeze=False, sharex=True
+    )
+    for (number, run), (line, quantity) in itertools.product(enumerate(runs), enumerate(shown)):
+        axis = axes[number // PER_BAND * len(shown) + line, number % PER_BAND]
+        of_quantity = rows[rows["quantity"] == quantity]
+        for other, part in of_quantity.groupby("run", sort=False):
+            own = other == run
+            axis.plot(part["step"], part["value"], color=COLOURS[0] if own else "#d9d9d9", zorder=2 + own, linewidth=1)
+            if own:
+                points = axis.scatter(part["step"], part["value"], s=5, color=COLOURS[0], zorder=4)
+                points.set_gid(f"training-points-{number}-{line}")
+        if line == 0:
+            axis.set_title(run, fontsize=9)
+        if number % PER_BAND == 0:
+            axis.set_ylabel(QUANTITIES[quantity], fontsize=8)
+        axis.tick_params(labelsize=7)
+    for axis in axes[-len(shown) :, len(runs) - (bands - 1) * PER_BAND :].flat:
+        axis.set_visible(False)
+    figure.supxlabel("optimizer step", fontsize=9)
     figure.tight_layout()
-    return _save(figure, path)
+    return figure
 
 
-def wins(rates: Mapping[str, Mapping[str, Entry]], path: Path) -> Path:
-    """For every target, stacked shares of the response tokens each model spoke for, by tag."""
-    figure, axes = pyplot().subplots(1, len(rates), figsize=(1.2 + 2.9 * len(rates), 3.4), squeeze=False)
-    models = list(dict.fromkeys(m for by_tag in rates.values() for shares in by_tag.values() for m in shares))
-    for axis, (target, by_tag) in zip(axes[0], rates.items(), strict=True):
-        left = np.zeros(len(by_tag))
-        for number, model in enumerate(models):
-            values = np.array([100 * shares.get(model, 0.0) for shares in by_tag.values()])
-            axis.barh(range(len(by_tag)), values, left=left, color=COLOURS[number % len(COLOURS)], label=model)
-            left += values
-        axis.set_yticks(range(len(by_tag)), list(by_tag), fontsize=8)
-        axis.invert_yaxis()
+def wins(rows: pd.DataFrame) -> Any:
+    """For every target, stacked shares of the response tokens each model spoke for. rows: target, tag, model, share."""
+    targets, models = list(dict.fromkeys(rows["target"])), list(dict.fromkeys(rows["model"]))
+    columns = min(4, len(targets))
+    bands, tags = -(-len(targets) // columns), rows["tag"].nunique()
+    size = (0.9 + 2.7 * columns, 0.9 + bands * (0.6 + 0.24 * tags))
+    figure, axes = pyplot().subplots(bands, columns, figsize=size, squeeze=False, sharex=True)
+    for axis, target in zip(axes.flat, targets, strict=False):
+        _stacked(axis, rows[rows["target"] == target], "tag", "model", models, "wins")
+        axis.tick_params(labelbottom=True, labelsize=8)
         axis.set_title(target, fontsize=10)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=len(models), bbox_to_anchor=(0.5, -0.06), fontsize=8)
-    figure.supxlabel("% of response tokens", y=0.02, fontsize=9)
-    figure.tight_layout()
-    return _save(figure, path)
+    for axis in axes.flat[len(targets) :]:
+        axis.set_visible(False)
+    figure.supxlabel("% of response tokens", fontsize=9)
+    figure.legend(*_legend(axes.flat), loc="outside upper right", ncol=len(models), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / size[1]))
+    return figure
 
 
-def alignment(stores: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
-    """Shares of pivot positions by how they found their partner, one bar a source."""
-    figure, axis = pyplot().subplots(figsize=(8, 0.9 + 0.4 * len(stores)))
-    left = np.zeros(len(stores))
-    sums = [[*kind_counts(manifest).values()] for manifest in stores.values()]
-    shares = np.array([[100 * v / max(1, sum(row)) for v in row] for row in sums])
-    for number, kind in enumerate(KINDS):
-        axis.barh(range(len(stores)), shares[:, number], left=left, color=COLOURS[number], label=kind)
-        left += shares[:, number]
-    axis.set_yticks(range(len(stores)), list(stores))
-    axis.invert_yaxis()
+def alignment(rows: pd.DataFrame) -> Any:
+    """Shares of the pivot's positions by partner, a bar a source. rows: source, kind, positions, share."""
+    figure, axis = pyplot().subplots(figsize=(8, 1.1 + 0.35 * rows["source"].nunique()))
+    _stacked(axis, rows, "source", "kind", KINDS, "alignment")
     axis.set_xlabel("% of the pivot's response positions")
-    axis.legend(ncol=4, loc="upper center", bbox_to_anchor=(0.5, 1.3), fontsize=8)
-    return _save(figure, path)
+    axis.legend(ncol=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def merge_weights(rows: pd.DataFrame) -> Any:
+    """Layers down, modules across, a panel a target; blue above an equal share 1/n, red below.
+
+    rows: target, layer, module, weight (not a number where a group kept the pivot's value).
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import CenteredNorm
+    from matplotlib.patches import Rectangle
+
+    names = list(dict.fromkeys(rows["target"]))
+    layers, modules = list(dict.fromkeys(rows["layer"])), list(dict.fromkeys(rows["module"]))
+    apart = float((rows["weight"] - 1 / len(names)).abs().max())
+    colours = ScalarMappable(CenteredNorm(1 / len(names), apart if apart > 0 else 1e-3), "RdBu")
+    width, height = 1.6 + len(names) * (1.0 + 0.3 * len(modules)), min(12.0, 2.2 + 0.28 * len(layers))
+    every = -(-len(layers) // 34)  # labels that fit
+    figure, axes = pyplot().subplots(1, len(names), figsize=(width, height), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        for row in rows[rows["target"] == name].dropna(subset="weight").itertuples():
+            corner = modules.index(row.module), layers.index(row.layer)
+            cell = axis.add_patch(Rectangle(corner, 1, 1, color=colours.to_rgba(row.weight)))
+            cell.set_gid(f"merge_weights-mark-{row.Index}")
+        axis.set(title=name, xlim=(0, len(modules)), ylim=(len(layers), 0), facecolor="#dddddd")
+        axis.set_xticks(np.arange(len(modules)) + 0.5, modules, rotation=90, fontsize=7)
+        labels = layers[::every] if axis is axes[0, 0] else [""] * len(layers[::every])
+        axis.set_yticks(np.arange(0, len(layers), every) + 0.5, labels, fontsize=7)
+    bar = figure.colorbar(colours, ax=axes[0].tolist(), shrink=0.8)
+    bar.set_label(f"weight; white: 1/{len(names)}", fontsize=8)
+    return figure
+
+
+def _stacked(axis: Any, rows: pd.DataFrame, by: str, part: str, parts: Sequence[str], name: str) -> None:
+    """A horizontal bar for each value of ``by``, made up of its ``share`` of each part; a row is a rectangle."""
+    bars = list(dict.fromkeys(rows[by]))
+    left = dict.fromkeys(bars, 0.0)
+    labelled: set[str] = set()
+    for index, row in zip(rows.index, rows.to_dict("records"), strict=True):
+        number, place, share = list(parts).index(row[part]), row[by], 100 * row["share"]
+        label = None if row[part] in labelled else row[part]
+        labelled.add(row[part])
+        colour = COLOURS[number % len(COLOURS)]
+        (bar,) = axis.barh(bars.index(place), share, left=left[place], color=colour, label=label)
+        bar.set_gid(f"{name}-mark-{index}")
+        left[place] += share
+    axis.set_yticks(range(len(bars)), bars, fontsize=8)
+    axis.set_ylim(len(bars) - 0.4, -0.6)
+    axis.set_xlim(0, 100)
+
+
+def _legend(axes: Any) -> tuple[list[Any], list[str]]:
+    """Handles and labels of all axes, each label once."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True)) | found
+    return list(found.values()), list(found)

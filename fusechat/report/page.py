@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-import base64
+import datetime
 import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;font-size:13px}th,td{border:1px solid #ddd;padding:3px 8px;text-align:right}
-th:first-child,td:first-child{text-align:left}tr:nth-child(even){background:#f7f7f7}th{background:#eee}img{max-width:100%}
-.wide{overflow-x:auto}"""
-NOTE = "Paired bootstrap on the same test samples. Where the interval includes 0, the difference is within noise."
+    from fusechat.report.pictures import Picture
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 1.5em auto; padding: 0 1em;
+  color: #1a1a1a; background: #fff }
+table { border-collapse: collapse; font-size: 13px }
+th, td { border: 1px solid #ccc; padding: 3px 8px; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+tr:nth-child(even) { background: #f6f6f6 }
+th { background: #eaeaea }
+.wide { overflow-x: auto }
+.wide svg { width: 100%; height: auto; min-width: 620px }
+figure { margin: 0 0 2em }
+figcaption { color: #444; max-width: 70ch }
+.said { font-size: 1.1em; border-left: 4px solid #0072b2; padding-left: .8em; max-width: 75ch }
+footer { color: #444; font-size: .85em; overflow-wrap: anywhere }
+@media print { .wide { overflow: visible } .wide svg { min-width: 0 } figure { break-inside: avoid } }
+"""
+PACKAGES = ("fusechat", "torch", "transformers", "lightning")
 
 
-def page(title: str, table: pd.DataFrame, comparisons: pd.DataFrame, pictures: Sequence[tuple[str, Path]]) -> str:
-    """One HTML file with everything inside."""
-    parts = [f"<h1>FuseChat: {html.escape(title)}</h1><h2>Results</h2>", _wide(table.to_html(index=False, na_rep=""))]
-    if len(comparisons):
-        parts += [f"<h2>Against the baseline</h2><p>{NOTE}</p>", _wide(comparisons.to_html(index=False))]
-    for caption, path in ((html.escape(caption), path) for caption, path in pictures):
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f"<h2>{caption}</h2><img alt='{caption}' src='data:image/png;base64,{data}'>")
-    head = f"<meta charset=utf-8><title>FuseChat: {html.escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en>{head}{''.join(parts)}</html>"
+def page(title: str, said: str, table: pd.DataFrame, pictures: Sequence[Picture], made_by: str) -> str:
+    """One HTML file that asks no other host. said: the conclusion; made_by: the command that made the page."""
+    name = html.escape(f"FuseChat: {title}")
+    parts = [f"<h1>{name}</h1>"]
+    parts += [f"<p class=said>{html.escape(said)}</p>"] if said else []
+    figures = [_figure(picture) for picture in pictures]
+    parts += [*figures[:1], "<h2>Results</h2>", _wide(table.to_html(index=False, na_rep="")), *figures[1:]]
+    parts.append(f"<footer>{_footer(made_by)}</footer>")
+    head = "<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+    head += f"<title>{name}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>"
 
 
 def print_table(frame: pd.DataFrame) -> None:
@@ -50,6 +65,20 @@ def print_rows(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console(width=max(130, Console().width)).print(table)
+
+
+def _figure(picture: Picture) -> str:
+    """An SVG under its heading, with caption and the file that holds its numbers."""
+    title, caption = html.escape(picture.title), html.escape(picture.caption)
+    drawing = picture.svg.replace("<svg", f"<svg role='img' aria-label='{title}' data-name='{picture.name}'", 1)
+    numbers = f"<a href='{picture.name}.csv'>{picture.name}.csv</a>"
+    return f"<h2>{title}</h2><figure>{_wide(drawing)}<figcaption>{caption} Numbers: {numbers}.</figcaption></figure>"
+
+
+def _footer(made_by: str) -> str:
+    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return f"Made {made} with {html.escape(versions)}" + (f" by <code>{html.escape(made_by)}</code>" if made_by else "")
 
 
 def _cell(line: Any, column: str) -> str:

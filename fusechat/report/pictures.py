@@ -1,62 +1,86 @@
-"""Which figures the folders of experiments allow."""
+"""Which figures the folders of experiments allow, each with a caption and the table that it shows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat.report import figures
-from fusechat.report.results import short
+from fusechat.report import figures, frames
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Picture = tuple[str, Path]  # title and file
+BETTER = "Blue circles lie on the better side of the line with their whole interval, orange squares on the worse side, "
+CAPTIONS = {
+    "comparisons": BETTER + "grey diamonds are within noise. Paired bootstrap over the same test chats, 2,000 draws.",
+    "skills": "Share of answers that match the reference exactly, by the test chats' tag; Wilson's 95 % intervals.",
+    "training": "One column a run; grey: the other runs, for comparison. Losses are those of single optimizer steps.",
+    "wins": "Share of the response tokens at which each model gave the fused distribution, by the chats' tag. MinCE "
+    "takes the model with the lower loss on the reference answer, chat by chat.",
+    "alignment": "same: one source token for one of the pivot's; n:1: several source tokens for one; 1:n: one for "
+    "several; none: the source has no boundary there, so that the position gets no distribution.",
+    "merge_weights": "Blue: more than an equal share; red: less. Grey: no such parameter, or no target changed it.",
+}
 
 
-def draw(folders: Sequence[Path], rows: Sequence[Mapping[str, Any]], output: Path) -> list[Picture]:
-    """Draws what the folders allow, in the order of the page."""
-    names, metrics = [short(row["name"]) for row in rows], [row["metrics"] for row in rows]
+@dataclass(frozen=True)
+class Picture:
+    """A figure: its name (of the files NAME.png and NAME.csv), heading, caption, rows, the PNG and the SVG element."""
+
+    name: str
+    title: str
+    caption: str
+    rows: pd.DataFrame
+    path: Path
+    svg: str
+
+
+def draw(
+    folders: Sequence[Path], rows: Sequence[Mapping[str, Any]], comparisons: pd.DataFrame, output: Path
+) -> list[Picture]:
+    """Draws what the folders allow, in the order of the page, and writes the PNG and the CSV of each."""
+    return [
+        _drawn(name, title, table, figure, output)
+        for name, title, table, figure in _found(folders, rows, comparisons)
+        if len(table)
+    ]
+
+
+def _found(
+    folders: Sequence[Path], rows: Sequence[Mapping[str, Any]], comparisons: pd.DataFrame
+) -> Iterator[tuple[str, str, pd.DataFrame, Callable[[pd.DataFrame], Any]]]:
+    """Name, title, rows and figure."""
     targets = records(folders, "targets/*/fusechat.json")
-    fused = {name: made["wins"] for name, made in targets.items() if made["sources"]}
+    if len(comparisons):
+        unit = str(comparisons["metric"].iloc[0]).replace("_", " ")
+        title = f"Against {comparisons['against'].iloc[0]}"
+        yield "comparisons", title, comparisons, lambda found: figures.forest(found, unit)
+    yield "skills", "By skill", frames.skills(rows), figures.skills
     curves = {name: curve for folder in folders for name, curve in training_curves(folder).items()}
-    stores = records(folders, "aligned/*/manifest.json")
-    found: list[Picture] = []
+    yield "training", "Training", frames.training(curves, list(figures.QUANTITIES)), figures.training
+    fused = {name: made["wins"] for name, made in targets.items() if made.get("sources")}
+    yield "wins", "Which model spoke where", frames.wins(fused), figures.wins
+    yield "alignment", "Alignment", frames.alignment(records(folders, "aligned/*/manifest.json")), figures.alignment
+    for name, made in records(folders, "merged/*/fusechat.json").items():
+        if made.get("weights"):
+            table = frames.merge_weights(made["weights"], made["targets"])
+            yield f"merge_weights_{name}", f"Merge weights: {name}", table, figures.merge_weights
 
-    def add(title: str, figure: Callable[..., Path], *given: Any, file: str) -> None:
-        found.append((title, figure(*given, output / file)))
 
-    if all("bits_per_byte" in metric for metric in metrics):
-        bits = [metric["bits_per_byte"]["all"] for metric in metrics]
-        add("Results: held-out bits per byte", figures.result_bars, names, bits, file="results.png")
-    if all("accuracy" in metric for metric in metrics):
-        accuracy = [metric["accuracy"] for metric in metrics]
-        add("Accuracy per skill, 95 % intervals", figures.skill_bars, names, accuracy, file="skills.png")
-    if curves:
-        add("Training curves", figures.curves, curves, file="training.png")
-    if fused:
-        add("Who spoke for how many response tokens", figures.wins, fused, file="wins.png")
-    if stores:
-        add("Alignment: how pivot positions found a partner", figures.alignment, stores, file="alignment.png")
-    return found + merge_weights(folders, output)
+def _drawn(name: str, title: str, table: pd.DataFrame, figure: Callable[[pd.DataFrame], Any], output: Path) -> Picture:
+    path = output / f"{name}.png"
+    table.to_csv(path.with_suffix(".csv"), index=False)
+    caption = next(text for prefix, text in CAPTIONS.items() if name.startswith(prefix))
+    return Picture(name, title, caption, table, path, figures.save(figure(table), path))
 
 
 def records(folders: Sequence[Path], pattern: str) -> dict[str, Any]:
     """What the stages' outputs say of themselves, by the name of their folder."""
     files = [file for folder in folders for file in sorted(folder.glob(pattern))]
     return {file.parent.name: json.loads(file.read_text()) for file in files}
-
-
-def merge_weights(folders: Sequence[Path], output: Path) -> list[Picture]:
-    """Copies of the pictures that the merges have drawn."""
-    found = []
-    for file in (file for folder in folders for file in sorted(folder.glob("merged/*/merge_weights.png"))):
-        copy = output / f"merge_weights_{file.parent.name}.png"
-        copy.write_bytes(file.read_bytes())
-        found.append((f"Merge weights: {file.parent.name}", copy))
-    return found
 
 
 def training_curves(folder: Path) -> dict[str, pd.DataFrame]:

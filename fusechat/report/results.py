@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ORDER = {"models": 0, "targets": 1, "merged": 2}
+KIND = {"models": "pivot and sources", "targets": "targets", "merged": "merged models"}
 LOWER_IS_BETTER = ("bits_per_byte", "nats_per_token")
 
 
@@ -79,13 +80,9 @@ def compared(first: dict[str, Any], second: dict[str, Any]) -> pd.DataFrame:
             pair = [[s for s in r["samples"] if has(s, name) and tag in ("all", s["tag"])] for r in (first, second)]
             other = second["metrics"][name].get(tag, {}).get("value")
             values = {"metric": name, "skill": tag, "first": entry["value"], "second": other}
-            lines.append(values | _judged(compare(pair[0], pair[1], name)))
+            found = compare(pair[0], pair[1], name)
+            lines.append(values | found | {"within noise": found["low"] <= 0 <= found["high"]})
     return pd.DataFrame(lines).round(4)
-
-
-def _judged(found: dict[str, float]) -> dict[str, Any]:
-    """A difference, and whether its interval includes 0."""
-    return {**found, "within noise": found["low"] <= 0 <= found["high"]}
 
 
 def ordered(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
@@ -98,15 +95,26 @@ def ordered(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
 
 
 def comparisons(rows: Sequence[dict[str, Any]], baseline: str, metric: str) -> pd.DataFrame:
-    """Every model against the baseline, paired on the same samples: difference, interval, p, whether within noise."""
+    """Every model against the baseline, paired on the same samples.
+
+    Columns: model, kind, against, metric, difference, low and high of its 95 % interval, p, and the verdict: better,
+    worse or within noise. baseline: an evaluation's name; the first one where there is none of that name.
+    """
     import pandas as pd
 
     base = next((row for row in rows if row["name"] == baseline), rows[0])
     others = [row for row in rows if row is not base and row["tests"] == base["tests"]]
     out = []
     for row in others:
-        found = _judged(compare(base["samples"], row["samples"], metric))
-        out.append({"model": row["name"], "against": base["name"], "metric": metric, **found})
+        found = compare(base["samples"], row["samples"], metric)
+        gained = (found["difference"] < 0) == (metric in LOWER_IS_BETTER)
+        verdict = "within noise" if found["low"] <= 0 <= found["high"] else "better" if gained else "worse"
+        named = {
+            "model": short(row["name"]),
+            "kind": KIND.get(row["kind"], "other models"),
+            "against": short(base["name"]),
+        }
+        out.append({**named, "metric": metric, **found, "verdict": verdict})
     return pd.DataFrame(out).round(4)
 
 

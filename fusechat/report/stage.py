@@ -13,16 +13,19 @@ from fusechat.report import results
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fusechat.report.pictures import Picture
+
 EVALUATE = "python -m fusechat.evaluate model=DIR"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows: a row a model, each model against the baseline, figures (title and file), and the page."""
+    """What a report shows: a row a model, each model against the baseline, what follows, figures, and the page."""
 
     table: pd.DataFrame
     comparisons: pd.DataFrame
-    pictures: Sequence[tuple[str, Path]]
+    conclusion: str
+    pictures: Sequence[Picture]
     page: Path
 
 
@@ -34,12 +37,15 @@ def report(
     baseline: str = "",
     title: str = "results",
     hint: str = EVALUATE,
+    made_by: str = "",
 ) -> Report:
-    """Writes results.csv, results.md, comparisons.csv, figures and index.html about everything under the folders.
+    """Writes results.csv, results.md, figures with a CSV each, and index.html about everything under the folders.
 
     metric: sorts the table and is compared with the evaluation ``baseline`` (the first one where that is missing),
     paired on the same samples. hint: the command that makes an evaluation, for the `UserError` where there is none.
+    made_by: the command, shown at the page's end.
     """
+    from fusechat.report.conclusion import conclusion
     from fusechat.report.page import page
     from fusechat.report.pictures import draw
     from fusechat.report.table import table_of
@@ -52,11 +58,11 @@ def report(
     output.mkdir(parents=True, exist_ok=True)
     table, comparisons = table_of(rows), results.comparisons(rows, baseline, metric)
     table.to_csv(output / "results.csv", index=False)
-    comparisons.to_csv(output / "comparisons.csv", index=False)
     (output / "results.md").write_text(results.markdown(table))
-    pictures = draw(places, rows, output)
-    (output / "index.html").write_text(page(title, table, comparisons, pictures), encoding="utf-8")
-    return Report(table, comparisons, pictures, output / "index.html")
+    pictures = draw(places, rows, comparisons, output)
+    said = conclusion(comparisons)
+    (output / "index.html").write_text(page(title, said, table, pictures, made_by), encoding="utf-8")
+    return Report(table, comparisons, said, pictures, output / "index.html")
 
 
 def compare(first: str | Path, second: str | Path, output_file: str | Path | None = None) -> pd.DataFrame:

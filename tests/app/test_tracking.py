@@ -140,7 +140,7 @@ def test_distributions_merges_and_answers(fresh: Mini) -> None:
     table = json.loads(file.read_text())
     assert table["columns"] == ["skill", "prompt", "reference", "pivot's answer", "answer"]
     assert all(isinstance(cell, str) for row in table["data"] for cell in row)
-    pictures = {"report/results", "report/training", "report/wins", "report/merge_weights_varm_matrix"}
+    pictures = {"report/comparisons", "report/training", "report/wins", "report/merge_weights_varm_matrix"}
     assert pictures <= followed(fresh, "report").media
 
 

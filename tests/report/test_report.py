@@ -1,16 +1,19 @@
 """Results: metrics resample honestly, tables and comparisons say what differs, pictures and the page hold everything."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fusechat.app.errors import UserError
 from fusechat.report import compare as compare_files
-from fusechat.report import report, results
+from fusechat.report import frames, report, results
+from fusechat.report.conclusion import conclusion
 from fusechat.report.statistics import compare, interval, metric_names
 from fusechat.report.table import table_of
 from tests.conftest import ROOT, Mini
@@ -111,21 +114,78 @@ def test_from_python(fresh: Mini) -> None:
         fresh.run("evaluate", f"model={fresh.experiment}/world/models/{name}")
     made = report([fresh.experiment], fresh.root / "report", metric="accuracy", baseline="models-pivot", title="mine")
     assert {*made.table["model"]} == {"pivot", "a"}
-    assert made.comparisons["against"].tolist() == ["models-pivot"]
-    assert all(file.stat().st_size for _, file in made.pictures)
+    assert made.comparisons["against"].tolist() == ["pivot"]
+    assert [picture.name for picture in made.pictures][:2] == ["comparisons", "skills"]
+    assert all(picture.path.stat().st_size for picture in made.pictures)
+    assert pd.read_csv(made.pictures[0].path.with_suffix(".csv"))["model"].tolist() == ["a"]
     page = made.page.read_text()
     assert "<h1>FuseChat: mine</h1>" in page
-    assert page.count("data:image/png;base64,") == len(made.pictures)
+    assert page.count("<svg") == len(made.pictures)
+    assert made.conclusion == "", "nothing was fused yet"
     files = [fresh.experiment / f"evaluation/models-{name}.json" for name in ("pivot", "a")]
     frame = compare_files(*files)
     assert frame.loc[frame.metric == "accuracy", "skill"].tolist()[0] == "all"
 
 
+def test_the_conclusion_is_computed() -> None:
+    rows: list[dict[str, Any]] = [
+        {"model": "a", "kind": "pivot and sources", "difference": -0.5, "low": -0.6, "high": -0.4, "verdict": "better"},
+        {"model": "target a", "kind": "targets", "difference": -0.02, "low": -0.03, "high": -0.01, "verdict": "better"},
+        {"model": "target b", "kind": "targets", "difference": 0.02, "low": 0.01, "high": 0.03, "verdict": "worse"},
+        {
+            "model": "merged x",
+            "kind": "merged models",
+            "difference": 0.0,
+            "low": -0.1,
+            "high": 0.1,
+            "verdict": "within noise",
+        },
+    ]
+    frame = pd.DataFrame([row | {"against": "target sft", "metric": "bits_per_byte"} for row in rows])
+    assert conclusion(frame) == (
+        "Targets against target sft: 1 better, 1 worse, 0 within noise; the best of them, target a, lies 0.0200 below it "
+        "in bits per byte (95 % interval of the difference -0.0300 to -0.0100, picked on these very chats). "
+        "Merged models against target sft: 0 better, 0 worse, 1 within noise; the best of them, merged x, lies 0.0000 "
+        "above it in bits per byte (95 % interval of the difference -0.1000 to +0.1000)."
+    )
+
+
+@pytest.mark.parametrize(("metric", "shift", "verdict"), [("bits_per_byte", 0.3, "worse"), ("accuracy", 0.3, "better")])
+def test_a_verdict_knows_which_way_is_better(metric: str, shift: float, verdict: str) -> None:
+    rows = [
+        {"name": name, "kind": "targets", "tests": "t", "samples": samples(0)} for name in ("targets-a", "targets-b")
+    ]
+    for sample in rows[1]["samples"]:
+        sample["nats"] += shift
+        sample["correct"] = True
+    (found,) = results.comparisons(rows, "targets-a", metric).to_dict("records")
+    assert (found["model"], found["against"], found["verdict"]) == ("target b", "target a", verdict)
+
+
+def test_skills_have_wilsons_intervals() -> None:
+    """8 of 10: 0.4902 to 0.9433 by the closed form (Wilson 1927)."""
+    answers = [{"tag": "sort", "correct": n < 8} for n in range(10)]
+    (row,) = frames.skills([{"name": "targets-a", "samples": answers}]).to_dict("records")
+    z = 1.959964
+    middle, half = (0.8 + z**2 / 20) / (1 + z**2 / 10), z / (1 + z**2 / 10) * math.sqrt(0.8 * 0.2 / 10 + z**2 / 400)
+    assert (row["n"], row["correct"]) == (10, 8)
+    assert (row["low"], row["high"]) == pytest.approx((middle - half, middle + half), abs=1e-6)
+
+
+def test_merge_weights_are_placed_by_layer_and_module() -> None:
+    groups = {"model.layers.10.mlp.up.weight": [0.4, 0.6], "model.norm.weight": None, "model.layers.2": [1.0, 0.0]}
+    found = frames.merge_weights(groups, ["a", "b"])
+    assert found["layer"].tolist() == ["layer 2", "layer 10", "outside"] * 2
+    assert found["module"].tolist() == ["all", "mlp.up", "model.norm"] * 2
+    assert found["weight"].tolist()[:2] == [1.0, 0.4]
+    assert math.isnan(found["weight"][2])
+
+
 def test_the_package_brings_no_library_of_figures_or_tables() -> None:
     code = """
 import sys
-import fusechat.report.results, fusechat.report.table, fusechat.report.pictures, fusechat.report.page, fusechat.report.stage
-print([m for m in ("matplotlib", "pandas", "rich", "torch", "omegaconf") if m in sys.modules])
+import fusechat.report.results, fusechat.report.table, fusechat.report.conclusion, fusechat.report.frames, fusechat.report.pictures, fusechat.report.page, fusechat.report.stage
+print([m for m in ("matplotlib", "pandas", "scipy", "rich", "torch", "omegaconf") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
