@@ -41,7 +41,6 @@ def run(cfg: DictConfig) -> None:
         **{key: chat[key] for key in ("template", "max_length", "end_of_turn")},
         pivot=pivot,
         seed=cfg.seed,
-        trainer=plain(cfg.trainer),
         overwrite=cfg.overwrite,
         imports=imported(cfg),
         when_made=lambda manifest: _follow(cfg, manifest),

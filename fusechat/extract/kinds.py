@@ -51,7 +51,7 @@ def top_p(logits: Tensor, gold: Tensor, keep: Keep, generator: torch.Generator |
     "sampled", "random sampling, unbiased (arXiv 2503.16870): draws tokens per position", needs=("generator",)
 )
 def sampled(logits: Tensor, gold: Tensor, keep: Keep, generator: torch.Generator | None = None) -> TopK:
-    """``draws`` samples of softmax(logits): distinct tokens with their shares of the draws, K the most at one position.
+    """``draws`` samples of softmax(logits): distinct tokens with their shares of the draws, K = draws at most.
 
     A share is an unbiased estimate of the token's probability; shares sum to one, so there is no tail.
     """
@@ -59,10 +59,8 @@ def sampled(logits: Tensor, gold: Tensor, keep: Keep, generator: torch.Generator
     probs = logprobs.exp().nan_to_num(1.0)  # rows of NaN are dropped for their gold log-probability, not drawn from
     drawn = torch.multinomial(probs, keep.draws, replacement=True, generator=generator)
     ids, shares = merge_duplicates(drawn, torch.full(drawn.shape, 1.0 / keep.draws, device=drawn.device))
-    order = shares.argsort(dim=-1, descending=True, stable=True)
-    ids, shares = ids.gather(-1, order), shares.gather(-1, order)
-    distinct = int((shares > 0).sum(-1).max()) if len(shares) else 1
-    return TopK(ids[:, :distinct], shares[:, :distinct].log(), _at(logprobs, gold))
+    order = shares.argsort(dim=-1, descending=True, stable=True)  # spare entries last: what is absent is -inf
+    return TopK(ids.gather(-1, order), shares.gather(-1, order).log(), _at(logprobs, gold))
 
 
 def largest(values: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
@@ -84,15 +82,14 @@ def largest(values: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
     return top.values, ids.gather(1, top.indices)
 
 
-def joined(parts: Sequence[TopK]) -> TopK:
-    """The positions of several parts one after another, as wide as the widest, on the CPU."""
-    widest = max(part.ids.shape[1] for part in parts)
-
-    def stacked(columns: Sequence[Tensor], absent: float) -> Tensor:
-        return torch.cat([torch.nn.functional.pad(c, (0, widest - c.shape[1]), value=absent) for c in columns]).cpu()
-
-    ids, logprobs = stacked([p.ids for p in parts], 0), stacked([p.logprobs for p in parts], NEG_INF)
-    return TopK(ids, logprobs, torch.cat([p.gold_logprob for p in parts]).cpu())
+def joined(parts: Sequence[TopK], counts: Sequence[int]) -> list[TopK | None]:
+    """Successive parts -> chat by chat, ``counts`` positions each, on the CPU; None where a chat has NaN or inf."""
+    ids, logprobs = torch.cat([p.ids for p in parts]), torch.cat([p.logprobs for p in parts])
+    gold = torch.cat([p.gold_logprob for p in parts])
+    sound = torch.isfinite(gold) & ~logprobs.isnan().any(-1)
+    columns = (torch.split(part.cpu(), list(counts)) for part in (sound, ids, logprobs, gold))
+    chats = zip(*columns, strict=True)
+    return [TopK(*kept) if bool(fine.all()) else None for fine, *kept in chats]
 
 
 def generator_for(text: str, seed: int, device: torch.device) -> torch.Generator:

@@ -11,20 +11,19 @@ import datasets
 
 from fusechat.app import outputs
 from fusechat.app.errors import UserError, one_of
-from fusechat.app.trainer import quiet_trainer
 from fusechat.chats.formats import load_chats
 from fusechat.chats.render import ChatRenderer, renderer_for
-from fusechat.extract.batches import ShardBatches
 from fusechat.extract.kinds import KINDS, Keep
-from fusechat.extract.module import ExtractionModule
+from fusechat.extract.processes import share
+from fusechat.extract.progress import progress
+from fusechat.extract.shards import Shards, Source, bad_of, check_bad
 from fusechat.extract.summary import summary
-from fusechat.extract.writer import ShardWriter
 from fusechat.models import load as models
+from fusechat.models.devices import devices_of
 from fusechat.stores import store
 
 LOG = logging.getLogger(__name__)
-ONE_DEVICE = {"accelerator": "auto", "devices": 1, "enable_model_summary": False}
-ONE_PASS = {"max_epochs": 1, "max_steps": -1, "enable_progress_bar": False, "enable_checkpointing": False}
+ONE_PROCESS = {"accelerator": "auto", "devices": 1}
 
 
 def extract(
@@ -56,21 +55,25 @@ def extract(
     overwrite: bool = False,
     imports: Mapping[str, str] | None = None,
     when_made: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Runs a source over chats and stores its distributions at every token of the assistant. Returns the manifest.
 
     model: directory or Hub id; name: what the store calls it. chats: a file, a directory or a Hub dataset, or what
     `load_chats` returns. pivot: its tokenizer, or its path, for template="pivot"; other templates as `renderer_for`.
     kind: one of `KINDS`, with top_k, top_p, draws as in `Keep`. logprobs: float16, or uint8 (steps of 0.05 nats).
-    tokens_per_batch: padded tokens run together, halved when memory runs out. max_bad_fraction: chats with NaN or inf
-    before the run stops. trainer: options of Lightning's Trainer. when_made: called with the manifest where it is new.
+    tokens_per_batch: padded tokens run together; a batch that does not fit in memory runs in halves, which the
+    manifest notes. max_bad_fraction: chats with NaN or inf before the run stops. when_made: called with the manifest
+    where it is new. trainer: accelerator and devices as in `devices_of`, a process for each (one where a device_map
+    spreads the model); more than one need a main module that can be imported, as multiprocessing's spawn does.
 
-    A finished store of the same settings is left as it is, an unfinished one is gone on with. Ranks other than the
-    first return None. Raises `UserError` for unusable models, chats or settings, and for a store of other settings at
-    ``output_dir`` unless ``overwrite``.
+    A finished store of the same settings is left as it is, an unfinished one is gone on with; the number of devices
+    decides nothing of its content. Raises `UserError` for unusable models, chats or settings, and for a store of other
+    settings at ``output_dir`` unless ``overwrite``.
     """
     one_of(logprobs, ("float16", "uint8"), "store.logprobs")
-    random = {"draws": "by content"} if "generator" in KINDS[kind].needs else {}
+    devices = devices_of(**{**ONE_PROCESS, **(trainer or {})}, key="extract.trainer")
+    more = {"draws": "by content"} if "generator" in KINDS[kind].needs else {}
+    more |= {"load_in": load_in} if load_in else {}
     amount = {"kind": kind, "top_k": top_k, "top_p": top_p, "draws": draws}
     amount |= {"tokens_per_batch": tokens_per_batch, "rows_per_shard": rows_per_shard}
     tokenizer = models.load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -91,7 +94,7 @@ def extract(
         extract=amount,
         store={"logprobs": logprobs},
         dtype=dtype,
-        **random,
+        **more,
     )
     output = Path(output_dir)
     record = output / store.MANIFEST
@@ -100,25 +103,30 @@ def extract(
     if overwrite:
         store.remove(output)
     writer = store.StoreWriter(output, mark, -(-len(rows) // rows_per_shard))
-    source = models.load_model(
-        model,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-        device_map=device_map,
-        load_in=load_in,
-    ).eval()
-    models.check_vocabulary(source, tokenizer, model)
-    models.check_context(source, model, max_length)
-    batches = ShardBatches(rows, renderer, writer, rows_per_shard, tokens_per_batch)
-    module = ExtractionModule(source, batches, kind, keep, seed=seed, placed=bool(device_map))
-    collector = ShardWriter(writer, keep.vocab_size, logprobs, max_length, max_bad_fraction, len(rows))
-    runner = quiet_trainer({**(ONE_DEVICE if trainer is None else trainer), **ONE_PASS}, [collector])
-    runner.predict(module, return_predictions=False)
-    if not runner.is_global_zero:
-        return None
-    writer.await_shards(wait=runner.world_size > 1)
+    loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    loading |= {"attn_implementation": attn_implementation, "device_map": device_map, "load_in": load_in}
+    whole = {index: entry for index in range(writer.total) if (entry := writer.done(index))}
+    shards = Shards(
+        Source(model, loading),
+        rows,
+        renderer,
+        writer,
+        kind,
+        keep,
+        seed=seed,
+        rows_per_shard=rows_per_shard,
+        tokens_per_batch=tokens_per_batch,
+        logprobs=logprobs,
+        max_bad_fraction=max_bad_fraction,
+        bad=bad_of(whole.values()),
+        imports=list(imports or {}),
+    )
+    if whole:
+        LOG.info("going on after %d whole shards of %d", len(whole), writer.total)
+    left = [index for index in range(writer.total) if index not in whole]
+    with progress(len(rows), sum(entry["rows"] for entry in whole.values())) as tell:
+        share(shards, left, [None] if device_map else devices, tell)
+    check_bad(bad_of(writer.recorded()), len(rows), max_bad_fraction)  # all processes' together
     manifest = writer.finish(
         **_about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=chats_mark),
         extract={**amount, "max_bad_fraction": max_bad_fraction},

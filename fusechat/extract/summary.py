@@ -9,9 +9,10 @@ from fusechat.stores.units import bits_per_byte
 
 
 def totals(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Sums of the shards' statistics; lists are joined."""
+    """Sums of the shards' statistics; lists are joined. Shards of earlier versions may know fewer of them."""
     parts = [entry["statistics"] for entry in manifest["shards"]]
-    return {key: sum((p[key] for p in parts), type(value)()) for key, value in parts[0].items()}
+    kinds = {key: type(value) for part in parts for key, value in part.items()}
+    return {key: sum((part.get(key, kind()) for part in parts), kind()) for key, kind in kinds.items()}
 
 
 def numbers(manifest: dict[str, Any]) -> dict[str, float]:
@@ -27,6 +28,7 @@ def numbers(manifest: dict[str, Any]) -> dict[str, float]:
         "truncated": sums["truncated"],
         "bits_per_byte": float(bits_per_byte(sums["nats"], max(1, sums["text_bytes"]))),
         "megabytes": size / 1e6,
+        "out_of_memory": len(sums.get("out_of_memory", [])),
         "bytes_per_token": size / max(1, sums["tokens"]),
     }
 
@@ -34,9 +36,10 @@ def numbers(manifest: dict[str, Any]) -> dict[str, float]:
 def summary(manifest: dict[str, Any], path: Path) -> str:
     """The closing line."""
     n = numbers(manifest)
+    halved = f"{n['out_of_memory']} batches ran in halves for want of memory; " if n["out_of_memory"] else ""
     return (
         f"{manifest['model']}: {n['chats']} chats, {n['tokens']:,} tokens ({n['positions']:,} predicted), "
         f"dropped: {n['no_response']} without an assistant token, {n['bad']} with NaN/inf; "
-        f"truncated: {n['truncated']}; {n['bits_per_byte']:.4f} bits per byte; "
+        f"truncated: {n['truncated']}; {halved}{n['bits_per_byte']:.4f} bits per byte; "
         f"{n['megabytes']:.1f} MB ({n['bytes_per_token']:.1f} B/token) in {path}"
     )

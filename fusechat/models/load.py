@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusechat.app.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 CONTENT = {".safetensors", ".bin", ".model", ".json", ".jinja"}  # files that decide what a model is
@@ -41,8 +42,12 @@ def load_model(
     attn_implementation: str | None = None,
     device_map: str | None = None,
     load_in: str | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Any `AutoModelForCausalLM`. load_in: ``8bit`` or ``4bit`` (bitsandbytes). Raises `UserError` with the reason."""
+    """Any `AutoModelForCausalLM`. load_in: ``8bit`` or ``4bit`` (bitsandbytes). Raises `UserError` with the reason.
+
+    device_map: accelerate spreads the model; device: all of it goes there, unless a device_map says otherwise.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -51,12 +56,14 @@ def load_model(
     if load_in:
         quantized = BitsAndBytesConfig(load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit")
         options["quantization_config"] = quantized
+        if device and not device_map:
+            options["device_map"] = {"": device}  # a quantized model cannot be moved later
     options |= {"dtype": getattr(torch, dtype), "revision": revision, "trust_remote_code": trust_remote_code}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"the model {path!r} cannot be loaded: {_reason(error)}") from error
-    return model
+    return model if device is None or device_map or load_in else model.to(device)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: Any, path: str) -> None:

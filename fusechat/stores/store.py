@@ -7,8 +7,6 @@ checksum; ``manifest.json`` comes last. A directory without it is unfinished and
 from __future__ import annotations
 
 import json
-import logging
-import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +20,6 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import FORMAT, file_hash, write_durably, write_json
 from fusechat.stores.encoding import DECODE, decode_counts
 
-LOG = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 Array = npt.NDArray[Any]
 
@@ -86,27 +83,21 @@ class StoreWriter:
         """Notes that a shard is whole: its file, rows, bytes, checksum and statistics."""
         write_json(self._record(index), entry, sort_keys=True)
 
-    def await_shards(self, wait: bool, every: float = 1.0) -> None:
-        """Returns once every shard is recorded. wait: other ranks may still write some.
-
-        Files are watched rather than a collective joined: ranks end a shard apart, which may be longer than any
-        collective's timeout. Raises `UserError` naming the first missing shard where nobody else writes.
-        """
-        said = False
-        while missing := [i for i in range(self.total) if not self._record(i).exists()]:
-            if not wait:
-                count = f"{len(missing)} shards of {self.path} are missing (first: {missing[0]})"
-                raise UserError(f"{count}; run the same command again")
-            if not said:
-                LOG.info("waiting for the %d shards that other ranks still write", len(missing))
-            said = True
-            time.sleep(every)
+    def recorded(self) -> list[dict[str, Any]]:
+        """What is recorded of every shard, in order. Raises `UserError` naming the first that is missing."""
+        if missing := [i for i in range(self.total) if not self._record(i).exists()]:
+            count = f"{len(missing)} shards of {self.path} are missing (first: {missing[0]})"
+            raise UserError(f"{count}; run the same command again")
+        return [json.loads(self._record(i).read_text()) for i in range(self.total)]
 
     def finish(self, **about: Any) -> dict[str, Any]:
-        """Writes the files `datasets.load_from_disk` wants, then the manifest; returns the manifest."""
+        """Writes the files `datasets.load_from_disk` wants, then the manifest; returns the manifest.
+
+        Raises `UserError` where a shard is missing.
+        """
         from datasets import DatasetInfo, Features
 
-        entries = [json.loads(self._record(i).read_text()) for i in range(self.total)]
+        entries = self.recorded()
         with pa.memory_map(str(self.path / entries[0]["file"])) as source:
             features = Features.from_arrow_schema(pa.ipc.open_stream(source).schema)
         DatasetInfo(features=features).write_to_directory(str(self.path))

@@ -22,6 +22,7 @@ from fusechat.app.registry import choices
 from fusechat.chats.formats import load_chats
 from fusechat.chats.render import ChatRenderer
 from fusechat.extract.batches import by_token_budget
+from fusechat.extract.extractor import Extractor
 from fusechat.extract.kinds import KINDS, Keep, generator_for, largest
 from fusechat.extract.summary import summary, totals
 from fusechat.stores.encoding import decode_logprobs
@@ -183,7 +184,6 @@ def test_from_python(mini: Mini, tmp_path: Path) -> None:
         **more,
     )
     manifest = call()
-    assert manifest is not None
     assert manifest == json.loads((tmp_path / "a/manifest.json").read_text()) == made[0]
     assert shards(tmp_path / "a") == shards(mini.experiment / "distributions/a")
     assert manifest["fingerprint"] == DistributionStore(mini.experiment / "distributions/a").fingerprint
@@ -310,23 +310,40 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(fresh: Mini) -> None
         fresh.run("extract", "source=a", "overwrite=true")
 
 
-def test_out_of_memory_halves_the_budget(mini: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusechat.extract.module import ExtractionModule
+def tight(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
+    """As if more than ``limit`` chats at a time did not fit in memory. Returns the sizes of what is tried."""
+    whole, tried = Extractor._distributions, []
 
-    whole, limit = ExtractionModule._distributions, 4
-
-    def tight(self: Any, rendered: Any) -> Any:
+    def run(self: Any, rendered: Any) -> Any:
+        tried.append(len(rendered))
         if len(rendered) > limit:
             raise torch.OutOfMemoryError("out of memory")
         return whole(self, rendered)
 
-    monkeypatch.setattr(ExtractionModule, "_distributions", tight)
+    monkeypatch.setattr(Extractor, "_distributions", run)
+    return tried
+
+
+def test_out_of_memory_halves_the_batch_and_the_next_is_whole_again(
+    mini: Mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = tight(monkeypatch, 4)
     mini.run("extract", "source=c", f"output_dir={mini.root}/tight", "extract.tokens_per_batch=256")
-    reference, tight_store = (
-        DistributionStore(mini.experiment / "distributions/c"),
-        DistributionStore(mini.root / "tight"),
-    )
-    assert np.allclose(reference.column("nats"), tight_store.column("nats"), rtol=1e-3)
+    reference = DistributionStore(mini.experiment / "distributions/c")
+    store = DistributionStore(mini.root / "tight")
+    assert np.allclose(reference.column("nats"), store.column("nats"), rtol=1e-3)
+    assert max(tried[len(tried) // 2 :]) > 4, "later batches are tried whole"
+    unfit = totals(store.manifest)["out_of_memory"]
+    assert len(unfit) == sum(size > 4 for size in tried) > 0
+    assert all(4 < tokens <= 256 for tokens in unfit), "padded tokens of what did not fit"
+    assert f"{len(unfit)} batches ran in halves for want of memory" in summary(store.manifest, store.path)
+    assert totals(reference.manifest)["out_of_memory"] == []
+
+
+def test_a_chat_that_does_not_fit_alone_is_told(mini: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    tight(monkeypatch, 0)
+    with pytest.raises(UserError, match=r"one chat of \d+ tokens does not fit in memory; lower chat\.max_length, or "):
+        mini.run("extract", "source=c", f"output_dir={mini.root}/alone")
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
@@ -370,19 +387,3 @@ def test_inspect_prints_samples_and_finds_damage(fresh: Mini) -> None:
     shard = next(path.glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert "does not match its checksum" in run().stderr
-
-
-def test_two_ranks_share_the_shards(fresh: Mini) -> None:
-    path = fresh.experiment / "distributions/a"
-    wanted = shards(path)
-    shutil.rmtree(path)
-    done = subprocess.run(
-        command(fresh, "source=a", "trainer.devices=2", "trainer.strategy=ddp"),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # else Lightning shares the cores out
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert shards(path) == wanted

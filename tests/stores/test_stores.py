@@ -2,8 +2,6 @@
 
 import json
 import os
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +49,12 @@ def table() -> pa.Table:
     return pa.table({"nats": [1.0, 2.0], "ids": list_column([np.arange(2), np.arange(3)], np.uint16)})
 
 
-def test_the_manifest_waits_for_the_shards_of_other_ranks(tmp_path: Path) -> None:
+def test_no_manifest_without_every_shard(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path, "mark", 2)
     writer.write(0, table(), {})
     with pytest.raises(UserError, match=r"1 shards of .* are missing \(first: 1\); run the same command again"):
-        writer.await_shards(wait=False)
-    slow = threading.Thread(target=lambda: (time.sleep(0.2), writer.write(1, table(), {})))
-    slow.start()
-    writer.await_shards(wait=True, every=0.01)
-    slow.join()
+        writer.finish()
+    writer.write(1, table(), {})
     assert [entry["rows"] for entry in writer.finish()["shards"]] == [2, 2]
 
 

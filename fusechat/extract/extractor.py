@@ -1,0 +1,90 @@
+"""What the device does: rendered chats -> sparse distributions at their response positions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusechat.app.errors import UserError
+from fusechat.chats.padding import pad
+from fusechat.chats.render import Rendered
+from fusechat.extract.kinds import KINDS, Keep, generator_for, joined
+from fusechat.models.devices import fed_at
+from fusechat.models.heads import OutputHead
+from fusechat.stores.distributions import TopK
+
+LOG = logging.getLogger(__name__)
+# Logits computed at a time, and of these normalised and sorted at a time. A CPU sorts in its cache (8 MiB in fp32);
+# elsewhere 256 MiB keep the device busy.
+ON_CPU, ELSEWHERE = (1 << 24, 1 << 21), (1 << 26, 1 << 26)
+
+
+class Extractor:
+    """Runs a causal LM, and its head only where a position is stored. The device is waited for once a batch.
+
+    D hidden size, N response positions of all chats of a batch, V rows of the lm_head.
+    unfit: padded tokens of every batch that did not fit in memory since this was last emptied.
+    """
+
+    def __init__(self, model: Any, kind: str, keep: Keep, *, seed: int = 0) -> None:
+        self.head = OutputHead(model)
+        self.kind, self.keep, self.seed = KINDS[kind], keep, seed
+        self.device = fed_at(model)
+        self.unfit: list[int] = []
+
+    @torch.inference_mode()
+    def __call__(self, rendered: Sequence[Rendered]) -> list[TopK | None]:
+        """Distributions of each chat at its response positions; None where a logit is not finite.
+
+        Where memory runs out this batch goes on in halves, and the next one is tried whole again. Raises `UserError`
+        where one chat alone does not fit.
+        """
+        longest = max(len(r.input_ids) for r in rendered)
+        try:
+            return self._distributions(rendered)
+        except torch.OutOfMemoryError:
+            if len(rendered) == 1:
+                raise UserError(
+                    f"one chat of {longest} tokens does not fit in memory; lower chat.max_length, or spread or "
+                    "quantize the model with source.device_map=auto or source.load_in=8bit"
+                ) from None
+        tokens = longest * len(rendered)
+        if not self.unfit:
+            LOG.warning("out of memory at %d tokens: they run in halves; extract.tokens_per_batch is too high", tokens)
+        self.unfit.append(tokens)
+        torch.cuda.empty_cache()
+        half = len(rendered) // 2
+        return self(rendered[:half]) + self(rendered[half:])
+
+    def _distributions(self, rendered: Sequence[Rendered]) -> list[TopK | None]:
+        counts = [len(r.positions) for r in rendered]
+        ids, mask = pad([r.input_ids for r in rendered])
+        hidden = self.head.hidden(ids.to(self.device), mask.to(self.device))
+        row = np.repeat(np.arange(len(rendered)), counts)
+        at = np.concatenate([r.positions for r in rendered])
+        next_token = np.concatenate([r.input_ids[r.positions + 1] for r in rendered])
+        rows, positions, gold = (torch.from_numpy(part).to(hidden.device) for part in (row, at, next_token))
+        stored = hidden[rows, positions]
+        del hidden
+        if not self.kind.needs:
+            return joined(list(self._sparse(stored, gold, None)), counts)
+        parts: list[TopK] = []
+        for r, one, its_gold in zip(rendered, torch.split(stored, counts), torch.split(gold, counts), strict=True):
+            parts += self._sparse(one, its_gold, generator_for(r.text, self.seed, stored.device))
+        return joined(parts, counts)
+
+    def _sparse(self, stored: Tensor, gold: Tensor, generator: torch.Generator | None) -> Iterator[TopK]:
+        """Hidden states [N, D], gold [N] -> what the kind keeps, piece by piece. Nothing here waits for the device."""
+        wide = self.head.projection.weight.shape[0]
+        at_once, sorted_at_once = ON_CPU if stored.device.type == "cpu" else ELSEWHERE
+        done = 0
+        for chunk in torch.split(stored, max(1, at_once // wide)):
+            for logits in torch.split(self.head.logits(chunk), max(1, sorted_at_once // wide)):
+                theirs = gold[done : done + len(logits)].to(logits.device)
+                yield self.kind.function(logits, theirs, self.keep, generator)
+                done += len(logits)

@@ -1,0 +1,267 @@
+"""Where extraction runs: processes that share shards, killed ones, spread models, and what the device is asked for."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusechat.app.errors import UserError
+from fusechat.chats.formats import load_chats
+from fusechat.chats.render import ChatRenderer
+from fusechat.extract import extractor as extracting
+from fusechat.extract.extractor import Extractor
+from fusechat.extract.kinds import KINDS, Keep
+from fusechat.extract.summary import totals
+from fusechat.models.devices import device_of, devices_of, fed_at
+from fusechat.models.load import load_model
+from fusechat.stores.encoding import decode_logprobs
+from fusechat.stores.store import DistributionStore
+from tests.conftest import ROOT, Mini
+
+TWO = ["extract.trainer.accelerator=cpu", "extract.trainer.devices=2"]
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Everything that a store holds."""
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def children(pid: int) -> list[int]:
+    """The processes that extraction has started for its devices, once they are at work."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def start(world: Mini, *overrides: str) -> subprocess.Popen[str]:
+    """The command, with threads that an earlier run of one process had too."""
+    command = [sys.executable, "-m", "fusechat.extract", *world.base, *TWO, *overrides]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | threads, start_new_session=True, **pipes)
+
+
+def until(process: subprocess.Popen[str], done: Any) -> None:
+    """Waits for a process to come so far."""
+    deadline = time.time() + 120
+    while not done():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+
+
+def test_two_processes_write_the_bytes_of_one(fresh: Mini) -> None:
+    """Also where their work is unequal: three shards, the last of them of one chat."""
+    path = fresh.experiment / "distributions/a"
+    unequal = ["source=a", "chat.limit=65"]
+    fresh.run("extract", *unequal, "overwrite=true")
+    wanted = files(path)
+    shutil.rmtree(path)
+    process = start(fresh, *unequal)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert files(path) == wanted
+    assert [entry["rows"] for entry in DistributionStore(path).manifest["shards"]] == [32, 32, 1]
+
+
+def test_a_killed_process_is_told_and_the_same_command_goes_on(fresh: Mini) -> None:
+    path = fresh.experiment / "distributions/b"
+    small = ["source=b", "extract.rows_per_shard=4"]
+    fresh.run("extract", *small, "overwrite=true")
+    wanted = files(path)
+    shutil.rmtree(path)
+    process = start(fresh, *small)
+    until(process, lambda: list(path.glob("shard-*.json")))
+    workers = children(process.pid)
+    os.kill(workers[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the process of cpu ended by signal SIGKILL; what is whole is kept: run the same command again" in output
+    assert "Traceback" not in output
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers), "none is left at work"
+    left = len(list(path.glob("shard-*.json")))
+    assert 0 < left < 24
+    fresh.run("extract", *small)
+    assert files(path) == wanted
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_command(stop: signal.Signals, fresh: Mini) -> None:
+    """Killed, or interrupted alone, without the terminal's Ctrl-C to all."""
+    process = start(fresh, "source=b", f"output_dir={fresh.root}/other", "extract.rows_per_shard=1")
+    until(process, lambda: list((fresh.root / "other").glob("shard-*.json")))
+    workers = children(process.pid)
+    assert len(workers) == 2
+    process.send_signal(stop)
+    process.communicate(timeout=60)
+    deadline = time.time() + 60
+    while any(alive(worker) for worker in workers) and time.time() < deadline:
+        time.sleep(0.02)
+    assert not any(alive(worker) for worker in workers)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_mistake_in_a_process_is_the_commands(mini: Mini) -> None:
+    with pytest.raises(UserError, match=r"^chat\.max_length=4096 exceeds the context of .*set chat\.max_length=512$"):
+        mini.run("extract", "source=a", *TWO, "chat.max_length=4096", f"output_dir={mini.root}/long")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["extract.trainer.devices=0"], r"extract\.trainer\.devices=0: expected auto, or a number of at least 1"),
+        (["extract.trainer.devices=many"], r"extract\.trainer\.devices=many: expected auto, or a number of at least 1"),
+        (
+            ["extract.trainer.accelerator=gpu"],
+            r"extract\.trainer\.accelerator=gpu: no such device here; this machine has: cpu.*accelerator=auto takes",
+        ),
+    ],
+)
+def test_bad_devices(overrides: list[str], message: str, mini: Mini) -> None:
+    with pytest.raises(UserError, match=message):
+        mini.run("extract", "source=a", *overrides)
+
+
+def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with two cards, as torch would show it."""
+    assert devices_of("cpu", "auto", "x") == [torch.device("cpu")]
+    assert devices_of("cpu", 3, "x") == [torch.device("cpu")] * 3
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert device_of("auto", "x") == torch.device("cuda")
+    assert device_of("cuda:1", "x") == torch.device("cuda:1")
+    assert devices_of("auto", "auto", "x") == [torch.device("cuda:0"), torch.device("cuda:1")]
+    assert devices_of("cuda", 1, "x") == [torch.device("cuda:0")]
+    with pytest.raises(UserError, match=r"^x\.devices=3: this machine has 2 \(cuda\)$"):
+        devices_of("auto", 3, "x")
+    with pytest.raises(UserError, match=r"^x=cuda:2: no such device here; this machine has: cpu, cuda \(2\); x=auto"):
+        device_of("cuda:2", "x")
+
+
+@pytest.fixture(scope="module")
+def rendered(mini: Mini) -> list[Any]:
+    chats, _ = load_chats(str(mini.experiment / "world/chats/fusion.jsonl"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(mini.experiment / "world/models/a")
+    return ChatRenderer(tokenizer)([row["messages"] for row in chats.select(range(6))])
+
+
+@pytest.fixture
+def model(mini: Mini) -> Any:
+    return load_model(str(mini.experiment / "world/models/a")).eval()
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations; ``waits`` are those for which a host must wait for its device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.count += 1
+        moved = name == "_to_copy" and (kwargs or {}).get("device") is not None
+        self.waits += [name] if name in self.WAITS or moved else []
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_chunk_loop_never_waits_for_the_device(
+    kind: str, model: Any, rendered: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk for each position asks for what one asks for."""
+    extractor = Extractor(model, kind, Keep(500))
+    found = []
+    for chunk in (1 << 24, 1):
+        monkeypatch.setattr(extracting, "ON_CPU", (chunk, chunk))
+        with torch.inference_mode(), Calls() as calls:
+            extractor._distributions(rendered)
+        found.append(calls)
+    assert found[1].count > found[0].count + 20, "there were more chunks"
+    assert found[0].waits == found[1].waits
+
+
+def test_the_head_runs_only_where_a_position_is_stored(model: Any, rendered: list[Any]) -> None:
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    Extractor(model, "top_k", Keep(500))(rendered)
+    assert sum(seen) == sum(len(one.positions) for one in rendered)
+    assert 0 < sum(seen) < sum(len(one.input_ids) for one in rendered)
+
+
+def test_chunks_decide_nothing(model: Any, rendered: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Extractor(model, "top_k", Keep(500))(rendered)
+    monkeypatch.setattr(extracting, "ON_CPU", (1 << 12, 1 << 11))
+    for one, other in zip(whole, Extractor(model, "top_k", Keep(500))(rendered), strict=True):
+        assert one is not None and other is not None
+        assert torch.equal(one.ids, other.ids)
+        assert torch.allclose(one.logprobs, other.logprobs, atol=1e-5)
+        assert torch.allclose(one.gold_logprob, other.gold_logprob, atol=1e-5)
+
+
+def test_only_the_chat_with_a_nan_is_dropped(model: Any, rendered: list[Any]) -> None:
+    others = {token for i, one in enumerate(rendered) if i != 3 for token in one.input_ids.tolist()}
+    token = next(token for token in rendered[3].input_ids.tolist() if token not in others)
+    model.get_input_embeddings().weight.data[token] = float("nan")
+    found = Extractor(model, "top_k", Keep(500))(rendered)
+    assert [top is None for top in found] == [i == 3 for i in range(6)]
+
+
+def test_the_run_has_the_dtype_of_its_fingerprint(fresh: Mini, rendered: list[Any]) -> None:
+    """bfloat16 throughout, RoPE's frequencies in float32 as transformers loads them."""
+    fresh.run("extract", "source=a", "source.dtype=bfloat16", "overwrite=true")
+    store = DistributionStore(fresh.experiment / "distributions/a")
+    path = fresh.experiment / "world/models/a"
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(b.dtype == torch.float32 for n, b in model.named_buffers() if "inv_freq" in n)
+    for row in (0, 3):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(rendered[row].input_ids)[None]).logits[0]
+        wanted = logits[rendered[row].positions].float().log_softmax(-1).topk(10).values
+        (stored,) = store.row(row, "logprobs")
+        assert np.allclose(decode_logprobs(stored).reshape(-1, 10), wanted, atol=0.06)
+
+
+@pytest.fixture
+def offloaded(model: Any) -> Any:
+    """A model whose weights lie on the meta device until they are used, as device_map=auto leaves them."""
+    import accelerate
+
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def test_an_offloaded_model_runs_where_accelerate_runs_it(offloaded: Any, mini: Mini, rendered: list[Any]) -> None:
+    assert offloaded.get_output_embeddings().weight.device.type == "meta"
+    assert fed_at(offloaded) == torch.device("cpu")
+    plain = load_model(str(mini.experiment / "world/models/a")).eval()
+    run = lambda model: Extractor(model, "top_k", Keep(500))(rendered)
+    for one, other in zip(run(offloaded), run(plain), strict=True):
+        assert one is not None and other is not None
+        assert torch.equal(one.logprobs, other.logprobs)
+
+
+def test_a_spread_model_runs_in_one_process(mini: Mini) -> None:
+    output = f"output_dir={mini.root}/spread"
+    mini.run("extract", "source=a", "source.device_map=auto", *TWO, output)
+    spread, usual = (DistributionStore(p) for p in (mini.root / "spread", mini.experiment / "distributions/a"))
+    assert spread.fingerprint == usual.fingerprint
+    assert totals(spread.manifest)["nats"] == pytest.approx(totals(usual.manifest)["nats"], rel=1e-6)
