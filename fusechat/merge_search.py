@@ -23,6 +23,7 @@ OWN = ("search.", "merge.", "merge=", "output_dir=", "overwrite=")  # overrides 
 def run(cfg: DictConfig) -> float:
     """Tries merges; leaves the best in ``output_dir``, a table in ``search.folder``. Returns its bits per byte."""
     from fusechat.merging.search import mean_bits, search, space_of
+    from fusechat.models.devices import device_of
 
     space = space_of(plain(cfg.search.space), cfg.search.methods)
     score = partial(
@@ -30,7 +31,8 @@ def run(cfg: DictConfig) -> float:
         chats=held_out_chats(cfg),
         max_length=cfg.chat.max_length,
         dtype=cfg.pivot.dtype,
-        device_map=cfg.evaluation.device_map,
+        device=device_of(cfg.search.device, "search.device"),
+        device_map=cfg.search.device_map,
         batch_size=cfg.search.batch_size,
     )
     folder, output = Path(cfg.search.folder), Path(cfg.output_dir)

@@ -63,7 +63,7 @@ def run_tasks(
         tasks=list(tasks),
         num_fewshot=num_fewshot,
         batch_size=batch_size,
-        device=device,
+        device=None if device == "auto" else device,
         limit=limit,
         apply_chat_template=apply_chat_template,
         task_manager=manager,

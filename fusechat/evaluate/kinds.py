@@ -16,9 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fusechat.app.registry import Family
+
+if TYPE_CHECKING:
+    from fusechat.chats.render import ChatRenderer
 
 EVALUATIONS = Family("evaluation.kind")
 Sample = dict[str, Any]
@@ -34,17 +37,47 @@ class Job:
     seed: int
 
     def load(self) -> tuple[Any, Any]:
-        """The model, and a renderer of chats with its own tokenizer and the template that the settings name."""
-        from fusechat.chats.render import renderer_for
+        """The model on its device, and a renderer with its own tokenizer and the template that the settings name."""
         from fusechat.models import load as models
+        from fusechat.models.devices import device_of
 
-        chosen, trust = self.settings, bool(self.settings.get("trust_remote_code", False))
-        tokenizer = models.load_tokenizer(self.model, trust_remote_code=trust)
-        renderer = renderer_for(tokenizer, tokenizer, chosen.get("template", "native"), chosen.get("max_length", 2048))
-        dtype, device_map = chosen.get("dtype", "float32"), chosen.get("device_map")
-        model = models.load_model(self.model, dtype=dtype, device_map=device_map, trust_remote_code=trust)
-        models.check_vocabulary(model, tokenizer, self.model)
+        chosen, renderer = self.settings, self.renderer()
+        device = device_of(chosen.get("device") or "auto", "evaluation.device")
+        loading = {"dtype": chosen.get("dtype", "float32"), "device_map": chosen.get("device_map")}
+        model = models.load_model(self.model, **loading, device=device, trust_remote_code=self.trust)
+        models.check_vocabulary(model, renderer.tokenizer, self.model)
         return model, renderer
+
+    def renderer(self) -> ChatRenderer:
+        """A renderer of chats with the model's tokenizer, without the model."""
+        from fusechat.chats.render import renderer_for
+        from fusechat.models.load import load_tokenizer
+
+        tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust)
+        template, max_length = self.settings.get("template", "native"), self.settings.get("max_length", 2048)
+        return renderer_for(tokenizer, tokenizer, template, max_length)
+
+    def stops(self) -> dict[str, list[int]]:
+        """The tokens that end an answer: part of what decides it. Nothing where the tokenizer's own is the only one.
+
+        So what was made when no other was looked for stays what it is.
+        """
+        from transformers import AutoConfig, GenerationConfig
+
+        from fusechat.evaluate.generation import stop_tokens
+
+        try:
+            config = GenerationConfig.from_pretrained(self.model)
+        except OSError:  # the model has none: as transformers makes one
+            config = AutoConfig.from_pretrained(self.model, trust_remote_code=self.trust)
+        renderer = self.renderer()
+        found = stop_tokens(renderer, config)
+        return {} if found == [renderer.tokenizer.eos_token_id] else {"stops": found}
+
+    @property
+    def trust(self) -> bool:
+        """Whether code of the model's authors is run."""
+        return bool(self.settings.get("trust_remote_code", False))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusechat.chats.padding import pad
 from fusechat.chats.render import ChatRenderer, Message
+from fusechat.models.devices import fed_at
 from fusechat.models.heads import OutputHead
 
 
@@ -18,17 +20,23 @@ def score(
 ) -> list[dict[str, float]]:
     """nats, bytes and tokens of every chat's response, in the order given."""
     model.eval()
-    head, rendered = OutputHead(model), renderer(chats)
+    head, rendered, device = OutputHead(model), renderer(chats), fed_at(model)
     order = sorted(range(len(chats)), key=lambda i: len(rendered[i].input_ids))
     found: list[dict[str, float]] = [{}] * len(chats)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         ids, mask = pad([rendered[i].input_ids for i in part])
-        hidden = head.hidden(ids.to(model.device), mask.to(model.device))
-        for row, i in enumerate(part):
-            positions = torch.from_numpy(rendered[i].positions)
-            logits = head.logits(hidden[row, positions]).float()
-            gold = ids[row, positions + 1].to(logits.device)
-            nats = torch.nn.functional.cross_entropy(logits, gold, reduction="sum") if len(gold) else torch.zeros(())
-            found[i] = {"nats": float(nats), "bytes": float(rendered[i].n_bytes), "tokens": float(len(gold))}
+        hidden = head.hidden(ids.to(device), mask.to(device))
+        positions = [torch.from_numpy(rendered[i].positions) for i in part]
+        golds = [ids[row, at + 1] for row, at in enumerate(positions)]
+        states = [hidden[row, at.to(hidden.device)] for row, at in enumerate(positions)]
+        nats = torch.stack([_nats(head, *pair) for pair in zip(states, golds, strict=True)]).tolist()  # waits once
+        for i, value, gold in zip(part, nats, golds, strict=True):
+            found[i] = {"nats": value, "bytes": float(rendered[i].n_bytes), "tokens": float(len(gold))}
     return found
+
+
+def _nats(head: OutputHead, states: Tensor, gold: Tensor) -> Tensor:
+    """Cross entropy of one response in nats. states [R, D], gold [R] -> []; R may be 0."""
+    logits = head.logits(states).float()
+    return torch.nn.functional.cross_entropy(logits, gold.to(logits.device), reduction="sum")

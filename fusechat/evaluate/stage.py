@@ -37,6 +37,7 @@ def evaluate(
     template: str = "native",
     max_length: int = 2048,
     dtype: str = "float32",
+    device: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -50,11 +51,13 @@ def evaluate(
     (nats of the answers / ln 2 / their UTF-8 bytes), nats_per_token, and with ``generate`` accuracy (exact match of
     greedy answers). ``samples`` has the same chat by chat. A result of the same model, chats
     and settings is returned as it is there. record: kept in the result beside it.
-    imports: the user's own modules with their hashes. Raises `UserError`.
+    imports: the user's own modules with their hashes. device: as in `device_of`; it is no part of the fingerprint.
+    Raises `UserError`.
     """
     settings = {"kind": "chats", "chats": str(chats), "split": split, "limit": limit, "template": template}
     settings |= {"generate": generate, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype}
     settings |= {"max_length": max_length, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    settings |= {"device": device}
     more: dict[str, Any] = {"seed": seed, "overwrite": overwrite, "record": record, "imports": imports}
     return evaluate_by(model, settings, output_file, **more)[0]
 
@@ -80,7 +83,8 @@ def evaluate_by(
         raise UserError(f"model={path} is not a model directory or Hub id")
     kind = EVALUATIONS[settings["kind"]]
     work: Work = kind.function(Job(path, output.stem, settings, seed))
-    mark = stage_fingerprint(imports, model=model_identity(path), evaluation=dict(settings), seed=seed)
+    deciding = {key: value for key, value in settings.items() if key != "device" or value is None}  # not where it ran
+    mark = stage_fingerprint(imports, model=model_identity(path), evaluation=deciding, seed=seed)
     mark = fingerprint(mark=mark, **work.inputs)
     about = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path, "fingerprint": mark}
     held = None if overwrite else _held(output, about, work)

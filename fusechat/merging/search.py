@@ -8,13 +8,16 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError, one_of
 from fusechat.app.outputs import whole_lines
 from fusechat.merging.recipe import Recipe
 from fusechat.merging.run import make
 from fusechat.stores.units import bits_per_byte
+
+if TYPE_CHECKING:
+    import torch
 
 LOG = logging.getLogger(__name__)
 COLUMN = "held-out bits per byte"
@@ -120,15 +123,22 @@ def held_out(path: str, *, validation_fraction: float, split_seed: int, **option
 
 
 def mean_bits(
-    path: Path, chats: Sequence[Any], *, max_length: int, dtype: str, device_map: str | None, batch_size: int
+    path: Path,
+    chats: Sequence[Any],
+    *,
+    max_length: int,
+    dtype: str,
+    device: torch.device,
+    device_map: str | None,
+    batch_size: int,
 ) -> float:
-    """Bits per byte of a model over all chats together."""
+    """Bits per byte of a model over all chats together, on ``device`` where no device_map spreads it."""
     from fusechat.chats.render import renderer_for
     from fusechat.evaluate import perplexity
     from fusechat.models.load import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(str(path))
     renderer = renderer_for(tokenizer, tokenizer, "native", max_length)
-    model = load_model(str(path), dtype=dtype, device_map=device_map)
+    model = load_model(str(path), dtype=dtype, device_map=device_map, device=device)
     found = perplexity.score(model, renderer, chats, batch_size)
     return float(bits_per_byte(sum(f["nats"] for f in found), sum(f["bytes"] for f in found)))

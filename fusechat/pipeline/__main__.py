@@ -33,14 +33,14 @@ Step = tuple[str, list[str]]  # a verb and its overrides
 def run(cfg: DictConfig) -> None:
     """Every line of ``pipeline.steps`` is a command with overrides, run as a process of its own.
 
-    So no result depends on what ran before. Commas make a sweep, as on the command line. Raises `UserError` that names
+    So no result depends on what ran before. Commas make a sweep, as on the command line. The pipeline is one process:
+    training starts ranks, extraction a process for each device, all else is one process. Raises `UserError` that names
     the step where one fails; the step itself has told the cause.
     """
+    _alone()
     own, options = _given()
     lines = [str(line) for line in OmegaConf.to_container(cfg.pipeline.steps, resolve=False)]  # type: ignore[union-attr]
-    steps = [parse(line) for line in lines]
-    if cfg.trainer.devices != 1:  # Lightning's ranks repeat the command line, and would repeat a sweep
-        steps = [job for line in lines for job in expand(line)]
+    steps = [job for line in lines for job in jobs(line, ranks=cfg.trainer.devices != 1)]
     started = time.perf_counter()
     for number, (verb, overrides) in enumerate(steps, 1):
         sweep = ["-m"] if is_sweep(overrides) else []
@@ -58,6 +58,15 @@ def parse(line: str) -> Step:
     if verb not in STEPS:
         raise UserError(f"pipeline.steps: {verb!r} is no stage; use one of: {', '.join(STEPS)}{near(verb, STEPS)}")
     return verb, overrides
+
+
+def jobs(line: str, ranks: bool) -> list[Step]:
+    """A line as the processes that run it: one, be it a sweep; one for each job of a training on several ranks.
+
+    Lightning's ranks repeat the command line, and would repeat a sweep.
+    """
+    verb, overrides = parse(line)
+    return expand(line) if ranks and verb == "train" else [(verb, overrides)]
 
 
 def is_sweep(overrides: Sequence[str]) -> bool:
@@ -103,6 +112,15 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             stop()
     child.wait()
+
+
+def _alone() -> None:
+    """Raises `UserError` where a launcher has started several pipelines, which would write over each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"the pipeline is one process, this is one of WORLD_SIZE={os.environ['WORLD_SIZE']}: start it without "
+            "torchrun; trainer.devices and extract.trainer.devices say what training and extraction start"
+        )
 
 
 def _given() -> tuple[list[str], list[str]]:

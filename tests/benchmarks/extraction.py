@@ -9,14 +9,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 from fusechat.chats.render import ChatRenderer
+from fusechat.extract.extractor import Extractor
 from fusechat.extract.kinds import Keep
-from fusechat.extract.module import ExtractionModule
 from fusechat.tiny.chats import World, generate
 from fusechat.tiny.models import make_tokenizer
 from tests.benchmarks.measure import table
@@ -62,24 +61,16 @@ def overhead() -> list[list[object]]:
         "llama", 600, [m["content"] for row in generate(World(0), 500, "x") for m in row["messages"]]
     )  # type: ignore[index,union-attr]
     rendered = ChatRenderer(tokenizer)(chats(4))
-    nothing: Any = None  # batches are given by hand
-    module = ExtractionModule(model, nothing, "top_k", Keep(32_000))
+    extractor = Extractor(model, "top_k", Keep(32_000))
     ids = torch.zeros(4, max(len(r.input_ids) for r in rendered), dtype=torch.long)
 
     @torch.inference_mode()
     def bare() -> None:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
-    whole, forward = best(lambda: module.predict_step(SimpleBatch(rendered))), best(bare)
+    whole, forward = best(lambda: extractor(rendered)), best(bare)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     return [[f"{parameters:.0f}M parameters, 4 x {ids.shape[1]} tokens", forward, whole, whole / forward - 1]]
-
-
-class SimpleBatch:
-    """What predict_step looks at."""
-
-    def __init__(self, rendered: object) -> None:
-        self.rendered = rendered
 
 
 def rendering() -> list[list[object]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AddedToken, GenerationConfig
 
 from fusechat.app.errors import UserError
 from fusechat.chats.render import ChatRenderer
@@ -62,3 +63,88 @@ def test_evaluate_writes_skips_and_resumes(fresh: Mini, monkeypatch: pytest.Monk
 def test_unknown_model(mini: Mini) -> None:
     with pytest.raises(UserError, match=r"model=None is not a model directory"):
         mini.run("evaluate")
+
+
+def test_an_answer_ends_with_any_of_the_models_own_stop_tokens(mini: Mini, tokenizers: Callable[[str], Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(mini.experiment / "world/models/a")
+    for weight in model.parameters():
+        weight.data.normal_()  # says something else at every step
+    tokenizer, renderer = tokenizers("a"), ChatRenderer(tokenizers("a"))
+    prompts = [[{"role": "user", "content": "Sort b a."}]]
+    ids = tokenizer(renderer.prompt(prompts[0]), add_special_tokens=False, return_tensors="pt").input_ids
+    free = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, ids.shape[1] :].tolist()
+    end = next(i for i in range(1, 5) if free[i] not in free[:i])
+    model.generation_config.eos_token_id = [free[end], tokenizer.eos_token_id]
+    answer = generation.generate(model, renderer, prompts, max_new_tokens=6, batch_size=1)[0]
+    assert answer == tokenizer.decode(free[: end + 1], skip_special_tokens=True).strip()
+    assert answer != tokenizer.decode(free, skip_special_tokens=True).strip()
+
+
+def test_stop_tokens_are_the_models_the_tokenizers_and_the_templates(tokenizers: Callable[[str], Any]) -> None:
+    tokenizer = tokenizers("a")
+    eos = tokenizer.eos_token_id
+    assert generation.stop_tokens(ChatRenderer(tokenizer), None) == [eos]
+    tokenizer.add_tokens(AddedToken("<|turn|>", special=True))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|turn|>\n{% endfor %}"
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert generation.stop_tokens(ChatRenderer(tokenizer), GenerationConfig(eos_token_id=[3, 5])) == [
+        *sorted([eos, 3, 5]),
+        turn,
+    ]
+    assert generation.stop_tokens(ChatRenderer(tokenizer), GenerationConfig(eos_token_id=3)) == [
+        *sorted([eos, 3]),
+        turn,
+    ]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert generation.stop_tokens(ChatRenderer(tokenizer), None) == [eos], "white space closes nothing"
+
+
+def test_results_made_before_stops_and_devices_were_looked_at_are_recognised(fresh: Mini) -> None:
+    """And the device decides nothing; other stop tokens do."""
+    from fusechat.app.outputs import fingerprint, stage_fingerprint
+    from fusechat.evaluate.kinds import Job
+    from fusechat.models.load import model_identity
+
+    model = f"{fresh.experiment}/world/models/b"
+    output = fresh.experiment / "evaluation/models-b.json"
+    fresh.run("evaluate", f"model={model}", "evaluation.device=cpu")
+    content, before = json.loads(output.read_text()), output.stat().st_mtime_ns
+    settings = content["config"]["evaluation"]
+    of_old = {key: value for key, value in settings.items() if key not in ("file", "device")}
+    mark = stage_fingerprint(None, model=model_identity(model), evaluation=of_old, seed=0)
+    assert content["fingerprint"] == fingerprint(mark=mark, tests=content["tests"])
+    fresh.run("evaluate", f"model={model}", "evaluation.device=auto")
+    assert output.stat().st_mtime_ns == before
+    assert Job(model, "b", settings, 0).stops() == {}
+
+
+def test_other_stop_tokens_are_another_result(fresh: Mini) -> None:
+    from fusechat.evaluate.kinds import Job
+
+    model = fresh.experiment / "world/models/b"
+    GenerationConfig(eos_token_id=[3, 4]).save_pretrained(model)
+    found = Job(str(model), "b", {}, 0).stops()["stops"]
+    assert {3, 4} < set(found)
+    (model / "generation_config.json").unlink()
+    assert Job(str(model), "b", {}, 0).stops() == {}
+
+
+def test_an_offloaded_model_is_scored_where_accelerate_runs_it(mini: Mini, tokenizers: Callable[[str], Any]) -> None:
+    import accelerate
+    from transformers import AutoModelForCausalLM
+
+    load = lambda: AutoModelForCausalLM.from_pretrained(mini.experiment / "world/models/a")
+    renderer = ChatRenderer(tokenizers("a"))
+    chats = [[{"role": "user", "content": "Sort b a."}, {"role": "assistant", "content": "a b"}]] * 2
+    wanted = perplexity.score(load(), renderer, chats, 2)
+    offloaded = accelerate.cpu_offload(load(), execution_device=torch.device("cpu"))
+    assert perplexity.score(offloaded, renderer, chats, 2) == wanted
+    prompts = [chat[:1] for chat in chats]
+    assert len(generation.generate(offloaded, renderer, prompts, max_new_tokens=2, batch_size=2)) == 2
+
+
+def test_a_device_that_is_not_there(mini: Mini) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.device=cuda:99: no such device here; this machine has: cpu"):
+        mini.run("evaluate", f"model={mini.experiment}/world/models/c", "evaluation.device=cuda:99")
