@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from fusechat.app.command import entry, experiment_of, imported, plain, provenance
+from fusechat.app.hints import task_overrides
+from fusechat.app.places import writing
 
 if TYPE_CHECKING:
     from fusechat.merging.recipe import Recipe
@@ -22,6 +24,17 @@ OWN = ("search.", "merge.", "merge=", "output_dir=", "overwrite=")  # overrides 
 
 def run(cfg: DictConfig) -> float:
     """Tries merges; leaves the best in ``output_dir``, a table in ``search.folder``. Returns its bits per byte."""
+    folder, output = Path(cfg.search.folder), Path(cfg.output_dir)
+    reads = [cfg.chat.path, cfg.pivot.path, plain(cfg.targets)]
+    begun = lambda place: (place / "trials.jsonl").exists()
+    with (
+        writing(output, "merge", reads=reads),
+        writing(folder, "merge_search", reads=reads, known=begun, holds=("merge",)),
+    ):
+        return _search(cfg, folder, output)
+
+
+def _search(cfg: DictConfig, folder: Path, output: Path) -> float:
     from fusechat.merging.search import mean_bits, search, space_of
     from fusechat.models.devices import device_of
 
@@ -35,8 +48,8 @@ def run(cfg: DictConfig) -> float:
         device_map=cfg.search.device_map,
         batch_size=cfg.search.batch_size,
     )
-    folder, output = Path(cfg.search.folder), Path(cfg.output_dir)
-    return search(candidate, score, space, folder, output, trials=cfg.search.trials, seed=cfg.seed)
+    amount = {"trials": cfg.search.trials, "seed": cfg.seed, "overwrite": cfg.overwrite}
+    return search(candidate, score, space, folder, output, **amount)
 
 
 def held_out_chats(cfg: DictConfig) -> list[Any]:
@@ -51,12 +64,10 @@ def held_out_chats(cfg: DictConfig) -> list[Any]:
 def candidate(method: str, settings: Mapping[str, Any]) -> tuple[Recipe, Mapping[str, Any]]:
     """The merge that ``merge.py`` would make with these settings; and its provenance."""
     from hydra import compose
-    from hydra.core.hydra_config import HydraConfig
 
     from fusechat.merging.recipe import Recipe
 
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    given = [override for override in given if not override.startswith(OWN)]
+    given = [override for override in task_overrides() if not override.startswith(OWN)]
     own = [f"merge={method}", *(f"merge.{key}={value}" for key, value in settings.items())]
     cfg = compose("merge", [*given, *own])
     inputs = {"pivot": cfg.pivot.path, "targets": plain(cfg.targets), "target": cfg.target}

@@ -19,17 +19,18 @@ from fusechat.align.summary import summary
 from fusechat.align.vocabulary import token_bytes
 from fusechat.app import outputs
 from fusechat.app.errors import UserError, one_of
+from fusechat.app.places import writes
 from fusechat.models.load import load_tokenizer
-from fusechat.stores import store
 from fusechat.stores.encoding import LOGPROBS
 from fusechat.stores.kinds import KINDS, SAME
-from fusechat.stores.store import DistributionStore, StoreWriter
+from fusechat.stores.store import DistributionStore, StoreWriter, finished, is_store
 
 LOG = logging.getLogger(__name__)
 WITHOUT_OFFSETS = "dtw"  # aligns what a slow tokenizer has rendered
 EXTRACT = "python -m fusechat.extract source="
 
 
+@writes("align", reads=("pivot", "source"), known=is_store)
 def align(
     pivot: str | Path,
     source: str | Path,
@@ -68,7 +69,6 @@ def align(
     one_of(logprobs, LOGPROBS, "store.logprobs")
     stores = DistributionStore(pivot, remedies[0]), DistributionStore(source, remedies[1])
     checks.check_chats(*stores)
-    output = Path(output_dir)
     marks = {"pivot": stores[0].fingerprint, "source": stores[1].fingerprint}
     settings: dict[str, Any] = {
         "token_map": token_map,
@@ -77,12 +77,10 @@ def align(
         "logprobs": logprobs,
     }
     mark = outputs.stage_fingerprint(imports, **marks, **settings)
-    record = output / store.MANIFEST
-    if held := outputs.settled(record, mark, what="store", keep="output_dir=DIR", overwrite=overwrite):
+    output = Path(output_dir)
+    if held := finished(output, mark, overwrite=overwrite):
         return held
-    if overwrite:
-        store.remove(output)
-    writer = StoreWriter(output, mark, len(stores[1].manifest["shards"]))
+    writer = StoreWriter(output, mark, len(stores[1].manifest["shards"]), stage="align", overwrite=overwrite)
     if checks.same_tokens(*stores):
         LOG.info("%s shares the pivot's tokens: passed through", stores[1].manifest["model"])
         link_shards(stores[1], writer)
@@ -160,6 +158,7 @@ def token_texts(tokenizer: Any) -> list[str]:
 
 def link_shards(source: DistributionStore, writer: StoreWriter) -> None:
     """Passes a store through: hard links to the source's shards, no second copy (a copy where links are impossible)."""
+    writer.begin()
     for index, entry in enumerate(source.manifest["shards"]):
         if writer.done(index) is not None:
             continue

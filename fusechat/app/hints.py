@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from fusechat.app.registry import CONF
 from fusechat.app.verbs import near
@@ -38,6 +39,14 @@ def _merge_keys() -> str:
     keys = [key for file in files if file.exists() for key in re.findall(r"^(\w+):", file.read_text(), re.M)]
     known = sorted(set(keys) - {"defaults", "method"})
     return f"merge={method} knows: {', '.join(known)}"
+
+
+def task_overrides() -> list[str]:
+    """The overrides of this job as they were typed: what looks like an interpolation in one is left alone."""
+    if not HydraConfig.initialized():
+        return []
+    task: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return list(task)
 
 
 def config_folders() -> list[Path]:

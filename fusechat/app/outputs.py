@@ -10,29 +10,21 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.locks import held
+from fusechat.app.marks import FORMAT, Mark, difference, fingerprint, stage_fingerprint, stamp
+
+__all__ = ["FORMAT", "Mark", "fingerprint", "stage_fingerprint", "stamp"]  # and what stands below
 
 LOG = logging.getLogger(__name__)
-FORMAT = 2  # of everything that is stored; part of every fingerprint
-RECORD = "fusechat.json"
-
-
-def fingerprint(**parts: Any) -> str:
-    """A short hash of everything that decides a stage's output; equal inputs give equal fingerprints."""
-    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)  # no default: an object's repr may hide what differs
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def stage_fingerprint(imports: Mapping[str, str] | None = None, **parts: Any) -> str:
-    """`fingerprint` of a stage. imports: the user's own modules with their hashes, where the stage ran with any."""
-    return fingerprint(**parts, **({"imports": dict(imports)} if imports else {}))
+RECORD, MANIFEST = "fusechat.json", "manifest.json"  # of a model, of a store
 
 
 def file_hash(path: Path) -> str:
@@ -47,17 +39,17 @@ def settled(record: Path, mark: str, *, what: str, keep: str, overwrite: bool = 
     what: the kind of output (target, merged model, …); keep: the key that gives another place, for the message. Raises
     `UserError` where other settings made it and ``overwrite`` is off.
     """
-    held = read_json(record) if record.exists() and not overwrite else None
-    if held is None:
+    found = read_json(record) if record.exists() and not overwrite else None
+    if found is None:
         return None
-    place = record.parent if record.name in (RECORD, "manifest.json") else record
-    if held.get("fingerprint") != mark:
+    place = record.parent if record.name in (RECORD, MANIFEST) else record
+    if found.get("fingerprint") != mark:
         raise UserError(
-            f"{place} holds a {what} made with other settings (fingerprint {held.get('fingerprint')}, now {mark}); "
+            f"{place} holds a {what} made with other settings ({difference(found, mark)}); "
             f"add overwrite=true to replace it, or {keep} to keep both"
         )
     LOG.info("skip: %s is there already (fingerprint %s)", place, mark)
-    return held
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -84,7 +76,7 @@ def write_durably(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
@@ -110,44 +102,70 @@ def whole_lines(path: Path) -> list[Any]:
 
 @contextmanager
 def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder that appears under its name only when the block has ended without an error."""
+    """A folder that appears under its name only when the block has ended without an error; an old one stays till then.
+
+    Raises `UserError` where there is one and ``overwrite`` is off, or where another process is writing it.
+    """
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already; add overwrite=true to replace it, or choose another output_dir")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    temporary = path.with_name(
-        f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp"
-    )  # another job may write the same name
-    temporary.mkdir()
+    place = path.resolve()
+    with held(place):
+        tidy(place)
+        temporary = _beside(place, "tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            replace(place, temporary)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace(path: Path, new: Path) -> None:
+    """Gives the folder ``new``, whole and on the disk, the name ``path``; what had it is deleted last."""
+    for file in new.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    _sync(new)
+    aside = _beside(path, "old")
+    if path.exists():
+        path.rename(aside)
+    new.rename(path)
+    _sync(path.parent)
+    _remove(aside)
+
+
+def tidy(path: Path) -> None:
+    """Makes good what a killed process has left of an output: what was set aside comes back, temporary names go.
+
+    Only for who holds the output (`locks.held`).
+    """
+    aside = _beside(path, "old")
+    if aside.exists() and not path.exists():
+        aside.rename(path)
+    for left in (aside, _beside(path, "tmp")):
+        _remove(left)
+    stem = re.escape(path.stem)  # the files beside a result have its stem, those of a store lie inside
+    for folder, name in ((path.parent, rf"\.{stem}(\.[^.]+)?\.\d+\.tmp"), (path, r"\..+\.\d+\.tmp")):
+        if folder.is_dir():
+            for file in (file for file in folder.glob(".*.tmp") if re.fullmatch(name, file.name)):
+                _remove(file)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """fsync of a file or folder."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        os.fsync(opened)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sweep(path: Path) -> None:
-    """Removes what killed runs on this host have left of ``path``."""
-    for left in path.parent.glob(f".{path.name}.{socket.gethostname()}-*.tmp"):
-        if not _alive(int(left.name.split("-")[-1].removesuffix(".tmp"))):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()  # our own has ended with an error before, or the number was another's
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.close(opened)

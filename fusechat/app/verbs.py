@@ -68,7 +68,7 @@ def near(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
 
 def command_line() -> str:
     """The command that runs now, as it could be typed again: of a sweep, the one job; nothing that is Hydra's own."""
-    from fusechat.app.hints import config_folders
+    from fusechat.app.hints import config_folders, task_overrides
 
     if "hydra" in sys.modules:
         from hydra.core.hydra_config import HydraConfig
@@ -76,8 +76,6 @@ def command_line() -> str:
         if HydraConfig.initialized():
             job = HydraConfig.get()
             folders = [part for folder in config_folders() for part in ("--config-dir", str(folder))]
-            given = [
-                override.replace("\\{", "{").replace("\\}", "}") for override in job.overrides.task
-            ]  # a sweep escapes
+            given = [text.replace("\\{", "{").replace("\\}", "}") for text in task_overrides()]  # a sweep escapes
             return f"{typed(job.job.config_name)} {shlex.join([*given, *folders])}".rstrip()
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -39,7 +39,7 @@ def identity(model: str, experiment: str) -> str:
 
 def _held_by(output: Path) -> str | None:
     """Whose result is there, as `identity` has it; None where there is none or it does not say."""
-    if not output.exists():
+    if not output.is_file():
         return None
     note = note_of(output)
     if note.exists():  # an answer file: the models of older ones are not known

@@ -14,6 +14,7 @@ from typing import Any
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import fingerprint, stage_fingerprint, write_durably, write_json, write_lines
+from fusechat.app.places import writing
 from fusechat.evaluate import answers as _answers  # noqa: F401  these three register their kinds
 from fusechat.evaluate import chats as _chats  # noqa: F401
 from fusechat.evaluate import harness as _harness  # noqa: F401
@@ -76,9 +77,34 @@ def evaluate_by(
 
     The result of kinds that write answer files is a summary: fingerprint, model, name and kind.
     """
+    path, output = str(model), Path(output_file)
+    reads = [model, *(settings.get(key) for key in ("chats", "questions", "include_path"))]
+    with writing(output, "evaluate", reads=reads, file=True, known=is_result):
+        return _evaluate(path, settings, output, seed, overwrite, record or {}, imports)
+
+
+def is_result(file: Path) -> bool:
+    """Whether a file without a record is a result all the same: an answer file with its note, or an old result."""
+    if note_of(file).exists():
+        return True
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"samples", "metrics"} <= set(content)
+
+
+def _evaluate(
+    path: str,
+    settings: Mapping[str, Any],
+    output: Path,
+    seed: int,
+    overwrite: bool,
+    record: Mapping[str, Any],
+    imports: Mapping[str, str] | None,
+) -> tuple[Mapping[str, Any], bool]:
     from fusechat.models.load import model_identity
 
-    path, output = str(model), Path(output_file)
     if not Path(path).is_dir() and path.count("/") != 1:
         raise UserError(f"model={path} is not a model directory or Hub id")
     kind = EVALUATIONS[settings["kind"]]
@@ -97,7 +123,7 @@ def evaluate_by(
         _write_answers(output, found["samples"], work, about)
         content: Mapping[str, Any] = about
     else:
-        content = _write_result(output, found, about, record or {})
+        content = _write_result(output, found, about, record)
     part.unlink(missing_ok=True)
     return content, True
 
@@ -118,6 +144,7 @@ def _held(output: Path, about: Mapping[str, Any], work: Work) -> Mapping[str, An
 
 
 def _write_answers(output: Path, records: list[Sample], work: Work, about: Mapping[str, Any]) -> None:
+    write_durably(note_of(output), f"\n{about['model']}\n".encode())  # whose the file is, before it is there
     if work.answers == "list":
         write_json(output, records)
     else:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fusechat.app.command import entry, imported, plain
+from fusechat.app.places import writing
 from fusechat.app.tracking import log_made, wandb_run
 
 LOG = logging.getLogger(__name__)
@@ -19,6 +20,14 @@ LOG = logging.getLogger(__name__)
 
 def run(cfg: DictConfig) -> None:
     """Extracts ``cfg.source`` over ``cfg.chat`` into ``output_dir``; goes on where an earlier run stopped."""
+    from fusechat.stores.store import is_store
+
+    reads = (cfg.source.path, cfg.chat.path, cfg.pivot.path)
+    with writing(Path(cfg.output_dir), "extract", reads=reads, known=is_store):  # before the chats are read
+        _extract(cfg)
+
+
+def _extract(cfg: DictConfig) -> None:
     from fusechat.chats.formats import load_chats
     from fusechat.extract import extract
     from fusechat.models.load import load_tokenizer

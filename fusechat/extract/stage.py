@@ -11,6 +11,7 @@ import datasets
 
 from fusechat.app import outputs
 from fusechat.app.errors import UserError, one_of
+from fusechat.app.places import writes
 from fusechat.chats.formats import load_chats
 from fusechat.chats.render import ChatRenderer, renderer_for
 from fusechat.extract.kinds import KINDS, Keep
@@ -26,6 +27,7 @@ LOG = logging.getLogger(__name__)
 ONE_PROCESS = {"accelerator": "auto", "devices": 1}
 
 
+@writes("extract", reads=("model", "chats", "pivot"), known=store.is_store)
 def extract(
     model: str,
     chats: str | Path | datasets.Dataset,
@@ -97,12 +99,9 @@ def extract(
         **more,
     )
     output = Path(output_dir)
-    record = output / store.MANIFEST
-    if held := outputs.settled(record, mark, what="store", keep="output_dir=DIR", overwrite=overwrite):
+    if held := store.finished(output, mark, overwrite=overwrite):
         return held
-    if overwrite:
-        store.remove(output)
-    writer = store.StoreWriter(output, mark, -(-len(rows) // rows_per_shard))
+    writer = store.StoreWriter(output, mark, -(-len(rows) // rows_per_shard), stage="extract", overwrite=overwrite)
     loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     loading |= {"attn_implementation": attn_implementation, "device_map": device_map, "load_in": load_in}
     whole = {index: entry for index in range(writer.total) if (entry := writer.done(index))}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusechat.app.outputs import RECORD, read_json, write_json
+from fusechat.app.outputs import RECORD, read_json, stamp, write_json
 from fusechat.fusion.data import FusionDataModule
 from fusechat.fusion.module import FusionModule
 from fusechat.models.cards import command_line, write_card
@@ -37,7 +37,7 @@ class Description:
     ) -> Description:
         """From the objects of a training that is about to begin."""
         fused = f"A fusion target (rule {module.rule.rule}, lambda {module.loss.lm_weight})."
-        about: dict[str, Any] = {"fingerprint": mark, "stage": "train", "name": name, "sources": list(sources)}
+        about: dict[str, Any] = {**stamp(mark), "stage": "train", "name": name, "sources": list(sources)}
         stores = [store.fingerprint for store in data.stores]
         about["stores"] = dict(zip(["pivot", *sources], stores, strict=True))
         about["coverage"] = dict(zip(sources, data.coverage(), strict=True))

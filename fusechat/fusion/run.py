@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.outputs import RECORD, settled, stage_fingerprint
+from fusechat.app.places import writes
 from fusechat.app.trainer import quiet_trainer, seed_everything
 from fusechat.fusion.callbacks import Callbacks, SavePretrained, latest_checkpoint, make_callbacks, step_of
 from fusechat.fusion.data import Data, FusionDataModule, open_stores
@@ -28,6 +29,7 @@ TRAINER |= {"log_every_n_steps": 20, "enable_model_summary": False}
 UNDECIDING = {"devices", "num_nodes", "accelerator", "log_every_n_steps", "enable_model_summary"}  # of the result
 
 
+@writes("train", reads=("pivot", "pivot_store", "aligned"))
 def train(
     pivot: str | Path,
     pivot_store: str | Path,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import fingerprint, settled, whole_lines, write_json
+from fusechat.app.outputs import fingerprint, settled, stamp, whole_lines, write_json
+from fusechat.app.places import writes
 from fusechat.judge.endpoint import Judge, Task, judge_all, tasks
 from fusechat.judge.files import asked_of, read_answers, read_questions
 
@@ -18,6 +19,7 @@ LOG = logging.getLogger(__name__)
 Judgement = dict[str, Any]
 
 
+@writes("judge", reads=("answers", "questions", "baseline"), output="output_file")
 def judge(
     answers: str | Path,
     output_file: str | Path,
@@ -68,7 +70,7 @@ def judge(
             file.flush()
             done[judgement["key"]] = judgement
             check(list(done.values()), len(todo), max_bad_fraction)
-    about = {"fingerprint": mark, "stage": "judge", "kind": "judge", "name": output.stem}
+    about = {**stamp(mark), "stage": "judge", "kind": "judge", "name": output.stem}
     about |= {"answers": str(answers), "model": str(answers)}
     judgements = [done[task.key] for task in todo]
     content = {**about, **summary(judgements, "win_rate" if baseline else "grade"), **(record or {})}

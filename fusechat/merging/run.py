@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import RECORD, settled, whole_directory, write_json
+from fusechat.app.outputs import RECORD, settled, stamp, whole_directory, write_json
+from fusechat.app.places import writing
 from fusechat.merging.folder import fill_model, fill_store
 from fusechat.merging.inputs import Inputs, open_inputs
 from fusechat.merging.recipe import Recipe
@@ -77,10 +78,17 @@ def make(
     record: Mapping[str, Any] | None = None,
 ) -> Merged:
     """`merge`, of a recipe."""
-    output = Path(output_dir)
-    _check_place(output, recipe.target_paths)
-    again = overwrite or dry_run
-    held = settled(output / RECORD, recipe.mark, what="merged model", keep="output_dir=DIR", overwrite=again)
+    output, stage = Path(output_dir), "compress" if recipe.storing else "merge"
+    if dry_run:
+        return _make(recipe, output, overwrite=True, dry_run=True)
+    with writing(output, stage, reads=(recipe.pivot_path, *recipe.target_paths)):
+        return _make(recipe, output, overwrite=overwrite, record=record)
+
+
+def _make(
+    recipe: Recipe, output: Path, *, overwrite: bool, dry_run: bool = False, record: Mapping[str, Any] | None = None
+) -> Merged:
+    held = settled(output / RECORD, recipe.mark, what="merged model", keep="output_dir=DIR", overwrite=overwrite)
     if held is not None:
         return Merged(output, held.get("weights", {}), made=False)
     inputs = open_inputs(recipe.pivot_path, recipe.target_paths, by_token=not recipe.storing)
@@ -95,19 +103,12 @@ def make(
             about = fill_store(inputs, recipe, directory, output.name)
         else:
             about = fill_model(inputs, recipe, groups, directory, output.name)
-        write_json(directory / RECORD, {"fingerprint": recipe.mark, **about, **(record or {})})
+        write_json(directory / RECORD, {**stamp(recipe.mark), **about, **(record or {})})
     LOG.info("%s is made by %s from %d target(s)", output, recipe.method, len(inputs.targets))
     if measured := about.get("measured"):
         share = 100 * measured["bytes"] / measured["target_bytes"]
         LOG.info("%.1f %% of the target; relative error of the deltas %.3f", share, measured["relative_error"])
     return Merged(output, groups)
-
-
-def _check_place(output: Path, inputs: Sequence[Path]) -> None:
-    place = output.resolve()
-    for path in inputs:
-        if path.resolve() in (place, *place.parents):
-            raise UserError(f"output_dir={output} lies inside the input {path}; choose another")
 
 
 def _group_weights(inputs: Inputs, recipe: Recipe) -> GroupWeights:

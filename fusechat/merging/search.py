@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError, one_of
-from fusechat.app.outputs import whole_lines
+from fusechat.app.outputs import RECORD, read_json, replace, whole_lines, write_durably, write_json
 from fusechat.merging.recipe import Recipe
 from fusechat.merging.run import make
 from fusechat.stores.units import bits_per_byte
@@ -34,6 +34,7 @@ def search(
     *,
     trials: int,
     seed: int,
+    overwrite: bool = False,
 ) -> float:
     """Tries merges; leaves the best in ``output_dir`` and a table in ``folder``. Returns the lowest score.
 
@@ -47,6 +48,7 @@ def search(
         raise UserError("a search needs optuna: pip install 'fusechat[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     known = Trials(score, folder, output_dir)
+    known.check_output(overwrite)
 
     def objective(trial: Any) -> float:
         method = trial.suggest_categorical("method", list(space))
@@ -66,6 +68,16 @@ class Trials:
         self.score, self.folder, self.output = score, folder, output_dir
         self.file = folder / "trials.jsonl"
         self.done = whole_lines(self.file)
+        if not (folder / RECORD).exists():
+            write_json(folder / RECORD, {"stage": "merge_search"})
+
+    def check_output(self, overwrite: bool) -> None:
+        """Raises `UserError` where the output is the merge of somebody else, unless ``overwrite``."""
+        record = read_json(self.output / RECORD) if (self.output / RECORD).exists() else {}
+        ours = record.get("searched") or record.get("fingerprint") in [trial["fingerprint"] for trial in self.done]
+        if record and not ours and not overwrite:
+            hint = "add overwrite=true to replace it, or output_dir=DIR to keep both"
+            raise UserError(f"{self.output} holds a merged model that no search has left there; {hint}")
 
     def value(self, recipe: Recipe, record: Mapping[str, Any], choice: Mapping[str, Any]) -> float:
         """The score of one merge; the model stays where it is the best so far. choice: what the table says of it."""
@@ -73,12 +85,10 @@ class Trials:
         if known is not None:
             return float(known)
         place = self.folder / "candidate"
-        make(recipe, place, overwrite=True, record=record)
+        make(recipe, place, overwrite=True, record={**record, "searched": True})
         value = self.score(place)
         if value < min((trial[COLUMN] for trial in self.done), default=math.inf):
-            shutil.rmtree(self.output, ignore_errors=True)
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            place.rename(self.output)
+            replace(self.output.resolve(), place)
         else:
             shutil.rmtree(place)
         self.done.append({COLUMN: value, **choice, "fingerprint": recipe.mark})
@@ -94,8 +104,8 @@ class Trials:
         from fusechat.report.results import markdown
 
         frame = pd.DataFrame(self.done).drop(columns="fingerprint").sort_values(COLUMN).round(5)
-        frame.to_csv(self.folder / "results.csv", index=False)
-        (self.folder / "results.md").write_text(markdown(frame))
+        write_durably(self.folder / "results.csv", frame.to_csv(index=False).encode())
+        write_durably(self.folder / "results.md", markdown(frame).encode())
         print(markdown(frame))
         LOG.info("the best of %d merges is in %s", len(frame), self.output)
         return float(frame[COLUMN].iloc[0])

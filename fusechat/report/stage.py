@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import RECORD, whole_directory, write_durably, write_json
+from fusechat.app.places import writes, writing
 from fusechat.report import results
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from fusechat.report.pictures import Picture
 
+READS = ("distributions", "aligned", "targets", "merged", "evaluation", "logs", "world", "checkpoints")  # of a run
 EVALUATE = "python -m fusechat.evaluate model=DIR"
 
 
@@ -45,26 +48,47 @@ def report(
     paired on the same samples. hint: the command that makes an evaluation, for the `UserError` where there is none.
     made_by: the command, shown at the page's end.
     """
+    places, output = [Path(folder) for folder in folders], Path(output_dir)
+    reads = [place / part for place in places for part in READS]
+    with writing(output, "report", reads=reads, known=is_report):
+        return _report(places, output, metric, baseline, title, hint, made_by)
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder without a record is a report all the same."""
+    kinds = {path.suffix for path in folder.iterdir()}
+    return (folder / "results.csv").exists() and kinds <= {".csv", ".md", ".html", ".png", ".svg"}
+
+
+def _report(places: Sequence[Path], output: Path, metric: str, baseline: str, title: str, hint: str, made_by: str) -> Report:
     from fusechat.report.conclusion import conclusion
     from fusechat.report.page import page
     from fusechat.report.pictures import draw
     from fusechat.report.table import table_of
 
-    places, output = [Path(folder) for folder in folders], Path(output_dir)
     rows = results.collect(places)
     if not rows:
         raise UserError(f"{places[0]} holds no evaluations; make one with: {hint}")
     rows = results.ordered(rows, metric)
-    output.mkdir(parents=True, exist_ok=True)
     table, comparisons = table_of(rows), results.comparisons(rows, baseline, metric)
-    table.to_csv(output / "results.csv", index=False)
-    (output / "results.md").write_text(results.markdown(table))
-    pictures = draw(places, rows, comparisons, output)
-    said = conclusion(comparisons)
-    (output / "index.html").write_text(page(title, said, table, pictures, made_by), encoding="utf-8")
-    return Report(table, comparisons, said, pictures, output / "index.html")
+    with whole_directory(output, overwrite=True) as directory:
+        table.to_csv(directory / "results.csv", index=False)
+        (directory / "results.md").write_text(results.markdown(table))
+        pictures = draw(places, rows, comparisons, directory)
+        said = conclusion(comparisons)
+        (directory / "index.html").write_text(page(title, said, table, pictures, made_by), encoding="utf-8")
+        write_json(directory / RECORD, {"stage": "report"})
+    drawn = [replace(picture, path=output / picture.path.name) for picture in pictures]
+    return Report(table, comparisons, said, drawn, output / "index.html")
 
 
+def is_comparison(file: Path) -> bool:
+    """Whether a file is a comparison, by its header."""
+    with file.open("rb") as opened:
+        return opened.readline().startswith(b"metric,skill,first,second,")
+
+
+@writes("compare", reads=("first", "second"), output="output_file", known=is_comparison)
 def compare(first: str | Path, second: str | Path, output_file: str | Path | None = None) -> pd.DataFrame:
     """second - first, for each metric that both result files have and each skill, paired on the same samples.
 
@@ -73,6 +97,5 @@ def compare(first: str | Path, second: str | Path, output_file: str | Path | Non
     """
     frame = results.compared(results.read_result(Path(first)), results.read_result(Path(second)))
     if output_file:
-        Path(output_file).parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(output_file, index=False)
+        write_durably(Path(output_file), frame.to_csv(index=False).encode())
     return frame

@@ -7,6 +7,7 @@ checksum; ``manifest.json`` comes last. A directory without it is unfinished and
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import FORMAT, file_hash, write_durably, write_json
+from fusechat.app.marks import FORMAT, difference, stamp
+from fusechat.app.outputs import MANIFEST, file_hash, replace, settled, write_durably, write_json
+from fusechat.app.places import CLAIM, claimed
 from fusechat.stores.encoding import DECODE, decode_counts
 
-MANIFEST = "manifest.json"
+NAMES = re.compile(r"data-.*\.arrow|shard-.*\.json|fingerprint|dataset_info\.json|state\.json|manifest\.json|\..*\.tmp")
 Array = npt.NDArray[Any]
 
 
@@ -30,28 +33,61 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
+def is_store(path: Path) -> bool:
+    """Whether a folder holds nothing but a store, perhaps an unfinished one that does not say whose it is."""
+    return (path / CLAIM).exists() and all(NAMES.fullmatch(file.name) for file in path.iterdir())
+
+
+def finished(output: Path, mark: str, *, overwrite: bool) -> dict[str, Any] | None:
+    """The manifest of a store that is there and fits; None where it is to be made. See `outputs.settled`.
+
+    What a kill has left between the manifest and the end is put right.
+    """
+    new = output.with_name(f".{output.name}.new")
+    if overwrite and (manifest := read_manifest(new)) and manifest["fingerprint"] == mark:
+        replace(output.resolve(), new)
+        return manifest
+    found = settled(output / MANIFEST, mark, what="store", keep="output_dir=DIR", overwrite=overwrite)
+    for record in output.glob("shard-*.json") if found else ():
+        record.unlink()
+    return found
+
+
 class StoreWriter:
     """Writes a store shard by shard; shards may come in any order and from several processes.
 
-    Raises `UserError` where the directory holds another fingerprint or cannot be written.
+    stage: who makes it, for its manifest. overwrite: an unfinished store of other settings is deleted, a finished one
+    is replaced when the new one, which grows beside it in ``path``, is whole. Nothing is written before the first
+    shard. Raises `UserError` where the directory holds an unfinished store of other settings.
     """
 
-    def __init__(self, path: Path, mark: str, total_shards: int) -> None:
-        self.path, self.mark, self.total = path, mark, total_shards
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            held = path / "fingerprint"
-            if not held.exists():
-                write_durably(held, mark.encode())
-        except OSError as error:
+    def __init__(self, output: Path, mark: str, total_shards: int, *, stage: str = "", overwrite: bool = False) -> None:
+        self.output, self.mark, self.total, self.stage = output.resolve(), mark, total_shards, stage
+        replacing = overwrite and (output / MANIFEST).exists()
+        self.path = self.output.with_name(f".{self.output.name}.new") if replacing else self.output
+        held = claimed(self.path)
+        if held.get("fingerprint", mark) == mark:
+            return
+        if not overwrite:
             raise UserError(
-                f"{path} cannot be written ({error.strerror}); choose another with output_dir=DIR"
-            ) from error
-        if (found := held.read_text()) != mark:
-            raise UserError(
-                f"{path} holds an unfinished store made with other settings (fingerprint {found}, now {mark}); "
+                f"{output} holds an unfinished store made with other settings ({difference(held, mark)}); "
                 "add overwrite=true to replace it, or output_dir=DIR to keep both"
             )
+        remove(self.path)
+
+    def begin(self) -> None:
+        """Makes the folder and says whose it is. Raises `UserError` where it cannot be written."""
+        claim = self.path / CLAIM
+        if claim.exists():
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            about = {key: value for key, value in stamp(self.mark).items() if key != "fingerprint"}
+            write_durably(claim, f"{self.mark}\n{json.dumps({'stage': self.stage, **about})}\n".encode())
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}); choose another with output_dir=DIR"
+            ) from error
 
     def done(self, index: int) -> dict[str, Any] | None:
         """What is recorded of a shard that is whole (checksum compared), else None."""
@@ -68,6 +104,7 @@ class StoreWriter:
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         data = sink.getvalue().to_pybytes()
+        self.begin()
         name = f"data-{index:05d}-of-{self.total:05d}.arrow"
         try:
             write_durably(self.path / name, data)
@@ -81,6 +118,7 @@ class StoreWriter:
 
     def record(self, index: int, entry: Mapping[str, Any]) -> None:
         """Notes that a shard is whole: its file, rows, bytes, checksum and statistics."""
+        self.begin()
         write_json(self._record(index), entry, sort_keys=True)
 
     def recorded(self) -> list[dict[str, Any]]:
@@ -106,12 +144,15 @@ class StoreWriter:
         state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
         state |= {"_output_all_columns": False, "_split": None}
         write_json(self.path / "state.json", state, sort_keys=True)
-        manifest = {"format": FORMAT, "fingerprint": self.mark, **about, "shards": entries}
+        made = {"stage": self.stage} if self.stage else {}
+        manifest = {"format": FORMAT, **stamp(self.mark), **made, **about, "shards": entries}
         write_json(self.path / MANIFEST, manifest, sort_keys=True)
         for index in range(self.total):
             self._record(index).unlink()
         for stale in self.path.glob(".*.tmp"):  # left by a process that was killed while it wrote
             stale.unlink(missing_ok=True)
+        if self.path != self.output:
+            replace(self.output, self.path)
         return manifest
 
     def _record(self, index: int) -> Path:
@@ -128,7 +169,7 @@ class DistributionStore:
         self.path = Path(path)
         manifest = read_manifest(self.path)
         if manifest is None:
-            state = "is unfinished" if (self.path / "fingerprint").exists() else "does not exist"
+            state = "is unfinished" if (self.path / CLAIM).exists() else "does not exist"
             raise UserError(f"the store {self.path} {state}; make it with: {remedy}")
         if manifest["format"] != FORMAT:
             made = f"{self.path} is of store format {manifest['format']}, this version reads {FORMAT}"
@@ -217,9 +258,9 @@ def _list_views(column: pa.ChunkedArray) -> tuple[Array, Array]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a store, manifest first: a half-deleted one is never taken for whole. Other folders are left alone."""
-    if not (path / "fingerprint").exists():
+    """Deletes a store, manifest first, claim last: a half-deleted one is never taken for whole."""
+    if not (path / CLAIM).exists():
         return
     (path / MANIFEST).unlink(missing_ok=True)
-    for file in sorted(path.iterdir(), key=lambda f: f.name == "fingerprint"):
+    for file in sorted(path.iterdir(), key=lambda f: f.name == CLAIM):
         file.unlink(missing_ok=True)  # other ranks may do the same

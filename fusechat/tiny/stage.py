@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusechat.app.outputs import RECORD, fingerprint, read_json, whole_directory, write_durably
+from fusechat.app.outputs import RECORD, fingerprint, read_json, whole_directory, write_durably, write_json
+from fusechat.app.places import check_owner, stage_of, writing
 from fusechat.app.trainer import quiet_trainer, seed_everything
 from fusechat.tiny.chats import World, generate
 
@@ -45,13 +47,40 @@ def make(
     tiny: dict[str, Any] = {**counts, "models": models}
     tiny |= {"wrong_fraction": wrong_fraction, "width": width, "layers": layers, "heads": heads}
     tiny |= {"batch_size": batch_size, "lr": lr}
-    root, world = Path(output_dir), World(seed)
+    root = Path(output_dir)
+    with writing(root, "world", known=is_world, holds=("tiny",)):
+        for name in models:
+            check_owner(root / "models" / name, "tiny")
+        if not (root / RECORD).exists():
+            write_json(root / RECORD, {"stage": "world"})
+        _make(root, models, tiny, seed, max_length, trainer or {})
+    return root
+
+
+def is_world(folder: Path) -> bool:
+    """Whether a folder without a record is a world all the same: chats and models of ours, and nothing else."""
+    parts = sorted(path.name for path in folder.iterdir())
+    chats = [file.name for file in (folder / "chats").glob("*")]
+    ours = all(re.fullmatch(r"(fusion|test|train_\w+)\.jsonl|\..*\.tmp", name) for name in chats)
+    models = [path for path in (folder / "models").glob("*") if not path.name.startswith(".")]
+    return parts in (["chats"], ["chats", "models"]) and ours and all(stage_of(model) == "tiny" for model in models)
+
+
+def _make(
+    root: Path,
+    models: Mapping[str, Spec],
+    tiny: Mapping[str, Any],
+    seed: int,
+    max_length: int,
+    trainer: Mapping[str, Any],
+) -> None:
+    world = World(seed)
     chats = {
-        "fusion": generate(world, fusion_chats, f"fusion {seed}", wrong=wrong_fraction),
-        "test": generate(world, test_chats, f"test {seed}", held_out=True),
+        "fusion": generate(world, tiny["fusion_chats"], f"fusion {seed}", wrong=tiny["wrong_fraction"]),
+        "test": generate(world, tiny["test_chats"], f"test {seed}", held_out=True),
     }
     for name, spec in models.items():
-        chats[f"train_{name}"] = generate(world, train_chats, f"{name} {seed}", weights=spec["mixture"])
+        chats[f"train_{name}"] = generate(world, tiny["train_chats"], f"{name} {seed}", weights=spec["mixture"])
     write_chats(chats, root / "chats")
     for name, spec in models.items():
         mark, target = fingerprint(seed=seed, tiny=tiny, model=spec), root / "models" / name
@@ -59,8 +88,7 @@ def make(
             LOG.info("skip: %s is trained already (fingerprint %s)", target, mark)
             continue
         about = {"fingerprint": mark, "stage": "tiny", "model": name, "seed": seed}
-        train(spec, chats[f"train_{name}"], target, about, tiny, max_length, trainer or {})
-    return root
+        train(spec, chats[f"train_{name}"], target, about, tiny, max_length, trainer)
 
 
 def write_chats(chats: Mapping[str, Sequence[Row]], folder: Path) -> None:

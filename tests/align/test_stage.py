@@ -137,7 +137,10 @@ def test_a_slow_tokenizer_is_aligned_by_dtw(fresh: Mini, caplog: pytest.LogCaptu
             ["source.name=zz"],
             r"distributions/zz does not exist; make it with: python -m fusechat\.extract experiment=tiny source=zz",
         ),
-        (["token_map=em"], r"aligned/a holds a store made with other settings \(fingerprint .*overwrite=true"),
+        (
+            ["token_map=em"],
+            r"aligned/a holds a store made with other settings \(token_map: \"prefix\" there, \"em\" now\); add overwrite=true",
+        ),
     ],
 )
 def test_bad_settings(overrides: list[str], message: str, mini: Mini) -> None:

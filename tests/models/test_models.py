@@ -83,22 +83,6 @@ def test_sizes() -> None:
         bytes_of("big")
 
 
-def test_two_writers_of_one_directory_do_not_meet(tmp_path: Path) -> None:
-    with whole_directory(tmp_path / "out", overwrite=True) as first:
-        (first / "a").write_text("first")
-        dead = first.with_name(first.name.replace(f"-{os.getpid()}", "-999999999"))
-        alive = first.with_name(first.name.replace(f"-{os.getpid()}", "-1"))
-        dead.mkdir()
-        alive.mkdir()
-        with whole_directory(tmp_path / "other"):
-            assert (first / "a").read_text() == "first"
-    with whole_directory(tmp_path / "out", overwrite=True) as again:
-        (again / "a").write_text("again")
-    assert (tmp_path / "out/a").read_text() == "again"
-    assert alive.exists(), "another process is still at work there"
-    assert not dead.exists()
-
-
 @pytest.mark.parametrize("what", ["model", "tokenizer"])
 def test_a_strangers_code_is_named_with_the_key_that_runs_it(what: str, tmp_path: Path) -> None:
     from fusechat.models.load import load_model, load_tokenizer

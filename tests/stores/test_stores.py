@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(
         UserError, match=r"store cannot be written \(Read-only file system\); choose another with output_dir=DIR"
     ):
-        StoreWriter(tmp_path / "store", "mark", 1)
+        StoreWriter(tmp_path / "store", "mark", 1).begin()
 
 
 def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:

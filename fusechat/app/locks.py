@@ -1,0 +1,104 @@
+"""Two processes on one output: the first goes on, the second is told who holds it, or waits.
+
+The lock is a file beside the output that names host, process and its start (`filelock.SoftFileLock`, which also works
+where a network file system knows no locks). It is dead only if it is of this host and that process is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusechat.app.errors import HELD, UserError
+
+if TYPE_CHECKING:
+    from filelock import SoftFileLock
+
+LOG = logging.getLogger(__name__)
+OWN = "FUSECHAT_OUTPUTS"  # outputs that this process holds: child processes work on them for it
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+DEAD = 0.5  # seconds that taking over a dead process's lock may need
+_WAITING: ContextVar[bool] = ContextVar("waiting", default=False)
+
+
+@contextmanager
+def waiting(wait: bool) -> Iterator[None]:
+    """Within the block, a stage waits for the process that holds its output (``wait=true``) instead of giving up."""
+    token = _WAITING.set(wait)
+    try:
+        yield
+    finally:
+        _WAITING.reset(token)
+
+
+@contextmanager
+def held(output: Path, choose: str = "choose another place") -> Iterator[bool]:
+    """Holds ``output`` for the time of the block. False where a parent process or the first rank does already.
+
+    choose: the end of the message where it cannot be written. Folders that are made for the lock alone go again.
+    Raises `UserError` where another process holds the output (exit code 3) or nothing can be written beside it.
+    """
+    own = os.environ.get(OWN, "").split(os.pathsep)
+    if str(output) in own or any(int(os.environ.get(name) or 0) > 0 for name in RANKS):
+        yield False
+        return
+    new = [folder for folder in output.parents if not folder.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(output)
+    except OSError as error:
+        _remove_empty(new)
+        raise UserError(f"{output} cannot be written ({error.strerror}: {error.filename}); {choose}") from error
+    except BaseException:
+        _remove_empty(new)
+        raise
+    os.environ[OWN] = os.pathsep.join([*filter(None, own), str(output)])
+    try:
+        yield True
+    finally:
+        left = [path for path in os.environ[OWN].split(os.pathsep) if path != str(output)]
+        os.environ[OWN] = os.pathsep.join(left)
+        lock.release()
+        _remove_empty(new)
+
+
+def _locked(output: Path) -> SoftFileLock:
+    from filelock import SoftFileLock, Timeout
+
+    lock = SoftFileLock(output.with_name(f".{output.name}.lock"), timeout=DEAD, poll_interval=0.05)
+    try:
+        lock.acquire()
+    except Timeout:
+        told = f"{output} is being written by another process ({_holder(lock)})"
+        if not _WAITING.get():
+            hint = f"wait=true waits for it; if that host is gone, remove {lock.lock_file}"
+            raise UserError(f"{told}; {hint}", code=HELD) from None
+        LOG.info("waiting: %s", told)
+        lock.acquire(timeout=-1, poll_interval=1.0)
+    return lock
+
+
+def _holder(lock: SoftFileLock) -> str:
+    """Host, process and since when, as the lock's file says."""
+    file = Path(lock.lock_file)
+    try:
+        pid, host, *_ = file.read_text().split("\n")
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(file.stat().st_mtime))
+    except (OSError, ValueError):  # released or being written just now
+        return "just beginning or ending"
+    return f"host {host}, pid {pid}, since {since}"
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, innermost first, up to the first that something lies in."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
