@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import signal
@@ -22,7 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fusechat.app import help, registry, session
 from fusechat.app.errors import UserError
-from fusechat.app.hints import config_folders, experiment_of, with_near_names
+from fusechat.app.hints import config_folders, experiment_of, task_overrides, with_near_names
+from fusechat.app.locks import waiting
 from fusechat.app.session import imported, plain, provenance
 from fusechat.app.trainer import quiet_trainer, seed_everything
 from fusechat.app.verbs import as_typed
@@ -33,6 +35,7 @@ CONF = str(registry.CONF)
 LOG = logging.getLogger("fusechat")
 Run = Callable[[DictConfig], Any]
 NO_JOBS = "error: the sweep has no jobs: one of its choices is empty; see the overrides with commas or range()"
+UNREADABLE = 2  # exit code where Hydra cannot parse or compose
 FAILED = "FUSECHAT_FAILED"  # names a file of jobs begun and failed, shared with the processes of a sweep
 TRACEBACK = "FUSECHAT_TRACEBACK"  # HYDRA_FULL_ERROR as it was given
 PARENT = "FUSECHAT_PARENT"  # the process id of the pipeline that a command is a step of
@@ -55,17 +58,19 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
     def wrap(run: Run) -> Callable[[], None]:
         @functools.wraps(run)
         def job(cfg: DictConfig) -> Any:
-            _note("")
+            _note()
+            several = HydraConfig.get().mode == RunMode.MULTIRUN
             try:
                 with _environment(HYDRA_FULL_ERROR=os.environ.get(TRACEBACK, "0")):  # as given, for child processes
                     return run_stage(run, cfg)
             except Exception as error:
-                overrides = " ".join(HydraConfig.get().overrides.task) or "(no overrides)"
-                _note(overrides)
-                if not isinstance(error, UserError):
+                overrides = " ".join(task_overrides()) or "(no overrides)"
+                readable = isinstance(error, (UserError, OmegaConfBaseException))
+                code = getattr(error, "code", UNREADABLE if readable else 1)
+                _note(job=overrides, code=code, cause=_one_line(error))
+                if not readable:
                     raise
-                several = HydraConfig.get().mode == RunMode.MULTIRUN
-                LOG.error("%s%s", as_typed(str(error)), f"  [{overrides}]" if several else "")
+                LOG.error("%s%s", _one_line(error), f"  [{overrides}]" if several else "")
                 if several or os.environ.get(TRACEBACK) == "1":
                     raise
                 return None  # hydra has nothing to add
@@ -77,33 +82,50 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
 
 
 def _command(command: Callable[[], None]) -> None:
-    """Runs a command of Hydra's and tells its mistakes; exits with 1 after one, with 130 after Ctrl-C."""
+    """Runs a command of Hydra's and tells its mistakes; exits with 0, or as docs/safety.md lists it."""
     _end_with_parent()
+    session.end_on_signals()
     asked = os.environ.get("HYDRA_FULL_ERROR", "0")
     with tempfile.NamedTemporaryFile("r", prefix="fusechat-failed-") as noted:
         # with full errors hydra lets exceptions through, to be told here
         with _environment(**{"HYDRA_FULL_ERROR": "1", TRACEBACK: asked, FAILED: noted.name}):
             mistake = _mistake(command, traceback=asked == "1")
-        jobs = noted.read().splitlines()
-    failed = [overrides for overrides in jobs if overrides]
+        jobs = [json.loads(line) for line in noted.read().splitlines()]
+    failed = [job for job in jobs if job]
     several = bool({"-m", "--multirun"} & set(sys.argv)) and not WITHOUT_JOBS & set(sys.argv)
-    if mistake and not (failed and isinstance(mistake, UserError)):  # a job's own mistake is logged already
-        print(f"error: {as_typed(with_near_names(mistake))}", file=sys.stderr)
+    if mistake and not (
+        failed and isinstance(mistake, (UserError, OmegaConfBaseException))
+    ):  # a job's own mistake is logged already
+        print(f"error: {_one_line(mistake)}", file=sys.stderr)
     elif several and not jobs:
         print(NO_JOBS, file=sys.stderr)
     if several and failed:
-        print(f"{len(failed)} job(s) failed: " + "; ".join(failed), file=sys.stderr)
-    if mistake or failed or (several and not jobs):
-        sys.exit(1)
+        told = "".join(f"\n  {job['job']}: {job['cause']}" for job in failed)
+        print(f"{len(failed)} job(s) failed:{told}", file=sys.stderr)
+    if codes := {job["code"] for job in failed}:
+        sys.exit(min(codes))
+    if mistake or (several and not jobs):
+        sys.exit(getattr(mistake, "code", UNREADABLE))
+
+
+def _one_line(error: BaseException) -> str:
+    """What an exception says, as one line; its kind before it where it is no message to people."""
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return " ".join(as_typed(with_near_names(error)).split())
+    text = " ".join(str(error).split())
+    return as_typed(text) if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def _mistake(command: Callable[[], None], traceback: bool) -> Exception | None:
     """What a person got wrong, or nothing; errors of ours, and all where a traceback was asked for, go through."""
     try:
         command()
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is whole", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted; {str(error) or session.WHOLE}", file=sys.stderr)
         sys.exit(130)
+    except session.Ended as error:
+        print(f"ended by SIGTERM; {error.kept or session.WHOLE}", file=sys.stderr)
+        raise
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if traceback:
             raise
@@ -139,10 +161,10 @@ def _end_with_parent() -> None:
         sys.exit(1)
 
 
-def _note(line: str) -> None:
-    """A job has begun (an empty line) or failed (its overrides)."""
-    with open(os.environ.get(FAILED, os.devnull), "a") as file:
-        file.write(line + "\n")
+def _note(**failed: Any) -> None:
+    """A job has begun (nothing given) or failed: its overrides, exit code and cause."""
+    with open(os.environ.get(FAILED, os.devnull), "a", encoding="utf-8") as file:
+        file.write(json.dumps(failed) + "\n")
 
 
 def run_stage(run: Run, cfg: DictConfig) -> Any:
@@ -153,7 +175,7 @@ def run_stage(run: Run, cfg: DictConfig) -> Any:
     imports = imported(cfg)
     named = {key: OmegaConf.select(cfg, key) for key in registry.GROUPS}
     registry.check_choices(named, folders=config_folders(), open=bool(imports))
-    with session.session():
+    with session.session(), waiting(bool(cfg.get("wait"))):
         return run(cfg)
 
 

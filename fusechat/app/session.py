@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,27 @@ from typing import Any
 
 from fusechat.app.registry import import_modules
 
+WHOLE = "the same command goes on from what is whole"
 CHATTY = ("httpx", "httpx2", "filelock", "fsspec", "datasets")
 PACKAGES = ("torch", "transformers", "lightning", "datasets", "safetensors", "hydra-core", "wandb", "fusechat")
+
+
+class Ended(SystemExit):
+    """SIGTERM has come. kept: what is kept and how to go on, where a stage has more to say than `WHOLE`."""
+
+    def __init__(self, kept: str = "") -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.kept = kept
+
+
+def end_on_signals() -> None:
+    """SIGTERM ends this process as an exception, so that locks and temporary files go."""
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows is to end undisturbed
+        raise Ended
+
+    signal.signal(signal.SIGTERM, end)
 
 
 @contextmanager

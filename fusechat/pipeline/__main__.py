@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 
 from fusechat.app.command import PARENT, entry
-from fusechat.app.errors import UserError
-from fusechat.app.hints import config_folders
+from fusechat.app.errors import HELD, UserError
+from fusechat.app.hints import config_folders, task_overrides
+from fusechat.app.session import Ended
 from fusechat.app.verbs import VERBS, module_of, near, typed
 
 LOG = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def run(cfg: DictConfig) -> None:
         LOG.info("[%d/%d] %s", number, len(steps), shown)
         command = [sys.executable, "-m", module_of(verb), *sweep, *own, *overrides, *options, *HYDRA]
         if code := run_child(command):
-            raise UserError(f"step {number} of {len(steps)} {_ended(code)}: {shown}")
+            raise UserError(f"step {number} of {len(steps)} {_ended(code)}: {shown}", code=code if code == HELD else 1)
     LOG.info("pipeline finished in %.0f s", time.perf_counter() - started)
 
 
@@ -96,6 +97,10 @@ def run_child(command: Sequence[str]) -> int:
     child = subprocess.Popen(command, env=os.environ | {PARENT: str(os.getpid())})
     try:
         code = child.wait()
+    except Ended:  # nobody but this process has got the signal
+        child.terminate()
+        _end(child)
+        raise
     except BaseException:
         _end(child)
         raise
@@ -125,9 +130,7 @@ def _alone() -> None:
 
 def _given() -> tuple[list[str], list[str]]:
     """What the pipeline was given and passes on: overrides, and options."""
-    from hydra.core.hydra_config import HydraConfig
-
-    kept = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+~").startswith("pipeline")]
+    kept = [o for o in task_overrides() if not o.lstrip("+~").startswith("pipeline")]
     return kept, [part for folder in config_folders() for part in ("--config-dir", str(folder))]
 
 
