@@ -120,11 +120,8 @@ def _mistake(command: Callable[[], None], traceback: bool) -> Exception | None:
     """What a person got wrong, or nothing; errors of ours, and all where a traceback was asked for, go through."""
     try:
         command()
-    except KeyboardInterrupt as error:
-        print(f"interrupted; {str(error) or session.WHOLE}", file=sys.stderr)
-        sys.exit(130)
-    except session.Ended as error:
-        print(f"ended by SIGTERM; {error.kept or session.WHOLE}", file=sys.stderr)
+    except session.Ended as ended:
+        print(ended, file=sys.stderr)
         raise
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if traceback:

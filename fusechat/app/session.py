@@ -24,21 +24,33 @@ PACKAGES = ("torch", "transformers", "lightning", "datasets", "safetensors", "hy
 
 
 class Ended(SystemExit):
-    """SIGTERM has come. kept: what is kept and how to go on, where a stage has more to say than `WHOLE`."""
+    """A signal has come: exit code 130 after Ctrl-C, 143 after SIGTERM. kept: what is kept and how to go on.
 
-    def __init__(self, kept: str = "") -> None:
-        super().__init__(128 + signal.SIGTERM)
+    No KeyboardInterrupt, of which libraries make exits of their own.
+    """
+
+    def __init__(self, number: int, kept: str = WHOLE) -> None:
+        super().__init__(128 + number)
         self.kept = kept
+
+    def __str__(self) -> str:
+        return f"{'interrupted' if self.code == 128 + signal.SIGINT else 'ended by SIGTERM'}; {self.kept}"
 
 
 def end_on_signals() -> None:
-    """SIGTERM ends this process as an exception, so that locks and temporary files go."""
+    """Ctrl-C and SIGTERM end this process as an exception, so that locks and temporary files go; a second one at once.
+
+    SLURM's requeue signal is for trainings, which take it up.
+    """
 
     def end(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows is to end undisturbed
-        raise Ended
+        signal.signal(number, signal.SIG_DFL)
+        raise Ended(number)
 
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    if "SLURM_JOB_ID" in os.environ:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 @contextmanager

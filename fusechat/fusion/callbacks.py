@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMon
 from torch.nn.utils import get_total_norm
 
 from fusechat.app.outputs import whole_directory
+from fusechat.fusion.stopping import StopOnSignal
 
 LOG = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class FusionShares(Callback):
 
 
 class SavePretrained(Callback):
-    """Writes the model as a Hugging Face directory when training ends; on an interrupt as ``NAME-interrupted``.
+    """Writes the model as a Hugging Face directory when training ends.
 
     describe(directory, module, trainer) adds tokenizer, card and fusechat.json before the directory gets its name.
     """
@@ -83,11 +84,6 @@ class SavePretrained(Callback):
         """Exports, LoRA adapters merged in."""
         if not trainer.interrupted:
             self.save(trainer, pl_module, self.output_dir)
-
-    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Keeps what an interrupted run has learnt, under a name that no later stage takes for a target."""
-        if isinstance(exception, KeyboardInterrupt) and pl_module.model is not None:
-            self.save(trainer, pl_module, self.output_dir.with_name(self.output_dir.name + "-interrupted"))
 
     def save(self, trainer: lightning.Trainer, pl_module: Any, path: Path) -> None:
         """One rank writes; sharded strategies gather the state first."""
@@ -130,7 +126,7 @@ def make_callbacks(settings: Callbacks, checkpoints: Path, logged: bool) -> list
         save_on_train_epoch_end=every is None or None,
         enable_version_counter=False,
     )
-    found: list[Callback] = [Throughput(), FusionShares(), saver]
+    found: list[Callback] = [Throughput(), FusionShares(), StopOnSignal(), saver]
     if settings.early_stopping:
         found.append(EarlyStopping("validation/bits_per_byte", patience=settings.early_stopping))
     if logged:

@@ -131,8 +131,6 @@ def train(
 
 def _finish(fit: Any, saver: SavePretrained, description: Description, checkpoints: Path | None) -> float | None:
     """Validates the saved weights, where training ended in mid-epoch; removes checkpoints; returns the metric."""
-    if fit.interrupted:
-        raise KeyboardInterrupt
     module, data = fit.lightning_module, fit.datamodule
     if len(data.validation_rows) and module.validated_at != fit.global_step:
         fit.validate(module, data, verbose=False)

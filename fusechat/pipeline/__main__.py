@@ -97,15 +97,13 @@ def run_child(command: Sequence[str]) -> int:
     child = subprocess.Popen(command, env=os.environ | {PARENT: str(os.getpid())})
     try:
         code = child.wait()
-    except Ended:  # nobody but this process has got the signal
-        child.terminate()
-        _end(child)
-        raise
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Ended) and error.code == 128 + signal.SIGTERM:
+            child.terminate()  # only this process has got it
         _end(child)
         raise
     if code in (130, -signal.SIGINT):
-        raise KeyboardInterrupt
+        raise Ended(signal.SIGINT)
     return code
 
 

@@ -264,22 +264,6 @@ def test_lora_is_merged_on_export(fresh: Mini) -> None:
     assert all(torch.equal(target[n], pivot[n]) == ("proj" not in n) for n in pivot), "every linear layer, nothing else"
 
 
-def test_an_interrupt_saves_beside_the_target(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = FusionModule.training_step, []
-
-    def step(self: Any, batch: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(self, batch)
-
-    monkeypatch.setattr(FusionModule, "training_step", step)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fresh.run("train", "source=a")
-    assert (fresh.experiment / "targets/a-interrupted/model.safetensors").exists()
-    assert not (fresh.experiment / "targets/a").exists()
-
-
 def test_finished_targets_are_skipped_and_others_refused(fresh: Mini) -> None:
     first = fresh.run("train", "source=a")
     before = (fresh.experiment / "targets/a/model.safetensors").stat().st_mtime_ns
