@@ -27,7 +27,7 @@ LOG = logging.getLogger(__name__)
 STEPS = [verb for verb in VERBS if verb not in ("pipeline", "inspect")]
 HYDRA = ["hydra.output_subdir=null"]  # no folder of Hydra's own; a log beside the metrics
 HYDRA += [f"hydra.{key}=${{paths.logs}}/commands" for key in ("run.dir", "sweep.dir")] + ["hydra.sweep.subdir=."]
-GRACE = 10.0  # seconds in which a step may end by itself after Ctrl-C
+GRACE = 60.0  # seconds in which a step may end by itself after Ctrl-C; a training writes a checkpoint
 Step = tuple[str, list[str]]  # a verb and its overrides
 
 
