@@ -38,6 +38,8 @@ REFUSED = [  # stage, overrides ({x}: the experiment's folder), message
     ("compare", ["first={x}/notes/a.json", "second={x}/notes/b.json", "output_file={x}/notes/c.csv"], "has not made"),
     ("judge", ["answers={x}/notes/a.json", "output_file={x}/notes/a.json"], "is an input of this command"),
     ("judge", ["answers={x}/notes/a.json", "output_file={x}/notes/c.csv"], "holds what fusechat has not made"),
+    ("preview", ["output_file={x}/world/chats/fusion.jsonl"], "is an input of this command"),
+    ("preview", ["output_file={x}/notes/c.csv"], "holds what fusechat has not made"),
     ("merge_search", [*MERGE, "output_dir={x}/targets/one"], "is an input of this command"),
     ("merge_search", [*MERGE, "search.folder={x}/notes"], "and merge_search replaces only its own"),
 ]

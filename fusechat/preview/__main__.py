@@ -12,12 +12,23 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fusechat.app.command import entry, plain
+from fusechat.app.places import writing
 
 LOG = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> None:
     """Prints counts and the first chats, for the pivot and, where one is named, a source; and writes the page."""
+    from fusechat.preview.colours import is_page
+
+    if cfg.output_file is None:
+        return _preview(cfg)
+    reads = (cfg.chat.path, *(node.path for node in _models(cfg).values()))
+    with writing(Path(cfg.output_file), "preview", reads=reads, file=True, known=is_page):
+        return _preview(cfg)
+
+
+def _preview(cfg: DictConfig) -> None:
     from rich.console import Console
 
     from fusechat.chats.formats import load_chats

@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fusechat.app.outputs import write_durably
 from fusechat.chats.render import Rendered
 from fusechat.preview.reading import Reading
 from fusechat.stores.kinds import KINDS
@@ -74,8 +75,14 @@ def shown(number: int, title: str, text: Text) -> Group:
 
 def write_page(console: Console, path: Path) -> None:
     """What a recording console has printed, as a page of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    console.save_html(str(path), code_format=PAGE, clear=False)
+    write_durably(path, console.export_html(code_format=PAGE, clear=False).encode())
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is such a page."""
+    head = PAGE.partition("<style>")[0].encode()
+    with file.open("rb") as opened:
+        return opened.read(len(head)) == head
 
 
 def _coloured(chat: Rendered, styles: Sequence[str]) -> Text:

@@ -60,7 +60,9 @@ def is_report(folder: Path) -> bool:
     return (folder / "results.csv").exists() and kinds <= {".csv", ".md", ".html", ".png", ".svg"}
 
 
-def _report(places: Sequence[Path], output: Path, metric: str, baseline: str, title: str, hint: str, made_by: str) -> Report:
+def _report(
+    places: Sequence[Path], output: Path, metric: str, baseline: str, title: str, hint: str, made_by: str
+) -> Report:
     from fusechat.report.conclusion import conclusion
     from fusechat.report.page import page
     from fusechat.report.pictures import draw

@@ -68,7 +68,8 @@ def test_what_is_cut_is_struck_out(mini: Mini, tokenizers: Any) -> None:
 
 def test_the_command_prints_and_writes_the_page(mini: Mini, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "folder/preview.html"
-    mini.run("preview", "source=a", "preview.show=1", "preview.count=20", f"output_file={page}")
+    for _ in range(2):  # a page of its own is replaced
+        mini.run("preview", "source=a", "preview.show=1", "preview.count=20", f"output_file={page}")
     printed = capsys.readouterr().out
     assert "chat 0, where a speaks for the pivot's tokens" in printed
     assert re.search(r"│ chats +│ +20 │ +20 │", printed)
