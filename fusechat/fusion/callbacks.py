@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,22 +71,17 @@ class FusionShares(Callback):
             pl_module.log_dict({f"wins/{tag}/{name}": rate for name, rate in rates.items()}, rank_zero_only=True)
 
 
-class SavePretrained(Callback):
-    """Writes the model as a Hugging Face directory when training ends.
+class SavePretrained:
+    """Writes the model as a Hugging Face directory.
 
-    describe(directory, module, trainer) adds tokenizer, card and fusechat.json before the directory gets its name.
+    describe(directory, module, metrics) adds tokenizer, card and fusechat.json before the directory gets its name.
     """
 
-    def __init__(self, output_dir: Path, describe: Callable[[Path, Any, lightning.Trainer], None]) -> None:
+    def __init__(self, output_dir: Path, describe: Callable[[Path, Any, Mapping[str, float]], None]) -> None:
         self.output_dir, self.describe = output_dir, describe
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Exports, LoRA adapters merged in."""
-        if not trainer.interrupted:
-            self.save(trainer, pl_module, self.output_dir)
-
-    def save(self, trainer: lightning.Trainer, pl_module: Any, path: Path) -> None:
-        """One rank writes; sharded strategies gather the state first."""
+    def save(self, trainer: lightning.Trainer, pl_module: Any, metrics: Mapping[str, float]) -> None:
+        """One rank writes, LoRA adapters merged in; sharded strategies gather the state first."""
         state: dict[str, Any] | None = trainer.strategy.lightning_module_state_dict()
         assert state is not None
         if not trainer.is_global_zero:
@@ -95,10 +90,10 @@ class SavePretrained(Callback):
         model = pl_module.model
         if hasattr(model, "merge_and_unload"):
             model, state = model.merge_and_unload(), None
-        with whole_directory(path, overwrite=True) as directory:
+        with whole_directory(self.output_dir, overwrite=True) as directory:
             model.save_pretrained(directory, state_dict=state)
-            self.describe(directory, pl_module, trainer)
-        LOG.info("saved %s", path)
+            self.describe(directory, pl_module, metrics)
+        LOG.info("saved %s", self.output_dir)
 
 
 @dataclass(frozen=True)

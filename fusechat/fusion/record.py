@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusechat.app.outputs import RECORD, read_json, stamp, write_json
+from fusechat.app.outputs import RECORD, stamp, write_json
 from fusechat.fusion.data import FusionDataModule
 from fusechat.fusion.module import FusionModule
 from fusechat.models.cards import command_line, write_card
@@ -49,24 +49,10 @@ class Description:
             record or {},
         )
 
-    def write(self, directory: Path, module: FusionModule, trainer: Any) -> None:
+    def write(self, directory: Path, module: FusionModule, metrics: Mapping[str, float]) -> None:
         """Adds all of it to a target that is being written."""
         self.tokenizer.save_pretrained(directory)
-        trained = {"metrics": _metrics(trainer), "wins": module.win_rates(), "steps": trainer.global_step}
+        trained = {"metrics": metrics, "wins": module.win_rates(), "steps": module.trainer.global_step}
         write_json(directory / RECORD, {**self.about, **trained, **self.record})
-        self._write_card(directory, trained["metrics"])
-
-    def add_metrics(self, directory: Path, trainer: Any) -> None:
-        """What was measured since."""
-        content = read_json(directory / RECORD)
-        content["metrics"] |= _metrics(trainer)
-        write_json(directory / RECORD, content)
-        self._write_card(directory, content["metrics"])
-
-    def _write_card(self, directory: Path, metrics: Mapping[str, float]) -> None:
         shown = {name: value for name, value in metrics.items() if name.startswith("validation/")}
         write_card(directory, str(self.about["name"]), self.made, self.inputs, command_line(), shown)
-
-
-def _metrics(trainer: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}

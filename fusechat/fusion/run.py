@@ -91,7 +91,10 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
     )
     held = settled(output / RECORD, mark, what="target", keep="run_name=NAME", overwrite=overwrite)
+    checkpoints = output.parent.parent / "checkpoints" / f"{output.name}-{mark}"
     if held is not None:
+        if not callbacks.keep_checkpoints:  # left by a kill after the target was whole
+            shutil.rmtree(checkpoints, ignore_errors=True)
         value = held.get("metrics", {}).get(METRIC)
         return None if value is None else float(value)
 
@@ -117,29 +120,28 @@ def train(
         lora={key: value for key, value in lora.items() if key != "enabled"} if lora["enabled"] else None,
         **source,
     )
-    checkpoints = output.parent.parent / "checkpoints" / f"{output.name}-{mark}"
     checkpoint = _checkpoint(checkpoints, resume)
     loggers = logger(step_of(checkpoint)) if logger else False
     description = Description.of(mark, output.name, str(pivot), list(aligned), module, datamodule, tokenizer, record)
     saver = SavePretrained(output, description.write)
-    beside = [*make_callbacks(callbacks, checkpoints, bool(loggers)), saver]
+    beside = make_callbacks(callbacks, checkpoints, bool(loggers))
     options = {**trainer, "enable_progress_bar": callbacks.progress_bar, "use_distributed_sampler": False}
     fit = quiet_trainer(options, beside, loggers)
     fit.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
-    return _finish(fit, saver, description, None if callbacks.keep_checkpoints else checkpoints)
+    return _finish(fit, saver, None if callbacks.keep_checkpoints else checkpoints)
 
 
-def _finish(fit: Any, saver: SavePretrained, description: Description, checkpoints: Path | None) -> float | None:
-    """Validates the saved weights, where training ended in mid-epoch; removes checkpoints; returns the metric."""
-    module, data = fit.lightning_module, fit.datamodule
+def _finish(fit: Any, saver: SavePretrained, checkpoints: Path | None) -> float | None:
+    """Validates the weights, where training ended in mid-epoch, then exports them; removes checkpoints; the metric.
+
+    A target that is there has all its numbers, whenever the run was killed.
+    """
+    module, data, trained = fit.lightning_module, fit.datamodule, dict(fit.callback_metrics)
     if len(data.validation_rows) and module.validated_at != fit.global_step:
         fit.validate(module, data, verbose=False)
-    if not (saver.output_dir / RECORD).exists():  # killed between the last checkpoint and the export
-        saver.save(fit, module, saver.output_dir)
-    if fit.is_global_zero:
-        description.add_metrics(saver.output_dir, fit)
-        if checkpoints is not None:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+    saver.save(fit, module, {name: float(value) for name, value in {**trained, **fit.callback_metrics}.items()})
+    if fit.is_global_zero and checkpoints is not None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     value = fit.callback_metrics.get(METRIC)
     return None if value is None else float(value)
 

@@ -1,5 +1,6 @@
 """A signal ends a training at an optimizer step, with a checkpoint; the same command then ends with the same weights."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -91,3 +92,28 @@ def test_slurms_signal_requeues_the_job(
     monkeypatch.undo()
     fresh.run(*SHORT)
     assert (fresh.experiment / "targets/a/fusechat.json").exists()
+
+
+@pytest.mark.parametrize("after", ["whole", "validated"])
+def test_a_kill_at_the_end_leaves_no_target_without_its_metrics(
+    after: str, fresh: Mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = [*SHORT, "callbacks.checkpoint_every_n_steps=2"]
+    if after == "whole":  # the target has its name, the checkpoints are still there
+        monkeypatch.setattr("shutil.rmtree", killed)
+    else:
+        monkeypatch.setattr("fusechat.app.outputs.replace", killed)
+    with pytest.raises(SystemExit):
+        fresh.run(*short)
+    monkeypatch.undo()
+    target, kept = fresh.experiment / "targets/a", sorted(fresh.experiment.glob("checkpoints/a-*"))
+    assert (target.exists(), len(kept)) == (after == "whole", 1)
+    again = fresh.run(*short)
+    assert again is not None
+    assert json.loads((target / "fusechat.json").read_text())["metrics"]["validation/bits_per_byte"] == again
+    assert not [path for path in kept if path.exists()]
+    assert [path.name for path in target.parent.iterdir()] == ["a"]
+
+
+def killed(*args: Any, **options: Any) -> None:
+    raise SystemExit(9)
