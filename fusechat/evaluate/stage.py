@@ -118,7 +118,7 @@ def _evaluate(
         LOG.info("skip: %s is evaluated already (%s, fingerprint %s)", path, output, mark)
         return held, False
     part = output.with_suffix(f".{mark}.part")
-    found = work.measure(part)
+    found = _measured(work, part, settings)
     if work.answers:
         _write_answers(output, found["samples"], work, about)
         content: Mapping[str, Any] = about
@@ -126,6 +126,18 @@ def _evaluate(
         content = _write_result(output, found, about, record)
     part.unlink(missing_ok=True)
     return content, True
+
+
+def _measured(work: Work, part: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    import torch
+
+    try:
+        return work.measure(part)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of memory with evaluation.batch_size={settings.get('batch_size')}: lower it, or spread the model "
+            "with evaluation.device_map=auto; what is measured is kept, the same command goes on"
+        ) from None
 
 
 def note_of(output: Path) -> Path:

@@ -64,6 +64,8 @@ def _process(
     """What a process does. threads: as many as one process alone would use, so that it computes the same bytes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # how torch ends it with its parent, if ignored until now
     torch.set_num_threads(threads)
+    if devices[rank].type != "cpu":
+        torch.accelerator.set_device_index(devices[rank])  # kernels of others run on the current device
 
     def tell(chats: int, tokens: int) -> None:
         done[2 * rank] += chats

@@ -30,7 +30,13 @@ class Source:
 
     def load(self, device: torch.device | None, tokenizer: Any, max_length: int) -> Any:
         """The model, checked against its tokenizer and the length of chats. device: None where a device_map decides."""
-        model = models.load_model(self.path, device=device, **self.options).eval()
+        try:
+            model = models.load_model(self.path, device=device, **self.options).eval()
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{self.path} does not fit in the memory of {device or 'the devices'}; spread it with "
+                "source.device_map=auto, or make it smaller with source.load_in=8bit or 4bit"
+            ) from None
         models.check_vocabulary(model, tokenizer, self.path)
         models.check_context(model, self.path, max_length)
         return model

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat.app.errors import UserError
+from fusechat.app.errors import UserError, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ def load_model(
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "device_map": device_map}
     options = {key: value for key, value in options.items() if value}  # None is no default of transformers
     if load_in:
+        one_of(load_in, ("8bit", "4bit"), "source.load_in")
         quantized = BitsAndBytesConfig(load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit")
         options["quantization_config"] = quantized
         if device and not device_map:

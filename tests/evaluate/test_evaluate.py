@@ -148,3 +148,12 @@ def test_an_offloaded_model_is_scored_where_accelerate_runs_it(mini: Mini, token
 def test_a_device_that_is_not_there(mini: Mini) -> None:
     with pytest.raises(UserError, match=r"evaluation\.device=cuda:99: no such device here; this machine has: cpu"):
         mini.run("evaluate", f"model={mini.experiment}/world/models/c", "evaluation.device=cuda:99")
+
+
+def test_memory_that_runs_out_names_the_key(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(perplexity, "score", full)
+    with pytest.raises(UserError, match=r"^out of memory with evaluation\.batch_size=7: lower it, or spread the model"):
+        fresh.run("evaluate", f"model={fresh.experiment}/world/models/c", "evaluation.batch_size=7")

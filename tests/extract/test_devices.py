@@ -110,6 +110,25 @@ def test_a_mistake_in_a_process_is_the_commands(mini: Mini) -> None:
         mini.run("extract", "source=a", *TWO, "chat.max_length=4096", f"output_dir={mini.root}/long")
 
 
+def test_a_model_larger_than_its_device_is_told(mini: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", full)
+    with pytest.raises(
+        UserError, match=r"models/a does not fit in the memory of cpu; spread it with source\.device_map"
+    ):
+        mini.run("extract", "source=a", f"output_dir={mini.root}/large")
+
+
+def test_what_a_model_is_loaded_in_is_in_the_fingerprint(mini: Mini) -> None:
+    """And a kind of quantization that does not exist is refused, as bitsandbytes is where it cannot run."""
+    with pytest.raises(UserError, match=r"source\.load_in='3bit' is unknown; use one of: 8bit, 4bit"):
+        mini.run("extract", "source=a", "source.load_in=3bit", f"output_dir={mini.root}/three")
+    with pytest.raises(UserError, match=r"holds a store made with other settings"):
+        mini.run("extract", "source=a", "source.load_in=8bit")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
