@@ -21,9 +21,10 @@ def run(cfg: DictConfig) -> float | None:
     """Writes ``output_file`` by the evaluation of ``evaluation.kind``. Returns its first metric, if it has one."""
     from fusechat.evaluate.places import place
     from fusechat.evaluate.stage import evaluate_by
+    from fusechat.models.load import may_be_model
 
     model = str(cfg.model)
-    if not Path(model).is_dir() and model.count("/") != 1:
+    if not may_be_model(model):
         hint = f"e.g. python -m fusechat.evaluate model={cfg.paths.experiment}/targets/NAME"
         raise UserError(f"model={cfg.model} is not a model directory or Hub id; {hint}")
     settings = {key: value for key, value in plain(cfg.evaluation).items() if key != "file"}

@@ -65,11 +65,13 @@ class Job:
         from transformers import AutoConfig, GenerationConfig
 
         from fusechat.evaluate.generation import stop_tokens
+        from fusechat.models.gguf import given
 
+        place, named = given(self.model)
         try:
             config = GenerationConfig.from_pretrained(self.model)
         except OSError:  # the model has none: as transformers makes one
-            config = AutoConfig.from_pretrained(self.model, trust_remote_code=self.trust)
+            config = AutoConfig.from_pretrained(place, **named, trust_remote_code=self.trust)
         renderer = self.renderer()
         found = stop_tokens(renderer, config)
         return {} if found == [renderer.tokenizer.eos_token_id] else {"stops": found}

@@ -103,9 +103,9 @@ def _evaluate(
     record: Mapping[str, Any],
     imports: Mapping[str, str] | None,
 ) -> tuple[Mapping[str, Any], bool]:
-    from fusechat.models.load import model_identity
+    from fusechat.models.load import may_be_model, model_identity
 
-    if not Path(path).is_dir() and path.count("/") != 1:
+    if not may_be_model(path):
         raise UserError(f"model={path} is not a model directory or Hub id")
     kind = EVALUATIONS[settings["kind"]]
     work: Work = kind.function(Job(path, output.stem, settings, seed))

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError, one_of
+from fusechat.models.gguf import given, is_gguf, load_gguf
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 CONTENT = {".safetensors", ".bin", ".model", ".json", ".jinja"}  # files that decide what a model is
+UNREADABLE = (OSError, ValueError, ImportError, struct.error, LookupError)  # the last two: GGUF files cut short
 SMALL = 64 << 20  # bytes: weight files up to this are hashed whole, larger ones by samples
 
 
+def may_be_model(path: str) -> bool:
+    """Whether a path is that of a directory or a GGUF file, or looks like a Hub id."""
+    return path.count("/") == 1 or Path(path).is_dir() or is_gguf(path)
+
+
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """A tokenizer by directory or Hub id. Raises `UserError` where there is none."""
+    """A tokenizer by directory, GGUF file or Hub id. Raises `UserError` where there is none."""
     from transformers import AutoTokenizer
 
-    if path.count("/") != 1 and not Path(path).is_dir():
+    if not may_be_model(path):
         raise UserError(
             f"no tokenizer at {path!r}: no such directory; see pivot.path and source.path "
             "(experiment=tiny: python -m fusechat.tiny)"
         )
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        place, named = given(path)
+        return AutoTokenizer.from_pretrained(place, **named, revision=revision, trust_remote_code=trust_remote_code)
+    except UNREADABLE as error:
         raise UserError(f"no tokenizer at {path!r}: {_reason(error)}") from error
 
 
@@ -61,8 +70,9 @@ def load_model(
             options["device_map"] = {"": device}  # a quantized model cannot be moved later
     options |= {"dtype": getattr(torch, dtype), "revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError) as error:
+        read = load_gguf if is_gguf(path) else AutoModelForCausalLM.from_pretrained
+        model: PreTrainedModel = read(path, **options)
+    except UNREADABLE as error:
         raise UserError(f"the model {path!r} cannot be loaded: {_reason(error)}") from error
     return model if device is None or device_map or load_in else model.to(device)
 
@@ -87,11 +97,13 @@ def check_context(model: PreTrainedModel, path: str, max_length: int) -> None:
 
 
 def model_identity(path: str, revision: str | None = None) -> str:
-    """A hash of what the weights, config and tokenizer of a local directory are; ``id@revision`` for a Hub id.
+    """A hash of what the weights, config and tokenizer of a directory or GGUF file are; ``id@revision`` for a Hub id.
 
     Weight files above 64 MiB count by header, size and sixteen samples of 1 MiB, so that it stays a matter of moments.
     """
     directory = Path(path)
+    if is_gguf(path):
+        return hashlib.sha256(b"".join(_samples(directory))).hexdigest()[:16]
     if not directory.is_dir():
         return f"{path}@{revision or 'main'}"
     digest = hashlib.sha256()
