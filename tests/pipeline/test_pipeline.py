@@ -247,7 +247,7 @@ def test_unknown_steps_are_refused_before_any_work(tmp_path: Path) -> None:
     process = start(tmp_path, "pipeline.steps=[tiny,'evalute model=x']")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "pipeline.steps: 'evalute' is no stage; use one of: tiny, extract," in output
+    assert "pipeline.steps: 'evalute' is no stage; use one of: tiny, preview, extract," in output
     assert "did you mean evaluate?" in output
     assert not (tmp_path / "tiny").exists()
 
