@@ -136,7 +136,7 @@ KERNELS: dict[str, Callable[[], object]] = {
     "_nearest": lambda: nearest.nearest([f"{n}a" for n in range(500)], [f"{n}b" for n in range(500)]),
     "_warp": lambda: sequence.dtw(["ab", "c"], ["a", "bc"]),
     "_match": lambda: sequence.align_offsets(np.array([0, 2, 3]), np.array([0, 1, 3])),
-    "_gold_path": lambda: projection.gold_path(POSITIONS, POSITIONS, POSITIONS, POSITIONS),
+    "_gold_path": lambda: projection.gold_path(TABLE, TABLE, POSITIONS, POSITIONS),
     "_project": lambda: projection.project(
         ragged(), POSITIONS, TABLE, POSITIONS, np.full((2, 3), -1), 3, unmatched_gold=True
     ),

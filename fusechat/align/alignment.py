@@ -19,7 +19,8 @@ from fusechat.align.projection import Ragged, gold_path, project, ranked
 from fusechat.align.sequence import SEQUENCES, Kinds, unmatched
 from fusechat.app.errors import UserError
 from fusechat.app.registry import import_modules
-from fusechat.stores.encoding import decode_logprobs, encode_counts, encode_logprobs, narrowest
+from fusechat.stores import common
+from fusechat.stores.encoding import Array, decode_logprobs, encode_counts, encode_logprobs, narrowest
 from fusechat.stores.kinds import KINDS, NONE
 from fusechat.stores.store import DistributionStore, StoreWriter, list_column
 
@@ -30,9 +31,9 @@ Result = TypeVar("Result")
 class Alignment:
     """How one source is aligned with the pivot; picklable, so that processes share it.
 
-    sequence: a name of `SEQUENCES`. unmatched: gold or skip. chained: whether gold tokens take the chain rule.
-    logprobs: how they are stored. table: source id -> pivot id, None where ids are to be ranks. texts: the tokens'
-    texts by id, (pivot, source), where the sequence alignment needs them.
+    sequence: a name of `SEQUENCES`. unmatched: gold or skip. chained: whether gold tokens take the chain rule. drawn:
+    whether the source's entries are samples. logprobs: how they are stored. table: source id -> pivot id, None where
+    ids are to be ranks. texts: the tokens' texts by id, (pivot, source), where the sequence alignment needs them.
     """
 
     pivot: DistributionStore
@@ -40,6 +41,7 @@ class Alignment:
     sequence: str
     unmatched: str
     chained: bool
+    drawn: bool
     logprobs: str
     table: Ints | None = None
     texts: tuple[list[str], list[str]] | None = None
@@ -82,7 +84,8 @@ class Alignment:
 
     def shard(self, shard: int) -> tuple[pa.Table, dict[str, Any]]:
         """One shard of the source, aligned and projected, with its statistics."""
-        rows = [self.row(row) for row in range(*self.rows_by_shard[shard])]
+        span = range(*self.rows_by_shard[shard])
+        rows, places = [self.row(row) for row in span], [self._places(row) for row in span]
         results, kinds = [result for result, _ in rows], [kind for _, kind in rows]
         logprobs = [encode_logprobs(result.logprobs, self.logprobs) for result in results]
         lists = {
@@ -91,9 +94,12 @@ class Alignment:
             "logprobs": list_column(logprobs, np.dtype(self.logprobs)),
             "gold_logprob": list_column([result.gold_logprob for result in results], np.float16),
             "kind": list_column(kinds, np.uint8),
+            "spent": list_column([self._spent(row, *pair) for row, pair in zip(span, places, strict=True)], np.float16),
         }
         scalars = self.source.tables[shard].select(["id", "nats", "bytes", "tokens"])
-        return pa.table({**{n: scalars.column(n) for n in scalars.column_names}, **lists}), _statistics(rows)
+        columns = {n: scalars.column(n) for n in scalars.column_names}
+        columns["same_range"] = [common.same_range(*pair) for pair in places]
+        return pa.table({**columns, **lists}), _statistics(rows)
 
     def row(self, row: int) -> tuple[Ragged, Kinds]:
         """One chat: the source's distributions at the pivot's positions, and how each found its partner."""
@@ -109,13 +115,19 @@ class Alignment:
             )
         chain = np.full((len(match), 3), -1, np.int64)
         if self.chained:
-            chain = gold_path(*self._boundaries(row), match, self.source.gold(row))
+            chain = gold_path(*self._places(row), match, self.source.gold(row))
         gold, gold_alone = self.pivot.gold(row), self.unmatched == "gold"
-        return project(source, match, self.table, gold, chain, self.vocab_size, gold_alone), kind
+        return project(source, match, self.table, gold, chain, self.vocab_size, gold_alone, self.drawn), kind
 
     def _boundaries(self, row: int) -> tuple[Ints, Ints]:
         (theirs,), (own,) = self.pivot.row(row, "boundaries"), self.source.row(row, "boundaries")
         return theirs, own
+
+    def _places(self, row: int) -> tuple[Ints, Ints]:
+        return common.places(self.pivot, row), common.places(self.source, row)
+
+    def _spent(self, row: int, pivot: Ints, source: Ints) -> Array:
+        return common.spent(pivot, source, self.source.row(row, "gold_logprob")[0])
 
 
 def write_aligned(alignment: Alignment, writer: StoreWriter, num_proc: int = 1, modules: Sequence[str] = ()) -> None:

@@ -10,7 +10,8 @@ With the chain rule, where g's text consists of the source's gold tokens u_1 …
     C = p(u_1) p(u_2 | u_1) … p(u_n | u_1 … u_n-1)
 
 in place of p(u_1), and p(u_1) - C, the mass of texts that begin with u_1 and go on otherwise, stays with map(u_1);
-it is left to the tail where map(u_1) is g itself.
+it is left to the tail where map(u_1) is g itself. Where entries are samples, p(u) is u's share of the draws, whose
+expectation is its probability, and so is the share of u_1 that is split: g gets its part C / p(u_1), the rest stays.
 """
 
 from __future__ import annotations
@@ -43,19 +44,27 @@ class Ragged:
 
 
 def project(
-    source: Ragged, match: Ints, table: Ints, gold: Ints, chain: Ints, pivot_size: int, unmatched_gold: bool
+    source: Ragged,
+    match: Ints,
+    table: Ints,
+    gold: Ints,
+    chain: Ints,
+    pivot_size: int,
+    unmatched_gold: bool,
+    drawn: bool = False,
 ) -> Ragged:
     """The source's distributions at the matched positions, on the pivot's ids, most likely first.
 
     match [N]: source position for each pivot position, -1 none. table: source id -> pivot id or -1. gold [N]: the
-    pivot's next tokens. chain [N, 3]: see `gold_path`; all -1 turns the chain rule off. gold_logprob is the gold
-    token's; where it is not among the entries, its share of a tail spread evenly over the rest of the pivot's
-    ``pivot_size`` tokens. Unmatched positions: one entry with the gold token, or none.
+    pivot's next tokens. chain [N, 3]: see `gold_path`; all -1 turns the chain rule off. drawn: entries are samples.
+    gold_logprob is the gold token's: C and what else is mapped to it, without the chain rule its entry; where there is
+    neither, its share of a tail spread evenly over the rest of the pivot's ``pivot_size`` tokens. Unmatched positions:
+    one entry with the gold token, or none.
     """
     ids, gold = source.ids.astype(np.int64), gold.astype(np.int64)
     probs, gold_probs = np.exp(source.logprobs), np.exp(source.gold_logprob)
     counts, ids, probs, gold_p = _project(
-        source.starts, ids, probs, gold_probs, match, table, gold, chain, pivot_size, unmatched_gold
+        source.starts, ids, probs, gold_probs, match, table, gold, chain, pivot_size, unmatched_gold, drawn
     )
     return Ragged(counts, ids, np.log(probs), np.log(gold_p))
 
@@ -74,36 +83,34 @@ def ranked(source: Ragged, match: Ints) -> Ragged:
 def gold_path(pivot: Ints, source: Ints, match: Ints, source_gold: Ints) -> Ints:
     """Where each pivot token's text lies on the source's gold path, [N, 3]: u_1's position, u_n's position, u_1's id.
 
-    pivot [N], source [M]: boundaries. source_gold [M]: the source's next tokens. u_n's position is -1 where no source
-    token ends with the pivot's (the last reaches beyond it: C = p(u_1)); all are -1 where there is no partner.
+    pivot [N + 1], source [M + 1]: places, see `fusechat.stores.common`. source_gold [M]: the source's next tokens.
+    u_n's position is -1 where no source token ends with the pivot's (the last reaches beyond it: C = p(u_1)); all are
+    -1 where there is no partner.
     """
-    boundaries = pivot.astype(np.int64), source.astype(np.int64)
-    path: Ints = _gold_path(*boundaries, match, source_gold.astype(np.int64))
+    path: Ints = _gold_path(pivot.astype(np.int64), source.astype(np.int64), match, source_gold.astype(np.int64))
     return path
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _gold_path(pivot, source, match, source_gold):  # type: ignore[no-untyped-def]
-    n, m = len(pivot), len(source)
+    n, m = len(match), len(source_gold)
     path = np.full((n, 3), -1, np.int64)
     for i in range(n):
         if match[i] < 0:
             continue
-        end = pivot[i + 1] if i + 1 < n else pivot[i] + 1  # turns are one character apart: the turn's end takes it
-        j = match[i]
+        end, j = pivot[i + 1], match[i]
         path[i, 0], path[i, 2] = j, source_gold[j]
         while end >= 0 and j < m:
-            following = source[j + 1] if j + 1 < m else source[j] + 1
-            if following == end:
+            if source[j + 1] == end:
                 path[i, 1] = j
-            if following >= end:
+            if source[j + 1] >= end:
                 break
             j += 1
     return path
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _project(starts, ids, probs, gold_probs, match, table, gold, chain, pivot_size, unmatched_gold):  # type: ignore[no-untyped-def]
+def _project(starts, ids, probs, gold_probs, match, table, gold, chain, pivot_size, unmatched_gold, drawn):  # type: ignore[no-untyped-def]
     n = len(match)
     room = 0
     for i in range(n):
@@ -119,22 +126,30 @@ def _project(starts, ids, probs, gold_probs, match, table, gold, chain, pivot_si
                 end += 1
             counts[i], gold_out[i] = end - begin, 1.0
             continue
-        first_id, rest = chain[i, 2], np.float32(0.0)  # u_1, and its mass beyond the chain
+        first_id, chained, part = chain[i, 2], np.float32(0.0), np.float32(0.0)  # u_1, C, C / p(u_1)
         if first_id >= 0:
-            p = _chained(gold_probs, j, chain[i, 1])
-            out_ids[end], out[end] = gold[i], p
+            chained = _chained(gold_probs, j, chain[i, 1])
+            part = chained / gold_probs[j] if gold_probs[j] > 0 else part
+        if first_id >= 0 and not drawn:
+            out_ids[end], out[end] = gold[i], chained
             end += 1
-            rest = gold_probs[j] - p
+        beside = np.float32(0.0)  # what other tokens than u_1 have on the gold token
         for e in range(starts[j], starts[j + 1]):
             mass, target = probs[e], table[ids[e]]
             if ids[e] == first_id:
-                mass = np.float32(0.0) if target == gold[i] else rest
+                share = probs[e] if drawn else gold_probs[j]
+                if drawn and part * share > FLOOR:
+                    end = _add(out_ids, out, begin, end, gold[i], part * share)
+                mass = np.float32(0.0) if target == gold[i] else share - part * share
+            elif target == gold[i] and mass > FLOOR:
+                beside += mass
             if target < 0 or mass <= FLOOR:
                 continue
             end = _add(out_ids, out, begin, end, target, mass)
         _sort(out_ids, out, begin, end)
         counts[i] = end - begin
-        gold_out[i] = _gold_probability(out_ids, out, begin, end, gold[i], pivot_size)
+        known = chained + beside
+        gold_out[i] = known if known > 0 else _tail_share(out, begin, end, pivot_size)
     return counts, out_ids[:end], out[:end], gold_out
 
 
@@ -172,14 +187,7 @@ def _sort(ids, probs, begin, end):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _gold_probability(ids, probs, begin, end, gold, pivot_size):  # type: ignore[no-untyped-def]
-    """The gold token's entry; where there is none, its share of the tail, spread evenly over the tokens not kept."""
-    kept, gold_p = np.float32(0.0), np.float32(0.0)
-    for a in range(begin, end):
-        kept += probs[a]
-        if ids[a] == gold:
-            gold_p = probs[a]
-    if gold_p > 0:
-        return np.float64(gold_p)
-    tail = max(np.float32(FLOOR), np.float32(1.0) - kept)
+def _tail_share(probs, begin, end, pivot_size):  # type: ignore[no-untyped-def]
+    """The share of a token that is not among the entries in the mass that they lack, spread evenly over all such."""
+    tail = max(np.float32(FLOOR), np.float32(1.0) - probs[begin:end].sum())
     return tail / max(1, pivot_size - (end - begin))

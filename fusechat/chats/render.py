@@ -28,10 +28,11 @@ class Rendered:
     """One chat as a model reads it. T tokens, R response positions.
 
     input_ids [T]; char_spans [T, 2], where each token lies in ``text``; assistant_mask [T], the tokens to train on.
-    positions [R]: every t whose *next* token is the assistant's. boundaries [R]: how many characters of assistant
-    text lie before that next token (turns are one character apart), or -1 inside a character: the coordinate on which
-    two tokenizations of the same chat meet. n_bytes: UTF-8 bytes of the assistant text that the tokens cover;
-    text_hash: of all of it.
+    positions [R]: every t whose *next* token is the assistant's. boundaries [R]: how many UTF-8 bytes of assistant
+    text lie before that next token (turns are one byte apart), or -1 inside a character: the coordinate on which two
+    tokenizations of the same chat meet. end: the same behind the last token, -1 where the cut is inside a character.
+    n_bytes: bytes of the characters that are predicted: not of a text's first token, nor of a character that is cut.
+    text_hash: of all of the assistant's text.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Rendered:
     assistant_mask: npt.NDArray[np.bool_]
     positions: Ints
     boundaries: Ints
+    end: int
     n_bytes: int
     text_hash: str
     truncated: bool
@@ -112,39 +114,56 @@ class ChatRenderer:
         ids = np.array(encoding.ids, np.int64)
         offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
         truncated, kept = len(ids) > self.max_length, slice(self.max_length)
-        return self._rendered(chat, text, self.content_spans(chat, text), ids[kept], offsets[kept], truncated)
+        torn = truncated and bool(offsets[self.max_length, 0] < offsets[kept, 1].max())  # the cut is in a character
+        return self._rendered(chat, text, self.content_spans(chat, text), ids[kept], offsets[kept], truncated, torn)
 
     def _without_offsets(self, chat: Sequence[Message], text: str) -> Rendered:
         spans = self.content_spans(chat, text)
         return self._rendered(chat, text, spans, *slow_tokenizers.encode(self.tokenizer, text, spans, self.max_length))
 
     def _rendered(
-        self, chat: Sequence[Message], text: str, spans: Spans, ids: Ints, offsets: Ints, truncated: bool
+        self,
+        chat: Sequence[Message],
+        text: str,
+        spans: Spans,
+        ids: Ints,
+        offsets: Ints,
+        truncated: bool,
+        torn: bool = False,
     ) -> Rendered:
-        """Marks the tokens that hold an assistant's text, turn by turn, and counts the characters before each."""
+        """Marks the tokens that hold an assistant's text, turn by turn, and counts the bytes before each."""
         starts, ends = _increasing(offsets)
+        at_byte, covered = _bytes_before(text), int(ends[-1]) - torn if len(ends) else 0
+        inside = np.insert((ends[1:] == ends[:-1]) | (offsets[1:, 0] < ends[:-1]), 0, True)  # adds no whole character
         mask, before = np.zeros(len(ids), bool), np.full(len(ids), -1, np.int64)
-        turn_start = n_bytes = 0
+        turn_start = n_bytes = cut = 0
         contents = hashlib.sha256()
         for first, end in [(first, end) for index, first, end in spans if chat[index]["role"] == "assistant"]:
-            length = end - first
+            length = int(at_byte[end] - at_byte[first])
             contents.update(text[first:end].encode())
             begin, stop = int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(starts, end))
             if begin < stop:  # tokens [begin, stop) touch the content
                 mask[begin:stop] = True
                 before[begin] = turn_start
-                before[begin + 1 : stop] = turn_start + np.clip(ends[begin : stop - 1] - first, 0, length)
-                n_bytes += len(text[first : min(end, int(ends[stop - 1]))].encode())
+                before[begin + 1 : stop] = (
+                    turn_start + at_byte[np.clip(ends[begin : stop - 1], first, end)] - at_byte[first]
+                )
+                seen = max(first, min(end, covered))
+                cut = turn_start + int(at_byte[seen] - at_byte[first])
+                n_bytes += max(0, int(at_byte[seen] - at_byte[first if begin else _first_predicted(ends, inside, end)]))
             beyond = int(np.searchsorted(ends, end, side="right"))
             close = self._closing(ids, offsets, text, beyond, end) if self.end_of_turn else None
             if close is not None:
                 mask[close] = True
                 before[close] = turn_start + length
+                cut = turn_start + length + 1
             turn_start += length + 1
         positions = np.flatnonzero(mask[1:])
-        inside_character = ends[positions + 1] == ends[positions]  # the next token adds no whole character
-        boundaries = np.where(inside_character, -1, before[positions + 1])
-        return Rendered(text, ids, offsets, mask, positions, boundaries, n_bytes, contents.hexdigest()[:8], truncated)
+        boundaries = np.where(inside[positions + 1], -1, before[positions + 1])
+        last = (-1 if torn else cut) if truncated else turn_start
+        return Rendered(
+            text, ids, offsets, mask, positions, boundaries, last, n_bytes, contents.hexdigest()[:8], truncated
+        )
 
     def _closing(self, ids: Ints, offsets: Ints, text: str, at: int, end: int) -> int | None:
         """Index of the special token that closes the turn: the first one after the content, white space allowed."""
@@ -189,6 +208,20 @@ def _increasing(offsets: Ints) -> tuple[Ints, Ints]:
     starts, ends = offsets[:, 0].copy(), np.maximum.accumulate(offsets[:, 1])
     starts[1:] = np.minimum(starts[1:], ends[:-1])
     return np.maximum.accumulate(starts), ends
+
+
+def _bytes_before(text: str) -> Ints:
+    """How many UTF-8 bytes lie before each character of a text, and in all, [characters + 1]."""
+    if text.isascii():
+        return np.arange(len(text) + 1)
+    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    return np.concatenate([[0], np.cumsum(1 + (code > 0x7F) + (code > 0x7FF) + (code > 0xFFFF), dtype=np.int64)])
+
+
+def _first_predicted(ends: Ints, inside: npt.NDArray[np.bool_], end: int) -> int:
+    """The first character of a text that is predicted, of a turn that ends at ``end``: nothing predicts token 0."""
+    fresh = np.flatnonzero(~inside)
+    return min(end, int(ends[fresh[0] - 1])) if len(fresh) else end
 
 
 def _content_end(text: str, start: int, content: str, following: str, last: bool) -> int | None:

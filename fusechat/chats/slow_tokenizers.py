@@ -18,7 +18,7 @@ def encode(
 
     spans: (message index, first character, end) of the contents. Every token gets the whole piece it lies in as its
     offsets, so that only where turns begin and end is known; a token over a border belongs to the content. Where the
-    cut falls into a content, its tokens end where the decoded text does.
+    cut falls into a content, its tokens end where the decoded text does; so does a text's first token.
     """
     tokens = _ids(tokenizer, text)
     offsets = np.zeros((len(tokens), 2), np.int64)
@@ -30,6 +30,8 @@ def encode(
             stop = min(stop + 1, len(tokens))
         offsets[done:begin] = at, first
         offsets[begin:stop] = first, end
+        if begin == 0 < stop:  # a text's first token is predicted by nothing: where it ends is where the rest begins
+            offsets[0, 1] = offsets[1:stop, 0] = min(end, first + _decoded(tokenizer, tokens[:1], text[first:end]))
         if begin < max_length < stop:
             offsets[begin:stop, 1] = min(end, first + _decoded(tokenizer, tokens[begin:max_length], text[first:end]))
         done, at = stop, end

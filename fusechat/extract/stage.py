@@ -94,7 +94,7 @@ def extract(
         max_length=max_length,
         end_of_turn=end_of_turn,
         extract=amount,
-        store={"logprobs": logprobs},
+        store={"logprobs": logprobs, "format": store.FORMAT},
         dtype=dtype,
         **more,
     )
@@ -129,6 +129,7 @@ def extract(
     manifest = writer.finish(
         **_about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=chats_mark),
         extract={**amount, "max_bad_fraction": max_bad_fraction},
+        drawn="generator" in KINDS[kind].needs,
         logprobs=logprobs,
     )
     LOG.info(summary(manifest, output))
@@ -159,4 +160,5 @@ def _about(tokenizer: Any, renderer: ChatRenderer, **names: str) -> dict[str, An
         "template": renderer.template,
         "special_ids": sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
         "max_length": renderer.max_length,
+        "end_of_turn": renderer.end_of_turn,
     }

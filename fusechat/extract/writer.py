@@ -15,7 +15,9 @@ from fusechat.stores.encoding import encode_counts, encode_logprobs, encode_runs
 from fusechat.stores.store import list_column
 
 Row = dict[str, Any]
-SCALARS = {"nats": pa.float64(), "bytes": pa.int32(), "tokens": pa.int32()}
+SCALARS = {"nats": pa.float64(), "bytes": pa.int32(), "tokens": pa.int32(), "end": pa.int32()}
+
+
 NOTHING = TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
 
 
@@ -38,6 +40,7 @@ def row(chat: Row, rendered: Rendered, top: TopK | None) -> Row:
         "nats": float(-kept.gold_logprob.double().sum()),
         "bytes": rendered.n_bytes if len(positions) else 0,
         "tokens": len(positions),
+        "end": rendered.end,
         "truncated": rendered.truncated,
         "bad": top is None and len(rendered.positions) > 0,
     }

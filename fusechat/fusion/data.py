@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fusechat.app.errors import UserError
 from fusechat.chats.formats import in_validation
 from fusechat.chats.padding import pad
+from fusechat.stores.common import CommonText
 from fusechat.stores.distributions import NEG_INF
 from fusechat.stores.encoding import Array, decode_logprobs
 from fusechat.stores.store import DistributionStore
@@ -53,7 +54,8 @@ class FusionBatch:
     """B chats of T tokens with N response positions in all, and S models' distributions of K entries there.
 
     input_ids, attention_mask [B, T]; at [N], each position's place in the flattened [B * T]; gold, sequence [N];
-    ids, logprobs [S, N, K]; gold_logprob [S, N]; nats, n_bytes, n_tokens [B, S]. step_tokens: response tokens of the
+    ids, logprobs [S, N, K]; gold_logprob [S, N]; nats, n_bytes, n_tokens [B, S] of what each model predicts;
+    common_nats [B, S] and common_bytes [B, 1] of the text that all of them predict. step_tokens: response tokens of the
     whole optimizer step, over all its micro-batches and ranks.
     """
 
@@ -68,6 +70,8 @@ class FusionBatch:
     nats: Tensor
     n_bytes: Tensor
     n_tokens: Tensor
+    common_nats: Tensor
+    common_bytes: Tensor
     step_tokens: Tensor
     tags: list[str]
 
@@ -99,6 +103,7 @@ class FusionRows(Dataset[FusionBatch]):
             name: torch.from_numpy(np.stack([s.column(name) for s in stores], 1))
             for name in ("nats", "bytes", "tokens")
         }
+        self.common = CommonText(stores)
         self.tags = stores[0].column("tag")
 
     def __getitem__(self, draw: Draw) -> FusionBatch:
@@ -108,6 +113,7 @@ class FusionRows(Dataset[FusionBatch]):
         at = np.concatenate([positions for _, positions in chats]) + sequence * input_ids.shape[1]
         models = [self._entries(store, draw.rows, len(at)) for store in self.stores]
         ids, logprobs = self._rectangle(models)
+        common_nats, common_bytes = self.common(draw.rows)
         return FusionBatch(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -120,6 +126,8 @@ class FusionRows(Dataset[FusionBatch]):
             nats=self.scalars["nats"][draw.rows].float(),
             n_bytes=self.scalars["bytes"][draw.rows].float(),
             n_tokens=self.scalars["tokens"][draw.rows].float(),
+            common_nats=torch.from_numpy(common_nats).float(),
+            common_bytes=torch.from_numpy(common_bytes).float(),
             step_tokens=torch.tensor(float(draw.step_tokens)),
             tags=[str(self.tags[row]) for row in draw.rows],
         )

@@ -126,13 +126,14 @@ class FusionModule(lightning.LightningModule):
         """What the rule makes of the batch's distributions; and each model's part in every position, [N, S]."""
         first = 0 if self.rule.include_pivot else 1
         p, ids = self.loss.teacher(batch.logprobs), batch.ids.long()
-        ce = cross_entropy(batch.nats, batch.n_bytes, batch.n_tokens, self.rule.metric)[:, first:]
+        own, common = (batch.nats, batch.n_tokens), (batch.common_nats, batch.common_bytes)
+        ce = cross_entropy(*(common if self.rule.metric == "bits_per_byte" else own))[:, first:]
         fused = self.rule(ids[first:], p[first:], batch.gold_logprob[first:], ce, batch.sequence, (ids[0], p[0]))
         progress = self.global_step / max(1, self._total_steps())
-        lam = self.loss.sft_share(progress, fused.reward)[batch.sequence]
-        has_target = (fused.p > 0).any(-1)
+        has_target = (fused.p > 0).any(-1)  # where there is nothing to fuse, lambda is 1
+        lam = self.loss.sft_share(progress, fused.reward)[batch.sequence].masked_fill(~has_target, 1.0)
         per_token = 1.0 / batch.step_tokens.clamp_min(1)
-        targets = Targets(fused.ids, fused.p, batch.gold, lam * per_token, (1 - lam) * has_target * per_token)
+        targets = Targets(fused.ids, fused.p, batch.gold, lam * per_token, (1 - lam) * per_token)
         return targets, fused.weight
 
     def _losses(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -60,8 +60,8 @@ class FusionRule:
     """Whose distribution the student learns from.
 
     rule: a name of `RULES`. level: compare whole sequences (published) or single tokens. metric: what cross entropy is
-    taken over, see `cross_entropy`: ``bits_per_byte``, the response's bytes, fit for comparing tokenizers, or
-    ``nats_per_token`` (as released). include_pivot: the pivot's own distribution takes part (published). empty: where
+    taken over, see `cross_entropy`: ``bits_per_byte``, the text that all models predict, or ``nats_per_token``, each
+    model's own tokens (as released). include_pivot: the pivot's own distribution takes part (published). empty: where
     the chosen model has no distribution at a position, take the ``pivot``'s (as released), or ``skip`` its fusion loss.
     Raises `UserError` for unknown names.
     """
@@ -119,14 +119,14 @@ class FusionRule:
         return weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
-def cross_entropy(nats: Tensor, n_bytes: Tensor, n_tokens: Tensor, metric: str) -> Tensor:
-    """CE in nats over the same response text, per UTF-8 byte (``bits_per_byte``) or per own token (``nats_per_token``).
+def cross_entropy(nats: Tensor, length: Tensor) -> Tensor:
+    """CE = nats / length; a text of no length counts as infinite. Elementwise.
 
-    ``bits_per_byte`` gives nats per byte, log 2 times the bits. MinCE's choice is the same in either unit; exp(-CE),
-    hence AvgCE's weights and the reward, is not: it is of nats. Texts of no length count as infinite. Elementwise.
+    ``bits_per_byte``: of the text that all models predict, in nats per UTF-8 byte, log 2 times the bits. MinCE's choice
+    is the same in either unit; exp(-CE), hence AvgCE's weights and the reward, is not: it is of nats.
+    ``nats_per_token``: of what each model predicts, per own token.
     """
-    unit = n_bytes if metric == "bits_per_byte" else n_tokens
-    return torch.where(unit > 0, nats / unit.clamp_min(1), float("inf"))
+    return torch.where(length > 0, nats / length.clamp_min(1), float("inf"))
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:

@@ -18,12 +18,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fusechat.app.errors import UserError
-from fusechat.app.marks import FORMAT, difference, stamp
+from fusechat.app.marks import difference, stamp
 from fusechat.app.outputs import MANIFEST, file_hash, replace, settled, write_durably, write_json
 from fusechat.app.places import CLAIM, claimed
 from fusechat.stores.encoding import DECODE, decode_counts
 
 NAMES = re.compile(r"data-.*\.arrow|shard-.*\.json|fingerprint|dataset_info\.json|state\.json|manifest\.json|\..*\.tmp")
+FORMAT = 3  # of a store's columns
 Array = npt.NDArray[Any]
 
 
@@ -215,6 +216,11 @@ class DistributionStore:
         ids, positions = self.row(index, "input_ids", "positions")
         tokens: npt.NDArray[np.int64] = ids[positions.astype(np.int64) + 1].astype(np.int64)
         return tokens
+
+    @cached_property
+    def ends(self) -> npt.NDArray[np.int64]:
+        """Where each chat's predictions end, in bytes of assistant text; see `Rendered.end`."""
+        return self.column("end").astype(np.int64)
 
     @cached_property
     def tables(self) -> list[pa.Table]:

@@ -35,6 +35,7 @@ def batch(device: str) -> FusionBatch:
         logprobs,
         -torch.ones(2, n),
         *numbers,
+        *numbers[:2],
         torch.tensor(float(n)),
         [""],
     )

@@ -292,12 +292,13 @@ def test_empty_batches_contribute_nothing(mini: Mini) -> None:
 def naive(module: FusionModule, batch: FusionBatch) -> torch.Tensor:
     """L of a batch by the paper's equations, one position at a time, with MinCE over the sequence."""
     logits = module.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-    ce, lam, total = batch.nats / batch.n_bytes, module.loss.lm_weight, torch.tensor(0.0)
+    ce, total = batch.nats / batch.n_bytes, torch.tensor(0.0)
     for n, place in enumerate(batch.at.tolist()):
         best = int(ce[batch.sequence[n]].argmin())
         log_q, logprobs = logits[place].log_softmax(-1), batch.logprobs[best, n]
+        lam = module.loss.lm_weight if (logprobs > -torch.inf).any() else 1.0
         total = total - lam * log_q[batch.gold[n]]
-        if (logprobs > -torch.inf).any():
+        if lam < 1:
             p = logprobs.softmax(-1)
             total = total - (1 - lam) * (p * log_q[batch.ids[best, n].long()]).sum()
     return total / batch.step_tokens
@@ -305,11 +306,26 @@ def naive(module: FusionModule, batch: FusionBatch) -> torch.Tensor:
 
 def test_the_loss_is_the_papers(mini: Mini) -> None:
     module, rows = module_of(mini, FusionLoss(lm_weight=0.3)), rows_of(mini)
-    batch = rows[Draw([0, 5, 11], int(rows.scalars["tokens"][[0, 5, 11], 0].sum()))]
+    torch.nn.init.normal_(module.model.lm_head.weight)  # hardly trained, it gives every token the same probability
+    chats = [*range(24)]
+    batch = rows[Draw(chats, int(rows.scalars["tokens"][chats, 0].sum()))]
     wanted = naive(module, batch)
     total, *_ = module._losses(batch)
     assert total.item() == pytest.approx(wanted.item(), rel=1e-4)
-    assert total.item() != pytest.approx(naive(module_of(mini, FusionLoss(lm_weight=0.9)), batch).item(), rel=1e-2)
+    module.loss = FusionLoss(lm_weight=0.9)
+    assert total.item() != pytest.approx(naive(module, batch).item(), rel=1e-3)
+
+
+def test_lambda_is_one_where_there_is_nothing_to_fuse(mini: Mini) -> None:
+    """Positions without a distribution learn from their token at full weight; the others share as lambda says."""
+    module, rows = module_of(mini, FusionLoss(lm_weight=0.3), FusionRule(include_pivot=False)), rows_of(mini)
+    batch = rows[Draw([0, 5, 11], 1)]
+    targets, _ = module.targets(batch)
+    fused = (targets.p > 0).any(-1)
+    assert fused.any()
+    assert not fused.all()
+    assert torch.allclose(targets.sft_weight, torch.where(fused, 0.3, 1.0))
+    assert torch.allclose(targets.sft_weight + targets.fusion_weight, torch.ones(len(fused)))
 
 
 def test_train_needs_no_config(fresh: Mini) -> None:

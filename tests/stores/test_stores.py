@@ -91,5 +91,5 @@ def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
     writer.finish()
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
-    with pytest.raises(UserError, match=r"is of store format 1, this version reads 2; run: make overwrite=true"):
+    with pytest.raises(UserError, match=r"is of store format 1, this version reads 3; run: make overwrite=true"):
         DistributionStore(tmp_path, "make")
