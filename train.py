@@ -44,6 +44,7 @@ def run(cfg: DictConfig) -> float | None:
         seed=cfg.seed,
         resume=cfg.ckpt_path,
         overwrite=cfg.overwrite,
+        validation=cfg.validation.path,
         logger=lambda step: make_logger(cfg, f"{cfg.stage}-{output.name}", step),
         record=provenance(cfg),
         imports=imported(cfg),

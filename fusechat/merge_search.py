@@ -53,9 +53,11 @@ def _search(cfg: DictConfig, folder: Path, output: Path) -> float:
 
 
 def held_out_chats(cfg: DictConfig) -> list[Any]:
-    """The chats that training held out."""
+    """The chats that training validated with: one's own, or those that it held out."""
     from fusechat.merging.search import held_out
 
+    if cfg.validation.path is not None:
+        return held_out(cfg.validation.path, validation_fraction=1.0, split_seed=0)
     split = {"validation_fraction": cfg.data.validation_fraction, "split_seed": cfg.data.split_seed}
     chat = {key: cfg.chat[key] for key in ("format", "split", "name", "limit", "streaming")}
     return held_out(cfg.chat.path, **split, **chat)

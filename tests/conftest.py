@@ -41,6 +41,7 @@ hypothesis.settings.load_profile("tests")
 MINI = [
     "tiny.fusion_chats=96",
     "tiny.test_chats=24",
+    "tiny.validation_chats=16",
     "tiny.train_chats=256",
     "tiny.width=32",
     "tiny.layers=2",

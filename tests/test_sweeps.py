@@ -107,6 +107,7 @@ def test_a_merge_search_ends_with_a_table_and_the_best_model(fresh: Mini, monkey
         f"targets=[{targets}]",
         "search.trials=6",
         "search.methods=[varm,ties,linear]",
+        "validation.path=null",
         "data.validation_fraction=0.3",
     ]
     best = search(monkeypatch, fresh, *options)
@@ -123,7 +124,10 @@ def test_a_merge_search_ends_with_a_table_and_the_best_model(fresh: Mini, monkey
     )
     assert (fresh.experiment / "merge_search/results.md").read_text().count("\n") == len(made) + 2
     assert not (fresh.experiment / "merge_search/candidate").exists()
-    assert len(held := held_out_chats(fresh.cfg("merge_search", "data.validation_fraction=0.3"))) > 5
+    assert (
+        len(held := held_out_chats(fresh.cfg("merge_search", "validation.path=null", "data.validation_fraction=0.3")))
+        > 5
+    )
     assert scored_one_by_one(merged, held) == pytest.approx(best)
     (fresh.experiment / "merge_search/trials.jsonl").write_text(
         "".join(json.dumps(t) + "\n" for t in made[:1]) + '{"cut'
@@ -149,7 +153,7 @@ def test_a_search_without_held_out_chats_is_refused(fresh: Mini) -> None:
     from fusechat.app.errors import UserError
 
     with pytest.raises(UserError, match=r"data\.validation_fraction=0\.0 holds out no chat of .*; a search needs some"):
-        fresh.run("merge_search", "data.validation_fraction=0.0")
+        fresh.run("merge_search", "validation.path=null", "data.validation_fraction=0.0")
     with pytest.raises(UserError, match=r"search\.methods='best' is unknown; use one of: varm, sce, ties"):
         fresh.run("merge_search", "search.methods=[best]")
 

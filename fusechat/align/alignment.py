@@ -31,9 +31,9 @@ Result = TypeVar("Result")
 class Alignment:
     """How one source is aligned with the pivot; picklable, so that processes share it.
 
-    sequence: a name of `SEQUENCES`. unmatched: gold or skip. chained: whether gold tokens take the chain rule. drawn:
-    whether the source's entries are samples. logprobs: how they are stored. table: source id -> pivot id, None where
-    ids are to be ranks. texts: the tokens' texts by id, (pivot, source), where the sequence alignment needs them.
+    sequence: a name of `SEQUENCES`. unmatched: gold or skip. chained: whether gold tokens take the chain rule.
+    logprobs: how they are stored. table: source id -> pivot id, None where ids are to be ranks. texts: the tokens'
+    texts by id, (pivot, source), where the sequence alignment needs them. drawn: the source's entries are samples.
     """
 
     pivot: DistributionStore
@@ -41,10 +41,10 @@ class Alignment:
     sequence: str
     unmatched: str
     chained: bool
-    drawn: bool
     logprobs: str
     table: Ints | None = None
     texts: tuple[list[str], list[str]] | None = None
+    drawn: bool = False
 
     @property
     def vocab_size(self) -> int:

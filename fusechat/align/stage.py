@@ -122,7 +122,7 @@ def make_alignment(
         )
     sequence = sequence_for(sequence, offsets)
     chained = "chain" in chosen.needs and offsets
-    alignment = Alignment(pivot, source, sequence, unmatched, chained, bool(source.manifest["drawn"]), logprobs)
+    alignment = Alignment(pivot, source, sequence, unmatched, chained, logprobs, drawn=source.manifest["drawn"])
     if "texts" in SEQUENCES[sequence].needs:
         alignment.texts = token_texts(tokenizers[0]), token_texts(tokenizers[1])
     roles = checks.role_pairs(pivot, source, tokenizers)

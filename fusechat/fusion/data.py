@@ -271,12 +271,20 @@ def open_stores(pivot: Path, aligned: Sequence[Path], remedies: Sequence[str] = 
 class FusionDataModule(lightning.LightningDataModule):
     """Splits the chats of opened stores by content hash, and batches them.
 
-    max_tokens: the longest chat that is allowed; vocab_size: rows of the pivot's embedding. Raises `UserError` where a
-    chat is longer, a store has more ids, or no chat is left to train on.
+    max_tokens: the longest chat that is allowed; vocab_size: rows of the pivot's embedding; own: chats to validate with
+    in place of a part of the stores'. Raises `UserError` where a chat is longer, a store has more ids, or no chat is
+    left to train on.
     """
 
     def __init__(
-        self, stores: Sequence[DistributionStore], data: Data, *, max_tokens: int, vocab_size: int, pad_token_id: int
+        self,
+        stores: Sequence[DistributionStore],
+        data: Data,
+        *,
+        max_tokens: int,
+        vocab_size: int,
+        pad_token_id: int,
+        own: DistributionStore | None = None,
     ) -> None:
         super().__init__()
         self.stores, self.settings, pivot = list(stores), data, stores[0]
@@ -289,10 +297,13 @@ class FusionDataModule(lightning.LightningDataModule):
         if (longest := int(self.lengths.max())) > max_tokens:
             limit = f"{max_tokens}, the model's context or data.max_tokens"
             raise UserError(f"a chat of {longest} tokens exceeds {limit}; extract with chat.max_length")
-        fraction, seed = data.validation_fraction, data.split_seed
+        fraction, seed = data.validation_fraction if own is None else 0.0, data.split_seed
         held_out = np.array([in_validation(i, fraction, seed) for i in pivot.column("id")])
         usable = self.responses > 0
         self.train_rows, self.validation_rows = np.flatnonzero(usable & ~held_out), np.flatnonzero(usable & held_out)
+        self.own, self.validation = own, self.rows
+        if own is not None:
+            self.validation, self.validation_rows = FusionRows([own] * len(stores), pad_token_id), np.arange(len(own))
         if not len(self.train_rows):
             see = "see chat.path and data.validation_fraction"
             raise UserError(f"{pivot.path} leaves no chat with a response to train on; {see}")
@@ -312,17 +323,18 @@ class FusionDataModule(lightning.LightningDataModule):
         return ResumableLoader(self.rows, self._plan(self.train_rows, self.settings.shuffle_seed), self)
 
     def val_dataloader(self) -> DataLoader[FusionBatch] | list[Any]:
-        """The held-out chats, in order."""
+        """The held-out chats, or one's own, in order."""
         if not len(self.validation_rows):
             return []
-        return DataLoader(self.rows, sampler=self._plan(self.validation_rows, None), batch_size=None)
+        return DataLoader(self.validation, sampler=self._plan(self.validation_rows, None), batch_size=None)
 
     def _plan(self, rows: Ints, seed: int | None) -> Plan:
         assert self.trainer is not None
+        responses = self.responses if seed is not None else self.validation.scalars["tokens"][:, 0].numpy()
         return Plan(
             rows,
             self.lengths,
-            self.responses,
+            responses,
             batch_size=self.settings.batch_size,
             accumulate=self.trainer.accumulate_grad_batches if seed is not None else 1,
             rank=self.trainer.global_rank,

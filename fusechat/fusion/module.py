@@ -108,12 +108,16 @@ class FusionModule(lightning.LightningModule):
         return total * scale
 
     def validation_step(self, batch: FusionBatch) -> None:
-        """The same losses on held-out chats, and bits per byte of the response text."""
+        """The same losses on held-out chats (of one's own: L_SFT alone), and bits per byte of the response text."""
         count, n_bytes = max(1, len(batch.gold)), batch.n_bytes[:, 0].sum()
         batch.step_tokens = batch.step_tokens.new_tensor(float(count))
         total, sft, fusion, _ = self._losses(batch)
         options: dict[str, Any] = {"sync_dist": True, "add_dataloader_idx": False}
-        for name, value in (("loss", total), ("sft", sft / float(count)), ("fusion", fusion / float(count))):
+        named = {"loss": total, "sft": sft / float(count), "fusion": fusion / float(count)}
+        trainer: Any = self.trainer
+        if trainer.datamodule.own is not None:  # no model has said anything of one's own chats
+            del named["fusion"]
+        for name, value in named.items():
             self.log(f"validation/{name}", value, batch_size=count, **options)
         bits = bits_per_byte(sft, n_bytes.clamp_min(1))
         self.log("validation/bits_per_byte", bits, batch_size=int(n_bytes), prog_bar=True, **options)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusechat.app.outputs import RECORD, settled, stage_fingerprint
+from fusechat.app.outputs import RECORD, fingerprint, settled, stage_fingerprint
 from fusechat.app.places import writes
 from fusechat.app.trainer import quiet_trainer, seed_everything
 from fusechat.fusion.callbacks import Callbacks, SavePretrained, latest_checkpoint, make_callbacks, step_of
@@ -18,6 +18,7 @@ from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.module import FusionModule, Optimizer
 from fusechat.fusion.record import Description
 from fusechat.fusion.rules import FusionRule
+from fusechat.fusion.validation import read_chats, validation_chats
 from fusechat.models import load as models
 
 LOG = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def train(
     seed: int = 0,
     resume: str | None = "last",
     overwrite: bool = False,
+    validation: str | Path | None = None,
     logger: Callable[[int], Any] | None = None,
     record: Mapping[str, Any] | None = None,
     imports: Mapping[str, str] | None = None,
@@ -60,14 +62,15 @@ def train(
     """Trains a target with L = λ L_SFT + (1 - λ) L_Fusion (FuseChat, arXiv 2402.16107), unless it is there already.
 
     pivot: directory or Hub id whose weights the target starts from; dtype, revision, trust_remote_code and
-    attn_implementation say how it is loaded. pivot_store: the pivot's distributions; aligned: source name -> the store
-    aligned to them (none for ``FusionRule("sft")``). output_dir: becomes the target, a Hugging Face directory with
-    ``fusechat.json``; checkpoints lie in ``../../checkpoints`` until it is whole. trainer: options of
-    `lightning.Trainer`, over `TRAINER`; lora: ``enabled`` and options of `peft.LoraConfig`, over `LORA`. max_length:
-    the longest chat in tokens where data.max_tokens says none. resume: ``last`` checkpoint of the same settings, a
-    path, or None. logger: makes Lightning's loggers from the step that training goes on from. record: more to write
-    into ``fusechat.json``. imports: the user's own modules with their hashes. remedies: for messages, the commands
-    that make pivot_store and each aligned store.
+    attn_implementation say how it is loaded. pivot_store: the pivot's distributions; aligned: source name -> the
+    store aligned to them (none for ``FusionRule("sft")``). output_dir: becomes the target, a Hugging Face directory
+    with ``fusechat.json``; checkpoints lie in ``../../checkpoints`` until it is whole. trainer: options of
+    `lightning.Trainer`, over `TRAINER`; lora: ``enabled`` and options of `peft.LoraConfig`, over `LORA`.
+    max_length: the longest chat in tokens where data.max_tokens says none. resume: ``last`` checkpoint of the same
+    settings, a path, or None. validation: chats of one's own (file, folder or Hub dataset) to validate with in
+    place of data.validation_fraction, all chats of the stores being trained on. logger: makes Lightning's loggers
+    from the step that training goes on from. record: more to write into ``fusechat.json``. imports: the user's own
+    modules with their hashes. remedies: for messages, the commands that make pivot_store and each aligned store.
 
     Returns the validation bits per byte of the target, None where nothing was held out. Raises `UserError` for settings
     out of range, missing or unfit stores, and an output_dir that other settings have made (unless ``overwrite``).
@@ -76,6 +79,7 @@ def train(
     data, callbacks, output = data or Data(shuffle_seed=seed), callbacks or Callbacks(), Path(output_dir)
     lora, trainer = {**LORA, **(lora or {})}, {**TRAINER, **(trainer or {})}
     stores = open_stores(Path(pivot_store), [Path(path) for path in aligned.values()], remedies)
+    own = read_chats(validation) if validation is not None else None
     mark = stage_fingerprint(
         imports,
         pivot=models.model_identity(str(pivot), revision),
@@ -89,6 +93,7 @@ def train(
         trainer={key: value for key, value in trainer.items() if key not in UNDECIDING},
         seed=seed,
         gradient_checkpointing=gradient_checkpointing,
+        **({} if own is None else {"validation": fingerprint(ids=list(own["id"]))}),
     )
     held = settled(output / RECORD, mark, what="target", keep="run_name=NAME", overwrite=overwrite)
     checkpoints = output.parent.parent / "checkpoints" / f"{output.name}-{mark}"
@@ -107,6 +112,7 @@ def train(
         max_tokens=data.max_tokens or max_length,
         vocab_size=_vocab_size(str(pivot), **source),
         pad_token_id=tokenizer.pad_token_id or 0,
+        own=None if own is None else validation_chats(own, tokenizer, stores[0].manifest),
     )
     module = FusionModule(
         str(pivot),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,21 +125,23 @@ def generate(
     weights: Mapping[str, float] | None = None,
     wrong: float = 0.0,
     held_out: bool = False,
+    known: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """``count`` chats as rows of a chat file; a fraction ``wrong`` of them carries another answer of the same kind.
 
-    Held-out chats are distinct. weights: skill -> relative frequency (default: uniform).
+    Held-out chats are distinct. weights: skill -> relative frequency (default: uniform). known: questions not to ask.
     """
     rng = random.Random(seed)
     chance = [(weights or {}).get(skill, 1.0 if weights is None else 0.0) for skill in SKILLS]
     samplers = {skill: world.items(skill, rng, held_out) for skill in SKILLS}
     rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    seen = set(known)
     while len(rows) < count:
         item = samplers[rng.choices(SKILLS, chance)[0]]()
-        if held_out and item.question in seen:
+        if item.question in seen:
             continue
-        seen.add(item.question)
+        if held_out:
+            seen.add(item.question)
         noisy = rng.random() < wrong
         others = [other for other in item.pool if other != item.answer]
         answer = rng.choice(others) if noisy and others else item.answer

@@ -25,6 +25,7 @@ def make(
     models: Mapping[str, Spec],
     seed: int = 0,
     fusion_chats: int = 2400,
+    validation_chats: int = 400,
     test_chats: int = 600,
     train_chats: int = 20000,
     wrong_fraction: float = 0.2,
@@ -38,10 +39,10 @@ def make(
 ) -> Path:
     """Writes ``chats/*.jsonl`` and ``models/NAME`` below ``output_dir``, which it returns.
 
-    models: name -> its `Spec` (kind: llama, gpt_neox, qwen2 or mixtral). wrong_fraction: share of the fusion chats that
-    have a wrong answer. width, layers, heads, batch_size, lr: of every model and its training. trainer: options of
-    Lightning's Trainer. A model that these made is kept; one of other settings is trained again in its
-    place without asking.
+    models: name -> its `Spec` (kind: llama, gpt_neox, qwen2 or mixtral). wrong_fraction: share of the fusion chats
+    that have a wrong answer; validation chats have none, and ask what no fusion chat asks. width, layers, heads,
+    batch_size, lr: of every model and its training. trainer: options of Lightning's Trainer. A model that these
+    made is kept; one of other settings is trained again in its place without asking.
     """
     counts = {"fusion_chats": fusion_chats, "test_chats": test_chats, "train_chats": train_chats}
     tiny: dict[str, Any] = {**counts, "models": models}
@@ -53,7 +54,7 @@ def make(
             check_owner(root / "models" / name, "tiny")
         if not (root / RECORD).exists():
             write_json(root / RECORD, {"stage": "world"})
-        _make(root, models, tiny, seed, max_length, trainer or {})
+        _make(root, models, tiny, validation_chats, seed, max_length, trainer or {})
     return root
 
 
@@ -61,7 +62,7 @@ def is_world(folder: Path) -> bool:
     """Whether a folder without a record is a world all the same: chats and models of ours, and nothing else."""
     parts = sorted(path.name for path in folder.iterdir())
     chats = [file.name for file in (folder / "chats").glob("*")]
-    ours = all(re.fullmatch(r"(fusion|test|train_\w+)\.jsonl|\..*\.tmp", name) for name in chats)
+    ours = all(re.fullmatch(r"(fusion|validation|test|train_\w+)\.jsonl|\..*\.tmp", name) for name in chats)
     models = [path for path in (folder / "models").glob("*") if not path.name.startswith(".")]
     return parts in (["chats"], ["chats", "models"]) and ours and all(stage_of(model) == "tiny" for model in models)
 
@@ -69,7 +70,8 @@ def is_world(folder: Path) -> bool:
 def _make(
     root: Path,
     models: Mapping[str, Spec],
-    tiny: Mapping[str, Any],
+    tiny: Mapping[str, Any],  # what decides the models
+    validation_chats: int,
     seed: int,
     max_length: int,
     trainer: Mapping[str, Any],
@@ -79,6 +81,8 @@ def _make(
         "fusion": generate(world, tiny["fusion_chats"], f"fusion {seed}", wrong=tiny["wrong_fraction"]),
         "test": generate(world, tiny["test_chats"], f"test {seed}", held_out=True),
     }
+    asked = {row["messages"][0]["content"] for row in chats["fusion"]}
+    chats["validation"] = generate(world, validation_chats, f"validation {seed}", known=asked)
     for name, spec in models.items():
         chats[f"train_{name}"] = generate(world, tiny["train_chats"], f"{name} {seed}", weights=spec["mixture"])
     write_chats(chats, root / "chats")

@@ -54,7 +54,7 @@ def per_chat(
     """Best of three, milliseconds a chat."""
     seconds = []
     for repeat in range(4):  # the first compiles
-        alignment = Alignment(*stores, kind, "skip", chained, False, "float16", table=table_, texts=texts)
+        alignment = Alignment(*stores, kind, "skip", chained, "float16", table=table_, texts=texts)
         start = time.process_time()
         write_aligned(alignment, StoreWriter(root / f"{kind}{chained}{repeat}", "mark", 1), 1)
         seconds.append(time.process_time() - start)

@@ -207,6 +207,7 @@ def test_the_metric_is_of_the_target_that_was_saved(fresh: Mini) -> None:
     from tests.test_sweeps import scored_one_by_one
 
     options = [
+        "validation.path=null",
         "data.validation_fraction=0.3",
         "trainer.max_steps=12",
         "optimizer.lr=0.01",
@@ -216,6 +217,39 @@ def test_the_metric_is_of_the_target_that_was_saved(fresh: Mini) -> None:
     assert value == pytest.approx(scored_one_by_one(path, held_out_chats(fresh.cfg("train", *options))), rel=1e-3)
     assert json.loads((path / "fusechat.json").read_text())["metrics"]["validation/bits_per_byte"] == value
     assert f"validation/bits_per_byte | {value:.4f}" in (path / "README.md").read_text()
+
+
+def test_own_chats_validate_and_all_others_train(fresh: Mini) -> None:
+    """Bits per byte of the target that was saved, over the chats of validation.path; nothing is held out for it."""
+    from fusechat.evaluate import evaluate
+    from fusechat.merge_search import held_out_chats
+
+    chats = fresh.experiment / "world/chats/validation.jsonl"
+    value = fresh.run("train", "source=a", "trainer.max_epochs=1", "trainer.max_steps=-1")
+    target = fresh.experiment / "targets/a"
+    measured = evaluate(target, chats, fresh.root / "validation.json", generate=False)["metrics"]
+    assert value == pytest.approx(measured["bits_per_byte"]["all"]["value"], rel=1e-4)
+    record = json.loads((target / "fusechat.json").read_text())
+    assert {name for name in record["metrics"] if name.startswith("validation/")} == {
+        "validation/loss",
+        "validation/sft",
+        "validation/bits_per_byte",
+    }
+    assert record["metrics"]["validation/loss"] == pytest.approx(record["metrics"]["validation/sft"], rel=1e-5)
+    assert record["steps"] == 12, "96 chats, 8 a step"
+    assert len(held_out_chats(fresh.cfg("merge_search"))) == len(chats.read_text().splitlines()) == 16
+    with pytest.raises(UserError, match="made with other settings"):
+        chats.write_text(chats.read_text().splitlines()[0] + "\n")
+        fresh.run("train", "source=a", "trainer.max_epochs=1", "trainer.max_steps=-1")
+
+
+def test_validation_chats_without_an_answer_are_refused(fresh: Mini, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "Who?"}]}) + "\n")
+    with pytest.raises(UserError, match=r"validation\.path holds no chat with an assistant's answer; give chats as in"):
+        fresh.run("train", "source=a", f"validation.path={chats}")
+    with pytest.raises(UserError, match=r"validation\.path=.*missing\.jsonl: "):
+        fresh.run("train", "source=a", "validation.path=missing.jsonl")
 
 
 def test_sft_needs_no_aligned_store(fresh: Mini) -> None:
@@ -387,7 +421,7 @@ def half_alpha(p, log_p, log_q):
             r"aligned/zz does not exist; make it with: python -m fusechat\.align experiment=tiny source=zz",
         ),
         (["data.max_tokens=8"], r"a chat of \d+ tokens exceeds 8"),
-        (["data.validation_fraction=1.0"], "leaves no chat with a response to train on"),
+        (["validation.path=null", "data.validation_fraction=1.0"], "leaves no chat with a response to train on"),
         (["pivot.path=/nowhere"], "/nowhere"),
     ],
 )
