@@ -101,9 +101,11 @@ def golden(known: dict[str, Any]) -> list[list[object]]:
 
 
 def quality(known: dict[str, Any]) -> list[list[object]]:
-    """How positions match, the gold token's cross entropy under each map, beside the source's own (the floor).
+    """How positions match, the gold token's cross entropy under each map, and beside it the source's own.
 
-    The distributions are made up: the gold token with probability 0.6, nine neighbours by id share 0.3.
+    The distributions are made up: the gold token with probability 0.6, nine neighbours by id share 0.3. A piece is the
+    text between two places where both tokenizers stand between two characters: where the pivot has one token for it, the
+    source's nats for the same text are what `prefix` should keep.
     """
     rows: list[list[object]] = []
     rng = np.random.default_rng(0)
@@ -113,6 +115,7 @@ def quality(known: dict[str, Any]) -> list[list[object]]:
         for kind, text in tokenizers.TEXTS.items():
             left, right = rendered(pivot, text * 6), rendered(source, text * 6)
             gold, own = left.input_ids[left.positions + 1], right.input_ids[right.positions + 1]
+            places = [np.append(r.boundaries, r.end) for r in (left, right)]
             match, kinds = align_offsets(left.boundaries, right.boundaries)
             ids = np.stack([np.concatenate([[g], rng.choice(len(source), 9, replace=False)]) for g in own])
             logprobs = np.log(np.tile(np.array([0.6, *[0.3 / 9] * 9], np.float32), (len(own), 1)))
@@ -123,18 +126,27 @@ def quality(known: dict[str, Any]) -> list[list[object]]:
                 np.full(len(own), math.log(0.6), np.float32),
             )
             shares = [f"{(kinds == k).mean():.1%}" for k in range(len(KINDS))]
-            scores = []
-            for name, mapping in made.items():
-                chain = (
-                    gold_path(left.boundaries, right.boundaries, match, own)
-                    if name == "prefix"
-                    else np.full((len(match), 3), -1)
-                )
-                result = project(ragged, match, mapping, gold, chain, len(pivot), False)
-                mass = np.exp(result.logprobs).sum() / max(1, (match >= 0).sum()) / 0.9
-                scores.append(f"{-result.gold_logprob[match >= 0].mean():.3f} / {mass:.0%}")
-            rows.append([f"{source_name} -> {pivot_name}", kind, *shares, *scores, f"{-math.log(0.6):.3f}"])
+            chains = {name: np.full((len(match), 3), -1) for name in made}
+            chains["prefix"] = gold_path(*places, match, own)
+            results = {n: project(ragged, match, made[n], gold, chains[n], len(pivot), False) for n in made}
+            scores = [score(result, match >= 0) for result in results.values()]
+            whole, nats = whole_pieces(*places, right)
+            kept = -results["prefix"].gold_logprob[whole].sum() / nats
+            rows.append([f"{source_name} -> {pivot_name}", kind, *shares, *scores, f"{kept - 1:+.1%}"])
     return rows
+
+
+def score(result: Ragged, matched: np.ndarray) -> str:
+    """Nats of the gold token where matched, and the share of the source's mass that the map has placed."""
+    mass = np.exp(result.logprobs).sum() / max(1, matched.sum()) / 0.9
+    return f"{-result.gold_logprob[matched].mean():.3f} / {mass:.0%}"
+
+
+def whole_pieces(pivot: np.ndarray, source: np.ndarray, read: Any) -> tuple[np.ndarray, float]:
+    """Positions of pivot tokens that are a piece of their own, and the source's nats for the same text."""
+    _, at, of_source = np.intersect1d(pivot, np.where(source < 0, -2, source), return_indices=True)
+    alone = np.flatnonzero(np.diff(at) == 1)
+    return at[alone], float(-math.log(0.6) * np.diff(of_source)[alone].sum())
 
 
 def main() -> None:
@@ -144,7 +156,15 @@ def main() -> None:
     table("sequence alignment, one thread", header, speed(known))
     table("minimum edit distance over whole vocabularies", ["map", "size", "wall s", "mapped"], maps(known))
     table("golden maps over whole vocabularies", ["pair", "source ids", "equal"], golden(known))
-    header = ["pair", "text", *KINDS, "em nats / mass", "mined nats / mass", "prefix nats / mass", "source's own nats"]
+    header = [
+        "pair",
+        "text",
+        *KINDS,
+        "em nats / mass",
+        "mined nats / mass",
+        "prefix nats / mass",
+        "prefix against the source's own",
+    ]
     table("gold token under each map, where matched by offsets", header, quality(known))
 
 
