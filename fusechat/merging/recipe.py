@@ -10,26 +10,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fusechat.app.errors import UserError, one_of
 from fusechat.app.outputs import stage_fingerprint
 from fusechat.app.registry import Member
 from fusechat.merging.family import settings_of, total_of
 from fusechat.merging.methods import METHODS
 from fusechat.models.checkpoints import bytes_of
+from fusechat.models.devices import device_of
 from fusechat.models.load import model_identity
 
 COMMON = ("weights", "patterns", "dtype", "max_shard_size")  # of every method, and of the fingerprint
 
 
 def device_named(device: str) -> str:
-    """``cpu`` or ``cuda``; auto is a GPU where there is one. Raises `UserError` for others, and where there is none."""
-    one_of(device, ("auto", "cpu", "cuda"), "merge.device")
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise UserError("merge.device=cuda: no GPU is visible to torch; set merge.device=cpu")
-    return ("cuda" if available else "cpu") if device == "auto" else device
+    """merge.device as torch writes it. Raises `UserError` where it is not here, or knows no float64 (sums need it)."""
+    found = device_of(device, "merge.device")
+    if found.type in ("cpu", "cuda"):
+        return str(found)
+    if device == "auto":
+        return "cpu"
+    raise UserError(f"merge.device={device}: merging needs cpu or cuda; set merge.device=cpu")
 
 
 RANGES = {  # setting -> what is allowed, in words and as a test; `NaN` passes none

@@ -117,7 +117,7 @@ def test_a_dry_run_describes(models: dict[str, Path], tmp_path: Path) -> None:
         ("varm", {"settings": {"temperature": 0}}, r"merge.temperature=0: 0 is not a number above 0"),
         ("slerp", {"settings": {"t": "half"}}, r"merge.t=half: 'half' is not a number in \[0, 1\]"),
         ("task_arithmetic", {"settings": {"scale": float("inf")}}, r"merge.scale=inf: inf is not a number finite"),
-        ("linear", {"device": "tpu"}, r"merge.device='tpu' is unknown; use one of: auto, cpu, cuda"),
+        ("linear", {"device": "tpu"}, r"merge.device=tpu: no such device here; this machine has: cpu"),
         ("best", {}, r"merge.method='best' is unknown; use one of: breadcrumbs, compress, dare"),
         ("compress", {}, r"merge=compress needs the target to store: add target=DIR \(3 given\)"),
         ("sce", {"settings": {"select": "all"}}, r"merge.select='all' is unknown; use one of: weights, deltas"),

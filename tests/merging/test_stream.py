@@ -286,8 +286,10 @@ def test_where_it_is_merged_leaves_no_mark(models: dict[str, Path], monkeypatch:
     output = merge(models, "merge=linear", "merge.device=cpu")
     record = (output / "fusechat.json").read_bytes()
     assert (merge(models, "merge=linear", "merge.device=auto") / "fusechat.json").read_bytes() == record
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"merge\.device=cuda: no GPU is visible to torch; set merge\.device=cpu"):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(
+        UserError, match=r"merge\.device=cuda: no such device here; this machine has: cpu; merge\.device=auto"
+    ):
         merge(models, "merge=linear", "merge.device=cuda")
 
 
