@@ -26,7 +26,8 @@ import fusechat
 from fusechat.align import nearest, projection, sequence
 from fusechat.app import threads
 from fusechat.app.outputs import file_hash
-from fusechat.merging.selection import Largest
+from fusechat.merging.selection import most_varying
+from fusechat.merging.slices import Slices
 from tests.conftest import ROOT, Mini
 
 RUN = """
@@ -132,7 +133,7 @@ def ragged() -> projection.Ragged:
 
 POSITIONS, TABLE = np.array([0, 1]), np.array([0, 1, 2])
 KERNELS: dict[str, Callable[[], object]] = {
-    "_count": lambda: Largest(lambda: torch.rand(1 << 20).split(1 << 19), share=0.5),
+    "_histogram": lambda: most_varying(Slices(torch.zeros(1 << 19), [torch.rand(1 << 19) for _ in range(2)]), 0.5),
     "_nearest": lambda: nearest.nearest([f"{n}a" for n in range(500)], [f"{n}b" for n in range(500)]),
     "_warp": lambda: sequence.dtw(["ab", "c"], ["a", "bc"]),
     "_match": lambda: sequence.align_offsets(np.array([0, 2, 3]), np.array([0, 1, 3])),

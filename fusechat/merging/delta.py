@@ -25,6 +25,7 @@ from fusechat.merging.family import METHODS
 from fusechat.merging.groups import BLOCK
 from fusechat.merging.slices import Slices
 from fusechat.models.checkpoints import LazyCheckpoint, TensorInfo
+from fusechat.models.computed import Source, low_rank, whole_of
 from fusechat.models.load import model_identity
 
 FILE, RECORD = "delta.safetensors", "delta.json"
@@ -113,8 +114,9 @@ def write_store(
         matrix = Slices(pivot.tensor(name), [target.tensor(name)])
         tensors |= {f"{name}:{part}": value for part, value in compress(matrix, ratio).items()}
         ranks[name] = ranks_of(info.shape, ratio)
-        delta = matrix.targets[0].float() - matrix.pivot.float()
-        lost += float((low_rank(tensors.__getitem__, name, ranks[name], info.shape) - delta).square().sum())
+        delta = target.tensor(name).float() - pivot.tensor(name).float()
+        left, right = factors(tensors.__getitem__, name, ranks[name], info.shape)
+        lost += float((left @ right - delta).square().sum())
         total += float(delta.square().sum())
     save_file(tensors, directory / FILE)
     write_json(directory / RECORD, {"pivot": identity, "ratio": ratio, "ranks": ranks})
@@ -145,32 +147,37 @@ class CompressedCheckpoint(LazyCheckpoint):
         for name in self.infos.keys() - self.ranks.keys():
             stored = opened.get_slice(name)
             self.infos[name] = TensorInfo(tuple(stored.get_shape()), self.infos[name].dtype, path / FILE, -1)
-        self._open, self._bin = {}, {}
+        self._maps, self._bin = {}, {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
 
     def tensor(self, name: str) -> Tensor:
         """pivot + low-rank delta, in fp32; parameters that were not compressed come as they are."""
+        return whole_of(self.source(name))
+
+    def source(self, name: str) -> Source:
+        """The same by rows."""
         if name not in self.ranks:
             return self._delta.get_tensor(name)  # type: ignore[no-any-return]
-        delta = low_rank(self._delta.get_tensor, name, self.ranks[name], self.infos[name].shape)
-        return self.pivot.tensor(name).float() + delta
+        shape = self.infos[name].shape
+        left, right = factors(self._delta.get_tensor, name, self.ranks[name], shape)
+        return low_rank(self.pivot.tensor(name), left, right)
 
 
-def open_checkpoint(path: Path, pivot: LazyCheckpoint) -> LazyCheckpoint:
-    """A target, compressed or not."""
-    return CompressedCheckpoint(path, pivot) if (path / RECORD).exists() else LazyCheckpoint(path)
+def factors(
+    get: Callable[[str], Tensor], name: str, ranks: Sequence[Sequence[int]], shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """U S [m, R] and V [R, n] of a stored matrix, in fp32.
 
-
-def low_rank(get: Callable[[str], Tensor], name: str, ranks: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Tensor:
-    """U S V of a stored matrix, in fp32. get: stored tensors by name; ranks: (bits, vectors) of every band."""
-    delta = torch.zeros(shape)
+    get: stored tensors by name; ranks: (bits, vectors) of every band.
+    """
+    left, right = [torch.zeros(shape[0], 0)], [torch.zeros(0, shape[1])]
     for bits, count in ranks:
         if count:
             sides = {
                 side: {key: get(f"{name}:{side}{bits}:{key}") for key in ("codes", "scale", "low")} for side in "uv"
             }
-            u, v = dequantize(sides["u"], bits, shape[0]), dequantize(sides["v"], bits, shape[1])
-            delta.addmm_(u.t() * get(f"{name}:s{bits}"), v)
-    return delta
+            left.append(dequantize(sides["u"], bits, shape[0]).t() * get(f"{name}:s{bits}"))
+            right.append(dequantize(sides["v"], bits, shape[1]))
+    return torch.cat(left, 1), torch.cat(right)

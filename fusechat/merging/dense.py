@@ -19,7 +19,7 @@ SMALLEST = 1e-8  # norm below which a vector has no direction
 @METHODS.register("linear", "weighted mean", needs=("weights",))
 def linear(slices: Slices, weights: Weights, normalize: bool = True) -> Parts:
     """θ = Σ_j w_j θ_j, the weights made to sum to one where ``normalize`` is set (arXiv 2203.05482)."""
-    scale = sum(weights) if normalize else 1.0
+    scale = total_of(weights) if normalize else 1.0
     for _, targets in slices:
         yield combined(targets, [weight / scale for weight in weights])
 

@@ -27,7 +27,6 @@ NEEDS = {  # what a method can ask for beside its own settings: need -> what it 
     "seed": "seed: the run's seed and a hash of the parameter's name",
     "name": "name: the parameter's",
     "transposed": "transposed: whether the matrix's rows are the vectors (embeddings), not its columns",
-    "whole": "nothing more, but it holds whole tensors in memory rather than slices",
     "store": "nothing more; of one target it returns the tensors that stand for a matrix in a delta store",
 }
 METHODS = Family("merge.method", needs=tuple(NEEDS))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,50 @@ from typing import Any
 from fusechat.app.errors import UserError, one_of
 from fusechat.app.outputs import stage_fingerprint
 from fusechat.app.registry import Member
-from fusechat.merging.family import settings_of
+from fusechat.merging.family import settings_of, total_of
 from fusechat.merging.methods import METHODS
 from fusechat.models.checkpoints import bytes_of
+from fusechat.models.devices import device_of
 from fusechat.models.load import model_identity
 
-COMMON = ("weights", "patterns", "dtype", "max_shard_size")  # keys of the config group that every method has
+COMMON = ("weights", "patterns", "dtype", "max_shard_size")  # of every method, and of the fingerprint
+
+
+def device_named(device: str) -> str:
+    """merge.device as torch writes it. Raises `UserError` where it is not here, or knows no float64 (sums need it)."""
+    found = device_of(device, "merge.device")
+    if found.type in ("cpu", "cuda"):
+        return str(found)
+    if device == "auto":
+        return "cpu"
+    raise UserError(f"merge.device={device}: merging needs cpu or cuda; set merge.device=cpu")
+
+
+RANGES = {  # setting -> what is allowed, in words and as a test; `NaN` passes none
+    "density": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "gamma": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "epsilon": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "temperature": ("above 0", lambda value: 0 < value < math.inf),
+    "t": ("in [0, 1]", lambda value: 0 <= value <= 1),
+}
+
+
+def _check_range(method: str, key: str, value: Any) -> None:
+    """Raises `UserError` for numbers that are out of the range of a setting of ours, and not finite for any."""
+    words, fits = RANGES.get(key, ("finite", lambda number: not isinstance(number, float) or math.isfinite(number)))
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        numeric = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if (key in RANGES and not numeric) or (numeric and not fits(number)):
+            raise UserError(f"merge.{key}={value}: {number!r} is not a number {words} (merge={method})")
+
+
+def _check_pattern(i: int, pattern: Mapping[str, Any]) -> None:
+    if "match" not in pattern or not (pattern.get("weights") or pattern.get("keep") == "pivot"):
+        raise UserError(f"merge.patterns[{i}]={dict(pattern)} needs match and weights, or match and keep: pivot")
+    try:
+        re.compile(pattern["match"])
+    except (re.error, TypeError) as error:
+        raise UserError(f"merge.patterns[{i}].match={pattern['match']!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -35,6 +74,7 @@ class Recipe:
     patterns: Sequence[Mapping[str, Any]] = ()
     dtype: str | None = None
     max_shard_size: str | int = "5GB"
+    device: str = "cpu"
     seed: int = 0
     imports: Mapping[str, str] | None = None
     made_by: str = "python train.py"
@@ -46,14 +86,15 @@ class Recipe:
         """From the config group ``merge`` as plain data. target: instead of ``targets`` where the method stores one."""
         method = options["method"]
         chosen = ([target] if target else []) if "store" in METHODS[method].needs else targets
-        settings = {k: v for k, v in options.items() if k not in (*COMMON, "method", "name", "dry_run")}
-        common = {key: options[key] for key in COMMON}
+        settings = {k: v for k, v in options.items() if k not in (*COMMON, "device", "method", "name", "dry_run")}
+        common = {key: options[key] for key in (*COMMON, "device")}
         return cls(method, Path(pivot), [Path(path) for path in chosen], settings, **common, **others)
 
     def __post_init__(self) -> None:
         object.__setattr__(
             self, "settings", settings_of(self.member, self.settings)
         )  # complete: they are the fingerprint
+        object.__setattr__(self, "device", device_named(self.device))
         self._check_numbers()
         self._check_paths()
 
@@ -72,16 +113,30 @@ class Recipe:
         """Path -> hash of content, pivot first."""
         return {str(path): model_identity(str(path)) for path in (self.pivot_path, *self.target_paths)}
 
+    @property
+    def ordered(self) -> list[str]:
+        """The hashes of pivot and targets, in order; the pivot may be a target too."""
+        return [self.identities[str(path)] for path in (self.pivot_path, *self.target_paths)]
+
     @cached_property
     def mark(self) -> str:
         """The merged model's fingerprint."""
         common = {key: getattr(self, key) for key in COMMON}
         options = {"method": self.method, **common, "patterns": list(self.patterns), **self.settings}
-        return stage_fingerprint(self.imports, merge=options, inputs=list(self.identities.values()), seed=self.seed)
+        return stage_fingerprint(self.imports, merge=options, inputs=self.ordered, seed=self.seed)
 
     def pattern_at(self, name: str) -> Mapping[str, Any]:
         """The first pattern that fits a parameter; empty where none does."""
         return next((pattern for pattern in self.patterns if re.search(pattern["match"], name)), {})
+
+    def check_patterns(self, names: Collection[str]) -> None:
+        """Raises `UserError` for a pattern that fits none of the parameters."""
+        for i, pattern in enumerate(self.patterns):
+            if not any(re.search(pattern["match"], name) for name in names):
+                raise UserError(
+                    f"merge.patterns[{i}].match={pattern['match']!r} fits no parameter of {self.pivot_path}, whose "
+                    f"first is {next(iter(names), None)}; merge.dry_run=true lists them without patterns"
+                )
 
     def per_target(self, key: str) -> list[float]:
         """A setting as one value per target."""
@@ -96,21 +151,31 @@ class Recipe:
             raise UserError(f"merge={self.method} needs the target to store: add target=DIR ({count} given)")
         if not self.storing and count < 2:
             raise UserError(f"merging needs at least two targets, {count} given; see targets='[DIR,DIR]'")
-        lists = {"weights": self.weights or []} | {
-            k: v for k, v in self.settings.items() if isinstance(v, (list, tuple))
-        }
+        lists = {"weights": self.weights or []}
+        lists |= {key: value for key, value in self.settings.items() if isinstance(value, (list, tuple))}
         lists |= {f"patterns[{i}].weights": p.get("weights") or [] for i, p in enumerate(self.patterns)}
         for key, values in lists.items():
             if values and len(values) != count:
                 raise UserError(f"merge.{key} has {len(values)} values for {count} targets; give one for each")
+            if key.endswith("weights") and values:
+                self._check_weights(key, values)
+        for key, value in self.settings.items():
+            _check_range(self.method, key, value)
         for i, pattern in enumerate(self.patterns):
-            if "match" not in pattern or not (pattern.get("weights") or pattern.get("keep") == "pivot"):
-                raise UserError(
-                    f"merge.patterns[{i}]={dict(pattern)} needs match and weights, or match and keep: pivot"
-                )
+            _check_pattern(i, pattern)
         if self.dtype:
             one_of(self.dtype, ("float32", "bfloat16", "float16"), "merge.dtype")
         bytes_of(self.max_shard_size)
+
+    def _check_weights(self, key: str, weights: Sequence[float]) -> None:
+        taken = self.member.needs & ({"weights", "variation"} if key.startswith("patterns") else {"weights"})
+        if not taken:
+            raise UserError(f"merge.{key} is given, but merge={self.method} takes no weights; remove it")
+        for weight in weights:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise UserError(f"merge.{key}={list(weights)}: {weight!r} is no finite number; give one per target")
+        if self.settings.get("normalize"):
+            total_of(weights)
 
     def _check_paths(self) -> None:
         for path in self.target_paths:

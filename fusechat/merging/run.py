@@ -46,6 +46,7 @@ def merge(
     patterns: Sequence[Mapping[str, Any]] = (),
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
+    device: str = "cpu",
     seed: int = 0,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -54,18 +55,20 @@ def merge(
 ) -> Merged:
     """Merges targets of the pivot's shape into one model by a method of `fusechat.merging.METHODS`.
 
-    pivot, targets: local Hugging Face directories; a target may be a delta store. settings: the method's own, the
-    rest as its signature has them. weights: one per target; None is equal. patterns: [{match: regex, weights: [...]}]
-    or [{match: regex, keep: pivot}], the first that fits a parameter's name counts. dtype: float32, bfloat16 or
-    float16; None stores the pivot's. seed: of methods that drop at random. overwrite: replaces a folder that other
-    settings made. dry_run: writes nothing but describes the merge. record: what else ``fusechat.json`` is to hold.
-    imports: name -> hash of modules with methods of your own; part of the fingerprint.
+    pivot, targets: local Hugging Face directories; a target may be a delta store or a LoRA adapter of the pivot.
+    settings: the method's own, the rest as its signature has them. weights: one per target; None is equal. patterns:
+    [{match: regex, weights: [...]}] or [{match: regex, keep: pivot}], the first that fits a parameter's name counts.
+    dtype: float32, bfloat16 or float16; None stores the pivot's. device: where slices are merged: cpu, cuda or auto.
+    seed: of methods that drop at random. overwrite: replaces a folder that other settings made. dry_run: writes
+    nothing but describes the merge. record: what else ``fusechat.json`` is to hold. imports: name -> hash of modules with
+    methods of your own; part of the fingerprint.
 
     Writes ``output_dir`` whole or not at all; a folder that holds this very merge is left as it is. Raises
     `UserError` for unknown methods and settings, inputs that are broken or do not belong together, and a full disk.
     """
     paths = [Path(path) for path in targets]
-    recipe = Recipe(method, Path(pivot), paths, settings or {}, weights, patterns, dtype, max_shard_size, seed, imports)
+    options = (weights, patterns, dtype, max_shard_size, device, seed, imports)
+    recipe = Recipe(method, Path(pivot), paths, settings or {}, *options)
     return make(recipe, output_dir, overwrite=overwrite, dry_run=dry_run, record=record)
 
 
@@ -92,6 +95,7 @@ def _make(
     if held is not None:
         return Merged(output, held.get("weights", {}), made=False)
     inputs = open_inputs(recipe.pivot_path, recipe.target_paths, by_token=not recipe.storing)
+    recipe.check_patterns(inputs.floating)
     if dry_run and recipe.storing:
         raise UserError(f"merge={recipe.method} has no plan to show; leave out merge.dry_run=true")
     groups = _group_weights(inputs, recipe)
@@ -115,7 +119,7 @@ def _group_weights(inputs: Inputs, recipe: Recipe) -> GroupWeights:
     if "variation" not in recipe.member.needs:
         return {}
     asked = ("granularity", "variation", "weighting", "temperature", "allow_unchanged")
-    return measured_weights(inputs, list(recipe.identities.values()), **{key: recipe.settings[key] for key in asked})
+    return measured_weights(inputs, recipe.ordered, **{key: recipe.settings[key] for key in asked})
 
 
 def _check_room(output: Path, need: int) -> None:

@@ -1,81 +1,147 @@
-"""The largest elements of a tensor that is seen in slices: radix selection over the bits of non-negative floats."""
+"""The largest elements of a parameter that is seen in slices: radix selection over the bits of non-negative floats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-Scores = Callable[[], Iterable[Tensor]]
-HIGH, LOW = 1 << 15, 1 << 16  # bins of the upper and the lower half of a float's bits, the sign left out
+from fusechat.merging.slices import Slices
+
+UPPER = 1 << 15  # bins of the upper half of a float's bits, the sign left out
+STRIDE, SAMPLED = 16, 1 << 20  # of parameters with that many elements, one block in 16 is a sample
+COARSE = 1 << 9  # bins that are searched together
+NEAR = 1 << 19  # values around a guess, as bits, that are told apart
+Counts = np.ndarray[Any, np.dtype[Any]]
 
 
 class Largest:
-    """Which elements are among the largest of a stream of fp32 scores >= 0; among equal ones the first.
+    """Elements above a threshold, and the first ``left`` of those that equal it; for each of several scores.
 
-    scores: yields the stream's slices, anew each time it is called. count: how many; or share: of those above zero.
-    Two passes find the threshold. Memory does not depend on the stream's length.
+    Slices are taken in order: what one of them used up is gone. variance: see `scores`.
     """
 
-    def __init__(self, scores: Scores, count: int | None = None, share: float = 1.0) -> None:
-        upper = _histogram(scores, 16, 31, 0, HIGH)
-        size, positive = int(upper.sum()), int(upper[1:].sum())
-        count = int(share * positive) if count is None else count
-        self.everything, self.nothing = count >= size, count <= 0
-        self.threshold, self.ties = 0.0, 0
-        if not (self.everything or self.nothing):
-            above, high = _kth(upper, count)
-            more, low = _kth(_histogram(scores, 0, 16, high, LOW), count - above)
-            self.threshold = float(np.array([(high << 16) | low], np.int32).view(np.float32)[0])
-            self.ties = count - above - more
+    def __init__(self, thresholds: Sequence[float], left: Sequence[int], variance: bool) -> None:
+        self.thresholds, self.left = np.array(thresholds, np.float32), np.array(left, np.int64)
+        self.variance = variance
 
-    def masker(self) -> Callable[[Tensor], Tensor]:
-        """A function that is called with each slice's scores, in the stream's order, and returns the slice's mask.
+    def anew(self) -> Largest:
+        """The same for another pass; to be taken before the first."""
+        return Largest(list(self.thresholds), list(self.left), self.variance)
 
-        Masks are fp32 of 0 and 1, which multiplies many times faster than bool.
-        """
-        left = self.ties
+    def masks(self, pivot: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
+        """The next slice's, one per score: 1 where an element is chosen, else 0."""
+        return [self._mask(s, values) for s, values in enumerate(scores(pivot, targets, self.variance))]
 
-        def mask_of(scores: Tensor) -> Tensor:
-            nonlocal left
-            if self.everything or self.nothing:
-                return torch.full((), float(self.everything))
-            mask = torch.nn.functional.hardshrink(scores, self.threshold).sign_()  # 1 above the threshold
-            if left > 0:
-                equal = scores == self.threshold
-                found = int(equal.sum())
-                if found > left:
-                    equal &= equal.flatten().cumsum(0).view_as(equal) <= left
-                left -= min(found, left)
-                mask.masked_fill_(equal, 1.0)
-            return mask
-
-        return mask_of
+    def _mask(self, s: int, values: Tensor) -> Tensor:
+        threshold, left = float(self.thresholds[s]), int(self.left[s])
+        mask = (values > threshold).float()
+        if left > 0:
+            equal = values == threshold
+            found = int(equal.sum())
+            if found > left:
+                equal &= equal.cumsum(0) <= left
+            self.left[s] -= min(found, left)
+            mask.masked_fill_(equal, 1.0)
+        return mask
 
 
-def _kth(histogram: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> tuple[int, int]:
+def scores(pivot: Tensor, targets: Sequence[Tensor], variance: bool) -> list[Tensor]:
+    """What elements are chosen by: the variance over the targets, or |δ_j| of each target."""
+    return [variances(targets)] if variance else [(target - pivot).abs_() for target in targets]
+
+
+def variances(targets: Sequence[Tensor]) -> Tensor:
+    """Of the targets, element by element; taken from the first, so that equal targets give exactly zero."""
+    first, second = torch.zeros_like(targets[0]), torch.zeros_like(targets[0])
+    for target in targets[1:]:
+        apart = target - targets[0]
+        first.add_(apart)
+        second.addcmul_(apart, apart)
+    return second.div_(len(targets)).sub_(first.div_(len(targets)).square_()).clamp_min_(0.0)
+
+
+def largest_deltas(slices: Slices, counts: Sequence[int]) -> Largest:
+    """The elements of largest |δ_j|, ``counts[j]`` of target j; among equal ones the first."""
+    return _largest(slices, False, lambda positive: counts)
+
+
+def most_varying(slices: Slices, share: float) -> Largest:
+    """The elements of largest variance over the targets, this share of those that vary at all."""
+    return _largest(slices, True, lambda positive: [int(share * count) for count in positive])
+
+
+def everything() -> Largest:
+    """Every element, in the form of `most_varying`."""
+    return Largest([-1.0], [0], True)
+
+
+def _largest(slices: Slices, variance: bool, wanted: Callable[[list[int]], Sequence[int]]) -> Largest:
+    """wanted: how many of each score, given how many of each are above zero.
+
+    The upper halves of a sample's bits say near which value a threshold lies; one pass over everything counts what is
+    above and, exactly, what is near. Where a threshold is not there after all, the sample becomes all there is.
+    """
+    amount = 1 if variance else len(slices.targets)
+    stride = STRIDE if slices.compiled and slices.size >= SAMPLED else 1
+    while True:
+        sample = histograms(slices, variance, 16, np.zeros(amount, np.int64), UPPER, stride)
+        size = sample[:, :-1].sum(1)
+        guess = wanted([int(n * (slices.size / s)) for n, s in zip(size - sample[:, -1], size, strict=True)])
+        middle = [
+            _kth(h[:-2], min(s, int(c * s / slices.size)))[1] for h, c, s in zip(sample, guess, size, strict=True)
+        ]
+        floors = np.array([max(0, (bin << 16) + (1 << 15) - NEAR // 2) for bin in middle], np.int64)
+        near = histograms(slices, variance, 0, floors, NEAR, 1)
+        counts = wanted([slices.size - int(zeros) for zeros in near[:, -1]])
+        found = [_threshold(*of_one, slices.size) for of_one in zip(near, floors, counts, strict=True)]
+        if all(found) or stride == 1:
+            thresholds, left = zip(*(one for one in found if one), strict=True)
+            return Largest(thresholds, left, variance)
+        stride = 1
+
+
+def _threshold(near: Counts, floor: int, count: int, size: int) -> tuple[float, int] | None:
+    """The count-th largest score and how many that equal it are chosen; None where it is not among those counted."""
+    if count <= 0 or count >= size:
+        return (float("inf"), 0) if count <= 0 else (-1.0, 0)
+    above = int(near[-2])
+    if not above < count <= above + int(near[:-2].sum()):
+        return None
+    more, place = _kth(near[:-2], count - above)
+    return float(np.array([floor + place], np.int32).view(np.float32)[0]), count - above - more
+
+
+def _kth(histogram: Counts, count: int) -> tuple[int, int]:
     """How many lie in the bins above the one that holds the count-th largest; and that bin."""
-    from_top = np.cumsum(histogram[::-1])
+    above, coarse = _from_top(histogram.reshape(-1, COARSE).sum(1), count)
+    more, fine = _from_top(histogram[coarse * COARSE : (coarse + 1) * COARSE], count - above)
+    return above + more, coarse * COARSE + fine
+
+
+def _from_top(counts: Counts, count: int) -> tuple[int, int]:
+    from_top = np.cumsum(counts[::-1], dtype=np.int64)
     place = int(np.searchsorted(from_top, count))
-    return int(from_top[place] - histogram[::-1][place]), len(histogram) - 1 - place
+    return int(from_top[place] - counts[::-1][place]), len(counts) - 1 - place
 
 
-def _histogram(
-    scores: Scores, low: int, high: int, prefix: int, bins: int
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Counts of ``bits >> low`` among the scores whose ``bits >> high`` is ``prefix``."""
-    counts = np.zeros(bins, np.int64)
-    for part in scores():
-        _count(part.flatten().view(torch.int32).numpy(), low, high, prefix, counts)
+def histograms(slices: Slices, variance: bool, low: int, floors: Counts, bins: int, stride: int) -> Counts:
+    """Counts [scores, bins + 2] of ``(bits >> low) - floor``; the last two: how many lie above the bins, and are zero.
+
+    stride: one block in so many is counted, where the loops are compiled.
+    """
+    if slices.compiled:
+        from fusechat.merging import compiled  # here: numba takes longer to import than some merges
+
+        return compiled.histograms(slices, variance, low, floors, bins, stride)
+    counts = np.zeros((len(floors), bins + 2), np.int64)
+    for pivot, targets in slices:
+        for s, values in enumerate(scores(pivot, targets, variance)):
+            place = ((values.view(torch.int32) & 0x7FFFFFFF) >> low) - int(floors[s])
+            found = torch.bincount(place[place >= 0].clamp_max_(bins), minlength=bins + 1)
+            counts[s, :-1] += found.cpu().numpy()
+            counts[s, -1] += int((values == 0).sum())
     return counts
-
-
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _count(bits, low, high, prefix, counts):  # type: ignore[no-untyped-def]
-    for i in range(len(bits)):
-        value = bits[i] & 0x7FFFFFFF  # a NaN's sign must not lead out of the bins
-        if value >> high == prefix:
-            counts[(value >> low) & (len(counts) - 1)] += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,10 +10,8 @@ from torch import Tensor
 
 from fusechat.app.errors import one_of
 from fusechat.merging.family import METHODS, Parts, Weights, combined, total_of
+from fusechat.merging.selection import Largest, everything, largest_deltas, most_varying
 from fusechat.merging.slices import Slices
-
-if TYPE_CHECKING:
-    from fusechat.merging.selection import Largest
 
 
 @METHODS.register("ties", "trim, elect sign, merge", needs=("weights", "density"))
@@ -23,11 +20,15 @@ def ties(slices: Slices, weights: Weights, density: Weights, scale: float = 1.0,
 
     density: share of elements kept. θ = θ_0 + scale · consensus of the trimmed deltas, see `consensus`.
     """
-    kept = [slices.of(j).largest(_magnitude, count=int(d * slices.size)) for j, d in enumerate(density)]
-    trims = [largest.masker() for largest in kept]
+    chosen = largest_deltas(slices, [int(d * slices.size) for d in density])
+    if slices.compiled:
+        from fusechat.merging import compiled  # here: numba takes longer to import than some merges
+
+        yield from compiled.ties(slices, chosen, weights, scale, normalize)
+        return
     for pivot, targets in slices:
-        deltas = [target - pivot for target in targets]
-        trimmed = [delta.mul_(trim(delta.abs())) for delta, trim in zip(deltas, trims, strict=True)]
+        masks = chosen.masks(pivot, targets)
+        trimmed = [(target - pivot).mul_(mask) for target, mask in zip(targets, masks, strict=True)]
         yield consensus(trimmed, weights, normalize).mul_(scale).add_(pivot)
 
 
@@ -88,20 +89,15 @@ def breadcrumbs(
     slices: Slices, weights: Weights, density: Weights, gamma: Weights, scale: float = 1.0, normalize: bool = True
 ) -> Parts:
     """Model breadcrumbs (arXiv 2312.06795): drop each δ_j's share ``gamma`` of largest, keep the next ``density``."""
-    wide, outliers = [], []
-    for j, (d, g) in enumerate(zip(density, gamma, strict=True)):
-        kept = int(slices.size * d)
-        dropped = min(
-            int(slices.size * g), slices.size - kept
-        )  # where density and gamma overlap, the outliers give way
-        wide.append(slices.of(j).largest(_magnitude, count=kept + dropped).masker())
-        outliers.append(slices.of(j).largest(_magnitude, count=dropped).masker())
+    kept = [int(slices.size * d) for d in density]
+    dropped = [  # where density and gamma overlap, the outliers give way
+        min(int(slices.size * g), slices.size - count) for g, count in zip(gamma, kept, strict=True)
+    ]
+    wide = largest_deltas(slices, [a + b for a, b in zip(kept, dropped, strict=True)])
+    outliers = largest_deltas(slices, dropped)
     for pivot, targets in slices:
-        deltas = []
-        for target, among_wide, among_outliers in zip(targets, wide, outliers, strict=True):
-            delta = target - pivot
-            magnitude = delta.abs()
-            deltas.append(delta.mul_(among_wide(magnitude) - among_outliers(magnitude)))
+        masks = zip(wide.masks(pivot, targets), outliers.masks(pivot, targets), strict=True)
+        deltas = [(target - pivot).mul_(a - b) for target, (a, b) in zip(targets, masks, strict=True)]
         yield weighted_sum(deltas, weights, normalize).mul_(scale).add_(pivot)
 
 
@@ -115,28 +111,34 @@ def sce(slices: Slices, density: float = 0.1, select: str = "weights") -> Parts:
     the weights alone, ``select=deltas`` (mergekit's) masks the deltas too.
     """
     one_of(select, ("weights", "deltas"), "merge.select")
-    selected = slices.largest(_variances, share=density) if density < 1 else None
-    weights = _energy_shares(slices, selected)
+    chosen = most_varying(slices, density) if density < 1 else everything()
+    again = chosen.anew() if select == "deltas" else everything()
+    weights = _energy_shares(slices, chosen)
     if weights is None:
         yield from (pivot for pivot, _ in slices)
         return
-    masked = selected.masker() if selected and select == "deltas" else None
+    if slices.compiled:
+        from fusechat.merging import compiled  # here: numba takes longer to import than some merges
+
+        yield from compiled.erased(slices, again, weights)
+        return
     for pivot, targets in slices:
-        deltas = [target - pivot for target in targets]
-        if masked:
-            mask = masked(_variances(pivot, targets))
-            deltas = [delta.mul_(mask) for delta in deltas]
-        yield _erased(deltas, weights).add_(pivot)
+        (mask,) = again.masks(pivot, targets)
+        yield _erased([(target - pivot).mul_(mask) for target in targets], weights).add_(pivot)
 
 
-def _energy_shares(slices: Slices, selected: Largest | None) -> list[float] | None:
-    """w_j = Σ δ̂_j² / Σ_i Σ δ̂_i² over the selected elements (None: all); None where no target changed any of them."""
-    chosen = selected.masker() if selected else None
+def _energy_shares(slices: Slices, chosen: Largest) -> list[float] | None:
+    """w_j = Σ δ_j² / Σ_i Σ δ_i² over the chosen elements; None where no target changed any of them."""
     energy = torch.zeros(len(slices.targets), dtype=torch.float64)
-    for pivot, targets in slices:
-        mask = chosen(_variances(pivot, targets)) if chosen else torch.ones(())
-        deltas = [target - pivot for target in targets]
-        energy += torch.stack([(delta * mask).dot(delta) for delta in deltas])
+    if slices.compiled:
+        from fusechat.merging import compiled
+
+        energy = compiled.energies(slices, chosen)
+    else:
+        for pivot, targets in slices:
+            (mask,) = chosen.masks(pivot, targets)
+            deltas = [target - pivot for target in targets]
+            energy += torch.stack([(delta * mask).dot(delta) for delta in deltas]).cpu()
     total = energy.sum()
     return (energy / total).tolist() if float(total) else None
 
@@ -173,21 +175,7 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Weights, normalize: bool) ->
 
 def _elected(values: Sequence[Tensor]) -> Tensor:
     """1 or -1 by the sign of the sum; a sum of zero counts as positive."""
-    return torch.copysign(torch.ones(()), sum(values[1:], values[0].clone()))
-
-
-def _variances(pivot: Tensor, targets: Sequence[Tensor]) -> Tensor:
-    """Of the targets, element by element; taken from the first, so that equal targets give exactly zero."""
-    first, second = torch.zeros_like(pivot), torch.zeros_like(pivot)
-    for target in targets[1:]:
-        apart = target - targets[0]
-        first.add_(apart)
-        second.addcmul_(apart, apart)
-    return second.div_(len(targets)).sub_(first.div_(len(targets)).square_()).clamp_min_(0.0)
-
-
-def _magnitude(pivot: Tensor, targets: Sequence[Tensor]) -> Tensor:
-    return (targets[0] - pivot).abs_()
+    return sum(values[1:], values[0].clone()).ge(0).mul(2.0).sub_(1.0)
 
 
 def _generators(seed: Sequence[int], count: int) -> list[np.random.Generator]:
@@ -197,4 +185,5 @@ def _generators(seed: Sequence[int], count: int) -> list[np.random.Generator]:
 
 def _below(generator: np.random.Generator, like: Tensor, limit: float | Tensor) -> Tensor:
     """1 where a uniform draw is below the limit, else 0."""
-    return (limit - torch.from_numpy(generator.random(like.shape, dtype=np.float32))).sign_().clamp_min_(0.0)
+    draws = torch.from_numpy(generator.random(like.shape, dtype=np.float32)).to(like.device)
+    return (limit - draws).sign_().clamp_min_(0.0)

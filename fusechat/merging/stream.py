@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,26 @@ def write_merged(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory
     writer = CheckpointWriter(directory, layout, bytes_of(recipe.max_shard_size))
     for position, name in enumerate(names, 1):
         inputs.read_ahead(names[position : position + AHEAD])
-        if name not in floating or keeps_pivot(recipe, name):
+        if name in floating:
+            for part in merged_parts(inputs, recipe, groups, name):
+                writer.write(name, part)
+        else:
+            inputs.check_equal(name)
             writer.write(name, inputs.pivot.tensor(name))
-            continue
-        slices = inputs.slices(name)
-        for part in recipe.member.function(slices, **handed_over(recipe, groups, name, slices.pivot.dim())):
-            _check_finite(part, inputs, recipe, name)
-            writer.write(name, part)
+        inputs.let_go(name)
     return writer.close()
+
+
+def merged_parts(inputs: Inputs, recipe: Recipe, groups: GroupWeights, name: str) -> Iterator[Tensor]:
+    """A merged parameter's slices. Raises `UserError` where they are not finite."""
+    slices = inputs.slices(name, recipe.device)
+    if keeps_pivot(recipe, name):
+        yield from (pivot for pivot, _ in slices)
+        return
+    for part in recipe.member.function(slices, **handed_over(recipe, groups, name, len(slices.shape))):
+        if not bool(torch.isfinite(part.sum())) and not bool(torch.isfinite(part).all()):
+            raise UserError(f"merging {name} by {recipe.method} gives NaN or inf; check merge.weights and merge.scale")
+        yield part
 
 
 def keeps_pivot(recipe: Recipe, name: str) -> bool:
@@ -78,26 +91,11 @@ def handed_over(recipe: Recipe, groups: GroupWeights, name: str, dimensions: int
     return handed
 
 
-def _check_finite(merged: Tensor, inputs: Inputs, recipe: Recipe, name: str) -> None:
-    if bool(torch.isfinite(merged.sum())) or bool(torch.isfinite(merged).all()):
-        return
-    for checkpoint in (inputs.pivot, *inputs.targets):
-        if not bool(torch.isfinite(checkpoint.tensor(name).float()).all()):
-            raise UserError(
-                f"{checkpoint.path}: {name} holds NaN or inf; the model is broken, train or download it again"
-            )
-    raise UserError(f"merging {name} by {recipe.method} gives NaN or inf; check merge.weights and merge.scale")
-
-
 def describe(inputs: Inputs, recipe: Recipe, groups: GroupWeights) -> str:
     """What would be written: every parameter with its weights."""
     layout = layout_of(inputs, recipe.dtype)
     size = size_of(layout) / 1e6
     lines = [f"{recipe.method}: {len(layout)} parameters, {size:,.1f} MB in shards of {recipe.max_shard_size}"]
-    if "whole" in recipe.member.needs:
-        largest = max(torch.Size(shape).numel() for shape, _ in layout.values())
-        need = 4 * largest * (1 + len(inputs.targets)) / 1e6
-        lines.append(f"  holds whole tensors in memory: at least {need:,.1f} MB")
     for name, (shape, dtype) in layout.items():
         kept = name not in inputs.floating or keeps_pivot(recipe, name)
         weights = None if kept else handed_over(recipe, groups, name, len(shape)).get("weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fusechat.app.errors import UserError
 from fusechat.models.checkpoints import LazyCheckpoint
+from fusechat.models.computed import Computed
 
 
 def vocabulary(path: Path) -> dict[str, int] | None:
@@ -23,7 +25,7 @@ def vocabulary(path: Path) -> dict[str, int] | None:
     return found | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
 
 
-def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Tensor]:
+def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Computed]:
     """Vocabulary-sized tensors of the target with their rows in the pivot's order; rows it lacks are the pivot's.
 
     Empty where both have the same tokens at the same ids and the same shapes. Raises `UserError` where shapes differ
@@ -34,7 +36,7 @@ def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Tenso
         n for n in pivot if n in target and len(pivot.infos[n].shape) == 2 and _is_vocabulary(pivot, target, n, own)
     ]
     same = own == theirs or own is None or theirs is None
-    moved: dict[str, Tensor] = {}
+    moved: dict[str, Computed] = {}
     for name in names:
         shape, other = pivot.infos[name].shape, target.infos[name].shape
         if shape == other and same:
@@ -46,11 +48,26 @@ def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Tenso
             )
         shared = [(i, theirs[token]) for token, i in own.items() if token in theirs]
         pairs = [(mine, other_row) for mine, other_row in shared if mine < shape[0] and other_row < other[0]]
-        to, source = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)
-        rows = pivot.tensor(name).clone()
-        rows[to] = target.tensor(name)[source].to(rows.dtype)
-        moved[name] = rows
+        moved[name] = _gathered(pivot, target, name, pairs)
     return moved
+
+
+def _gathered(pivot: LazyCheckpoint, target: LazyCheckpoint, name: str, pairs: Sequence[tuple[int, int]]) -> Computed:
+    """The target's rows in the pivot's order. pairs: (the pivot's row, the target's); other rows are the pivot's."""
+    shape = torch.Size(pivot.infos[name].shape)
+    theirs = torch.full((shape[0],), -1)
+    if pairs:
+        to, source = torch.tensor(pairs).unbind(1)
+        theirs[to] = source
+
+    def rows(first: int, last: int) -> Tensor:
+        found = pivot.tensor(name)[first:last].float()
+        chosen = theirs[first:last]
+        has = chosen >= 0
+        found[has] = target.tensor(name)[chosen[has]].float()
+        return found
+
+    return Computed(shape, rows)
 
 
 def _is_vocabulary(pivot: LazyCheckpoint, target: LazyCheckpoint, name: str, own: dict[str, int] | None) -> bool:

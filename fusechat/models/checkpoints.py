@@ -1,11 +1,13 @@
 """Checkpoints tensor by tensor: read lazily from safetensors (or torch .bin), written as a stream of shards.
 
-Neither side ever holds a model in memory. Writing goes to a temporary directory that takes its name at the end.
+Neither side ever holds a model in memory: files are mapped, and pages that are done with are let go. Writing goes to a
+temporary directory that takes its name at the end.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fusechat.app.errors import UserError
+from fusechat.models.computed import Source
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
@@ -45,14 +48,14 @@ class LazyCheckpoint:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.infos: dict[str, TensorInfo] = {}
-        self._open: dict[Path, Any] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         self._bin: dict[str, Tensor] = {}
         files = _weight_files(self.path)
         for file in files:
             if file.suffix == ".bin":  # weights_only: a pickle from a stranger must not run code
                 self._bin |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             else:
-                self.infos |= _read_header(file)
+                self.infos |= read_header(file)
         self.infos |= {name: TensorInfo(tuple(t.shape), t.dtype, self.path, -1) for name, t in self._bin.items()}
 
     def __contains__(self, name: str) -> bool:
@@ -62,22 +65,48 @@ class LazyCheckpoint:
         return iter(self.infos)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor, memory-mapped where the format allows."""
+        """The tensor, memory-mapped where the format allows. The file does not change whatever is written to it."""
         if name in self._bin:
             return self._bin[name]
-        return self._handle(self.infos[name].file).get_tensor(name)  # type: ignore[no-any-return]
+        return self.at(self.infos[name])
+
+    def at(self, info: TensorInfo) -> Tensor:
+        """The tensor at a place in a safetensors file."""
+        if not info.bytes:
+            return torch.empty(info.shape, dtype=info.dtype)
+        count = info.bytes // info.dtype.itemsize
+        flat = torch.frombuffer(self._map(info.file), dtype=info.dtype, count=count, offset=info.start)
+        return flat.view(info.shape)
+
+    def source(self, name: str) -> Source:
+        """The tensor, or how its rows are computed, for those who read it a part at a time."""
+        return self.tensor(name)
 
     def read_ahead(self, name: str) -> None:
         """Asks the kernel to have the tensor's pages in memory soon."""
-        info = self.infos[name]
-        if info.start >= 0 and hasattr(os, "posix_fadvise"):
-            with info.file.open("rb") as file:
-                os.posix_fadvise(file.fileno(), info.start, info.bytes, os.POSIX_FADV_WILLNEED)
+        self._advise("MADV_WILLNEED", name)
 
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        return self._open[file]
+    def let_go(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Tells the kernel that elements [start, stop) need not stay mapped; whoever reads them again gets them again.
+
+        Of .bin checkpoints everything that was read stays mapped.
+        """
+        self._advise("MADV_DONTNEED", name, start, stop)
+
+    def _advise(self, advice: str, name: str, start: int = 0, stop: int | None = None) -> None:
+        info = self.infos[name]
+        if info.start < 0 or not info.bytes or not hasattr(mmap, advice):
+            return
+        size = info.dtype.itemsize
+        first = (info.start + start * size) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = info.start + (info.bytes if stop is None else stop * size)
+        self._map(info.file).madvise(getattr(mmap, advice), first, last - first)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as stream:
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file]
 
 
 class CheckpointWriter:
@@ -102,7 +131,7 @@ class CheckpointWriter:
         if self._left == 0:
             self._advance(name)
         assert self._current is not None and self._current[1] == name, f"{name} is out of the plan's order"
-        data = tensor.to(self.plan[name][1]).contiguous()
+        data = tensor.to(self.plan[name][1]).cpu().contiguous()
         self._left -= data.numel() * data.element_size()
         assert self._left >= 0, f"{name}: more rows than planned"
         self._file.write(data.view(-1).view(torch.uint8).numpy().data)
@@ -139,13 +168,17 @@ class CheckpointWriter:
 
 def bytes_of(text: str | int) -> int:
     """``5GB``, ``200MB`` or a number, in bytes (decimal units, as transformers reads ``max_shard_size``)."""
-    for unit, factor in {"GB": 10**9, "MB": 10**6, "KB": 10**3}.items():
-        if isinstance(text, str) and text.upper().endswith(unit):
-            return int(float(text[: -len(unit)]) * factor)
+    number, factor = str(text).strip(), 1
+    for unit, size in {"GB": 10**9, "MB": 10**6, "KB": 10**3}.items():
+        if number.upper().endswith(unit):
+            number, factor = number[: -len(unit)], size
     try:
-        return int(text)
-    except ValueError as error:
+        found = int(float(number) * factor)
+    except (ValueError, OverflowError) as error:
         raise UserError(f"max_shard_size={text!r} is not a size; write 5GB, 200MB or a number of bytes") from error
+    if found <= 0:
+        raise UserError(f"max_shard_size={text!r} holds nothing; write 5GB, 200MB or a number of bytes")
+    return found
 
 
 def _shards(plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]], limit: int) -> list[list[str]]:
@@ -189,7 +222,8 @@ def _weight_files(path: Path) -> list[Path]:
     raise UserError(f"{path} holds no model ({SINGLE} or {INDEX} expected); give a Hugging Face model directory")
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """What a safetensors file holds. Raises `UserError` where it is broken."""
     try:
         with safe_open(file, framework="np"):  # the library's own check that header and length fit
             pass

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusechat.app.errors import UserError
-from fusechat.merging.delta import dequantize, open_checkpoint, quantize, ranks_of
+from fusechat.merging.delta import dequantize, quantize, ranks_of
+from fusechat.merging.inputs import open_checkpoint
 from fusechat.models.checkpoints import LazyCheckpoint
 from tests.conftest import Mini
 

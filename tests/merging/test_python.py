@@ -62,7 +62,7 @@ def test_python_makes_what_the_command_makes(models: dict[str, Path], tmp_path: 
 
 def test_a_dry_run_describes(models: dict[str, Path], tmp_path: Path) -> None:
     seen = merge("widen", *inputs(models), tmp_path / "out", dry_run=True)
-    assert "holds whole tensors in memory" in seen.description
+    assert "lm_head.weight  (64, 32)  float32  by element" in seen.description
     assert not seen.path.exists()
 
 
@@ -80,6 +80,44 @@ def test_a_dry_run_describes(models: dict[str, Path], tmp_path: Path) -> None:
         ),
         ("linear", {"dtype": "int8"}, r"merge.dtype='int8' is unknown; use one of: float32, bfloat16, float16"),
         ("linear", {"max_shard_size": "big"}, r"max_shard_size='big' is not a size"),
+        ("linear", {"max_shard_size": "bigGB"}, r"max_shard_size='bigGB' is not a size"),
+        ("linear", {"max_shard_size": 0}, r"max_shard_size=0 holds nothing; write 5GB"),
+        ("linear", {"weights": [1, -1, 0]}, r"the weights \[1, -1, 0\] sum to zero; set merge.normalize=false"),
+        ("linear", {"weights": [1, float("nan"), 0]}, r"merge.weights=\[1, nan, 0\]: nan is no finite number"),
+        ("linear", {"weights": [1, "x", 0]}, r"merge.weights=\[1, 'x', 0\]: 'x' is no finite number"),
+        ("sce", {"weights": [1, 1, 1]}, r"merge.weights is given, but merge=sce takes no weights; remove it"),
+        ("varm", {"weights": [1, 1, 1]}, r"merge.weights is given, but merge=varm takes no weights"),
+        (
+            "sce",
+            {"patterns": [{"match": "mlp", "weights": [1, 1, 1]}]},
+            r"patterns\[0\].weights is given, but merge=sce",
+        ),
+        (
+            "linear",
+            {"patterns": [{"match": "(", "keep": "pivot"}]},
+            r"patterns\[0\].match='\(' is no regular expression",
+        ),
+        (
+            "linear",
+            {"patterns": [{"match": "mpl", "keep": "pivot"}]},
+            r"patterns\[0\].match='mpl' fits no parameter of ",
+        ),
+        ("ties", {"settings": {"density": 0}}, r"merge.density=0: 0 is not a number in \(0, 1\] \(merge=ties\)"),
+        (
+            "ties",
+            {"settings": {"density": [0.5, 2, 0.5]}},
+            r"merge.density=\[0.5, 2, 0.5\]: 2 is not a number in \(0, 1\]",
+        ),
+        ("sce", {"settings": {"density": float("nan")}}, r"merge.density=nan: nan is not a number in \(0, 1\]"),
+        (
+            "breadcrumbs",
+            {"settings": {"density": 0.5, "gamma": 1.0}},
+            r"merge.gamma=1.0: 1.0 is not a number in \[0, 1\)",
+        ),
+        ("varm", {"settings": {"temperature": 0}}, r"merge.temperature=0: 0 is not a number above 0"),
+        ("slerp", {"settings": {"t": "half"}}, r"merge.t=half: 'half' is not a number in \[0, 1\]"),
+        ("task_arithmetic", {"settings": {"scale": float("inf")}}, r"merge.scale=inf: inf is not a number finite"),
+        ("linear", {"device": "tpu"}, r"merge.device=tpu: no such device here; this machine has: cpu"),
         ("best", {}, r"merge.method='best' is unknown; use one of: breadcrumbs, compress, dare"),
         ("compress", {}, r"merge=compress needs the target to store: add target=DIR \(3 given\)"),
         ("sce", {"settings": {"select": "all"}}, r"merge.select='all' is unknown; use one of: weights, deltas"),

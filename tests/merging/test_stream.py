@@ -149,6 +149,54 @@ def test_embedding_rows_are_matched_by_token(models: dict[str, Path]) -> None:
     assert all(torch.allclose(plain[name], again[name]) for name in plain)
 
 
+def test_rows_that_are_matched_are_not_rounded_to_the_pivots_dtype(tmp_path: Path) -> None:
+    """A bf16 pivot and targets in fp32: changes below bf16's steps count, wherever the rows lie."""
+    models = make(tmp_path, "bf16")
+    vocab = {f"t{i}": i for i in range(64)}
+    for name in models:
+        table = {f"t{i}": (i + 1) % 64 for i in range(64)} if name == "t1" else vocab
+        (models[name] / "tokenizer.json").write_text(json.dumps({"model": {"vocab": table}}))
+    pivot = load_file(models["pivot"] / "model.safetensors")
+    finer = {name: tensor.float() * (1 + 1e-4) for name, tensor in pivot.items()}
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        finer[key] = finer[key].roll(1, 0)
+    save_file(finer, models["t1"] / "model.safetensors")
+    merged = load_file(
+        merge(models, "merge=varm", "merge.dtype=float32", targets=("t1", "pivot")) / "model.safetensors"
+    )
+    assert all(torch.allclose(merged[name], pivot[name].float() * (1 + 1e-4), rtol=1e-6) for name in pivot)
+
+
+def test_the_merged_model_has_the_pivots_dtype_and_one_rounding(tmp_path: Path) -> None:
+    models, fp32 = make(tmp_path, "bf16"), make(tmp_path / "more", "fp32")
+    targets = tuple(str(fp32[name]) for name in ("t1", "t2"))
+    merged = load_file(merge(models, "merge=linear", targets=targets) / "model.safetensors")
+    a, b = (load_file(Path(target) / "model.safetensors") for target in targets)
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, (a[name] / 2 + b[name] / 2).bfloat16()), name
+
+
+def test_pages_that_are_done_with_are_let_go(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every element of every input is given back, in pieces where a parameter is large, and read again as it was."""
+    wanted = load_file(merge(models, "merge=ties") / "model.safetensors")
+    given: dict[str, list[tuple[int, int | None]]] = {}
+    advise = LazyCheckpoint.let_go
+
+    def noted(self: LazyCheckpoint, name: str, start: int = 0, stop: int | None = None) -> None:
+        given.setdefault(f"{self.path.name}:{name}", []).append((start, stop))
+        advise(self, name, start, stop)
+
+    monkeypatch.setattr(LazyCheckpoint, "let_go", noted)
+    monkeypatch.setattr("fusechat.merging.slices.COMPILED", 500)
+    monkeypatch.setattr("fusechat.merging.inputs.MAPPED", 1000)
+    again = load_file(merge(models, "merge=ties", "overwrite=true") / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in wanted.items())
+    assert given.keys() == {f"{model}:{name}" for model in ("pivot", "t1", "t2", "t3") for name in wanted}
+    assert given["t2:lm_head.weight"][:1] == [(0, 1000)]
+    assert given["t2:lm_head.weight"][-1] == (0, None)
+
+
 @pytest.mark.parametrize(
     ("name", "granularity", "group"),
     [
@@ -178,8 +226,10 @@ def broken(models: dict[str, Path], change: str) -> tuple[str, ...]:
         tensors["model.more.weight"] = torch.zeros(2)
     elif change == "shape":
         tensors["model.norm.weight"] = torch.zeros(7)
-    elif change == "nan":
-        tensors["model.norm.weight"][3] = float("nan")
+    elif change in ("nan", "inf"):
+        tensors["model.norm.weight"][3] = float(change)
+    elif change == "quantised":
+        tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
     save_file(tensors, file)
     if change == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
@@ -195,13 +245,15 @@ def broken(models: dict[str, Path], change: str) -> tuple[str, ...]:
         ("missing", "lacks lm_head.weight"),
         ("extra", "has model.more.weight, which the pivot"),
         ("shape", r"model.norm.weight: shape \(7,\)"),
-        ("nan", "model.norm.weight holds NaN or inf"),
+        ("nan", "t2: model.norm.weight holds NaN or inf"),
+        ("inf", "t2: model.norm.weight holds NaN or inf"),
+        ("quantised", r"model.norm.weight: torch.int8 in .*t2, torch.float32 in the pivot"),
         ("truncated", "is truncated or not safetensors"),
         ("twice", "is given twice"),
         ("one", "at least two targets, 1 given"),
     ],
 )
-@pytest.mark.parametrize("method", ["varm", "linear"])
+@pytest.mark.parametrize("method", ["varm", "linear", "ties", "sce", "widen"])
 def test_bad_input(change: str, message: str, method: str, models: dict[str, Path]) -> None:
     targets = broken(models, change)
     with pytest.raises(UserError, match=message):
@@ -209,6 +261,36 @@ def test_bad_input(change: str, message: str, method: str, models: dict[str, Pat
     left = [p.name for p in models["pivot"].parent.iterdir()]
     assert "out" not in left
     assert not any(name.startswith(".out") for name in left)
+
+
+def test_numbers_are_looked_at_where_nothing_is_merged(models: dict[str, Path]) -> None:
+    """A parameter that stays the pivot's, and integers, in which targets may not differ."""
+    kept = "merge.patterns=[{match:'norm',keep:pivot}]"
+    whole = load_file(models["t2"] / "model.safetensors")
+    broken(models, "nan")
+    with pytest.raises(UserError, match=r"t2: model\.norm\.weight holds NaN or inf; the model is broken"):
+        merge(models, "merge=linear", kept)
+    save_file(whole, models["t2"] / "model.safetensors")
+    for name in models:
+        tensors = load_file(models[name] / "model.safetensors")
+        save_file(tensors | {"steps": torch.tensor([1, 2])}, models[name] / "model.safetensors")
+    assert torch.equal(
+        load_file(merge(models, "merge=linear", kept) / "model.safetensors")["steps"], torch.tensor([1, 2])
+    )
+    save_file(whole | {"steps": torch.tensor([1, 3])}, models["t2"] / "model.safetensors")
+    with pytest.raises(UserError, match=r"t2: steps \(torch.int64\) differs from the pivot's in .*; give targets of"):
+        merge(models, "merge=linear", kept, "overwrite=true")
+
+
+def test_where_it_is_merged_leaves_no_mark(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    output = merge(models, "merge=linear", "merge.device=cpu")
+    record = (output / "fusechat.json").read_bytes()
+    assert (merge(models, "merge=linear", "merge.device=auto") / "fusechat.json").read_bytes() == record
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(
+        UserError, match=r"merge\.device=cuda: no such device here; this machine has: cpu; merge\.device=auto"
+    ):
+        merge(models, "merge=linear", "merge.device=cuda")
 
 
 def test_identical_targets_need_permission(models: dict[str, Path]) -> None:
