@@ -60,8 +60,8 @@ def merge(
     [{match: regex, weights: [...]}] or [{match: regex, keep: pivot}], the first that fits a parameter's name counts.
     dtype: float32, bfloat16 or float16; None stores the pivot's. device: where slices are merged: cpu, cuda or auto.
     seed: of methods that drop at random. overwrite: replaces a folder that other settings made. dry_run: writes
-    nothing but describes the merge. record: what else ``fusechat.json`` is to hold. imports: name -> hash of modules with
-    methods of your own; part of the fingerprint.
+    nothing but describes the merge. record: what else ``fusechat.json`` is to hold. imports: name -> hash of modules
+    with methods of your own; part of the fingerprint.
 
     Writes ``output_dir`` whole or not at all; a folder that holds this very merge is left as it is. Raises
     `UserError` for unknown methods and settings, inputs that are broken or do not belong together, and a full disk.
