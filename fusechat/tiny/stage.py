@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusechat.app.checksums import check_first_use
 from fusechat.app.outputs import RECORD, fingerprint, read_json, whole_directory, write_durably, write_json
 from fusechat.app.places import check_owner, stage_of, writing
 from fusechat.app.trainer import quiet_trainer, seed_everything
+from fusechat.models.whole import write_record
 from fusechat.tiny.chats import World, generate
 
 LOG = logging.getLogger(__name__)
@@ -105,6 +107,7 @@ def write_chats(chats: Mapping[str, Sequence[Row]], folder: Path) -> None:
         path, data = folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()
         if not path.exists() or path.read_bytes() != data:
             write_durably(path, data)
+        check_first_use(path)
 
 
 def train(
@@ -135,7 +138,7 @@ def train(
     with whole_directory(target, overwrite=True) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        (directory / RECORD).write_text(json.dumps({**about, "parameters": size}, indent=1) + "\n")
+        write_record(directory, {**about, "parameters": size})
     loss = float(fitting.callback_metrics["train/loss"])
     told = "%s: %s, %.2fM parameters, %d tokens, last loss %.3f"
     LOG.info(told, name, spec["kind"], size / 1e6, len(tokenizer), loss)
