@@ -119,7 +119,7 @@ def claimed(output: Path) -> Mapping[str, Any]:
     """What an unfinished store says of itself: fingerprint (first line), and as JSON below it its stage and parts."""
     if not (output / CLAIM).is_file():
         return {}
-    mark, _, rest = (output / CLAIM).read_text(encoding="utf-8").partition("\n")
+    mark, _, rest = (output / CLAIM).read_text(encoding="utf-8", errors="replace").partition("\n")
     remedy = "remove the folder and run the same command again"
     return {"fingerprint": mark, **(unsealed(rest.encode(), output / CLAIM, remedy) if rest.strip() else {})}
 

@@ -53,7 +53,8 @@ class Description:
     def write(self, directory: Path, module: FusionModule, metrics: Mapping[str, float]) -> None:
         """Adds all of it to a target that is being written."""
         self.tokenizer.save_pretrained(directory)
-        trained = {"metrics": metrics, "wins": module.win_rates(), "steps": module.trainer.global_step}
+        # what was measured on the way depends on where a killed run was taken up
+        final = {name: value for name, value in metrics.items() if name.startswith("validation/")}
+        trained = {"metrics": final, "wins": module.win_rates(), "steps": module.trainer.global_step}
         write_record(directory, {**self.about, **trained, **self.record})
-        shown = {name: value for name, value in metrics.items() if name.startswith("validation/")}
-        write_card(directory, str(self.about["name"]), self.made, self.inputs, command_line(), shown)
+        write_card(directory, str(self.about["name"]), self.made, self.inputs, command_line(), final)
