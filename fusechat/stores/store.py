@@ -90,7 +90,7 @@ class StoreWriter:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             about = {key: value for key, value in stamp(self.mark).items() if key != "fingerprint"}
-            write_durably(claim, f"{self.mark}\n{seal(json.dumps({'stage': self.stage, **about}))}\n".encode())
+            write_durably(claim, f"{self.mark}\n{seal(json.dumps({'stage': self.stage, **about}) + chr(10))}".encode())
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); choose another with output_dir=DIR"

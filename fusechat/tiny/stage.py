@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.checksums import check_first_use
-from fusechat.app.outputs import RECORD, fingerprint, read_json, whole_directory, write_durably, write_json
+from fusechat.app.outputs import RECORD, fingerprint, read_json, tidy, whole_directory, write_durably, write_json
 from fusechat.app.places import check_owner, stage_of, writing
 from fusechat.app.trainer import quiet_trainer, seed_everything
 from fusechat.models.whole import write_record
@@ -100,6 +100,7 @@ def _make(
 def write_chats(chats: Mapping[str, Sequence[Row]], folder: Path) -> None:
     """A file of JSON lines each; one that holds these already is not touched. No training set has a test question."""
     folder.mkdir(parents=True, exist_ok=True)
+    tidy(folder)
     test = {row["messages"][0]["content"] for row in chats["test"]}
     for name, rows in chats.items():
         known = test & {row["messages"][0]["content"] for row in rows}

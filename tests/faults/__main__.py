@@ -18,11 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.faults import page
-from tests.faults.cases import Case, all_faults, damaged, prepare
+from tests.faults.cases import Case, all_faults, damaged, full, limited, may_mount, prepare
 from tests.faults.stages import STAGES, World, warm_up
 from tests.faults.trace import possible
 
 FLIPS = 1000
+SHARES = (0.02, 0.2, 0.5, 0.8)  # of what a stage writes, before there is no room
 
 
 def work(folder: Path, part: int, parts: int, flips: int, stages: list[str], every: int) -> None:
@@ -37,6 +38,9 @@ def work(folder: Path, part: int, parts: int, flips: int, stages: list[str], eve
             count = flips // parts // len(chosen) + 1 if prepared.stage.name != "tiny" else 0
             cases = [all_faults(world, prepared, part * every, parts * every)]
             cases.append(damaged(world, prepared, draw) for _ in range(count))
+            if part == parts - 1:
+                cases.append(limited(world, prepared, share) for share in SHARES)
+                cases.append(full(world, prepared, share) for share in SHARES if may_mount(folder / "mounted"))
             for case in (case for source in cases for case in source):
                 file.write(json.dumps(asdict(case)) + "\n")
                 file.flush()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
+import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.stages import STAGES, Stage, World
+from tests.faults.stages import STAGES, Stage, World, exit_code
 from tests.faults.trace import FAULTS, Boundary, boundaries, disturbed
 
 FOLDED = re.compile(r"\d{3,}(?=\.tmp)|(?<=-)\d+(?=\.tmp)")  # process ids in temporary names
@@ -33,12 +36,16 @@ class Case:
 
 @dataclass
 class Prepared:
-    """A stage with its boundaries, the files that it reads, and the files there are when it has ended undisturbed."""
+    """A stage with its boundaries, the files that it reads, and the files there are when it has ended undisturbed.
+
+    grown: bytes that it adds.
+    """
 
     stage: Stage
     boundaries: Sequence[Boundary]
     read: Sequence[str]
     wanted: dict[str, str]
+    grown: int
     seen: dict[str, tuple[bool, str]] = field(default_factory=dict)  # state after a fault -> came it to the same?
 
 
@@ -50,15 +57,22 @@ def prepare(world: World, names: Sequence[str] = ()) -> Iterator[Prepared]:
             code = world.run(stage)
             assert code == 0, f"{stage.name}: {world.said()[-3000:]}"
             wanted = world.files()
+            shutil.rmtree(world.copies / "after", ignore_errors=True)
+            world.keep("after")
+            grown = _size(world.copies / "after") - _size(world.copies / stage.name)
             world.restore(stage.name)
             found, read, others = boundaries(world, stage, world.output.with_name("trace"))
             assert world.files() == wanted, f"{stage.name}: two undisturbed runs differ"
             assert not others, f"{stage.name}: other threads write {others[:3]}"
             mine = [b for b in found if not aside(b.path)]
-            yield Prepared(stage, mine, [path for path in read if not aside(path)], wanted)
+            yield Prepared(stage, mine, [path for path in read if not aside(path)], wanted, grown)
             world.restore(stage.name)
         code = world.run(stage)
         assert code == 0, f"{stage.name}: {world.said()[-3000:]}"
+
+
+def _size(folder: Path) -> int:
+    return sum(-(-f.stat().st_size // 4096) * 4096 for f in folder.rglob("*") if f.is_file())
 
 
 def aside(path: str) -> bool:
@@ -97,6 +111,51 @@ def all_faults(world: World, prepared: Prepared, part: int = 0, parts: int = 1) 
     for boundary in prepared.boundaries[part::parts]:
         for fault in FAULTS:
             yield struck(world, prepared, boundary, fault)
+
+
+def limited(world: World, prepared: Prepared, share: float) -> Case:
+    """No file may grow beyond a share of the largest that the stage leaves (RLIMIT_FSIZE)."""
+    largest = max((world.copies / "after" / path).stat().st_size for path in prepared.wanted)
+    size = int(largest * share)
+    world.restore(prepared.stage.name)
+    pid = world.start(prepared.stage, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    code = exit_code(os.waitpid(pid, 0)[1])
+    return _judged(world, prepared, "RLIMIT_FSIZE", f"{share:.0%} of the largest file", code)
+
+
+def full(world: World, prepared: Prepared, share: float) -> Case:
+    """The disk, a tmpfs of its own, is full after a share of what the stage adds; then there is room again."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", world.root], check=True)
+    try:
+        world.restore(prepared.stage.name)
+        used = _used(world.root)
+        size = used + int(share * max(16 << 10, prepared.grown))
+        subprocess.run(["mount", "-o", f"remount,size={size}", world.root], check=True)
+        code = world.run(prepared.stage)
+        subprocess.run(["mount", "-o", "remount,size=1g", world.root], check=True)
+        return _judged(world, prepared, "full disk", f"{share:.0%} of what it adds", code)
+    finally:
+        subprocess.run(["umount", world.root], check=True)
+
+
+def may_mount(folder: Path) -> bool:
+    """Whether file systems may be mounted here."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    return done.returncode == 0 and subprocess.run(["umount", folder]).returncode == 0
+
+
+def _used(place: Path) -> int:
+    status = os.statvfs(place)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def _judged(world: World, prepared: Prepared, fault: str, path: str, code: int) -> Case:
+    said = world.said()
+    told = code == 0 or (code == 1 and "Traceback" not in said)
+    equal, note = repeated(world, prepared)
+    note = note or ("" if told else said.strip().splitlines()[-1][:200])
+    return Case(prepared.stage.name, fault, "write", path, code != 0, equal, told, note)
 
 
 def damaged(world: World, prepared: Prepared, draw: random.Random) -> Case:

@@ -21,6 +21,10 @@ Below: how many faults were struck, and of how many the repeated command came to
 
 Errors told in one line, without a traceback: {told}.
 
+## No room
+
+{room}
+
 ## Damage
 
 One byte, at random, of one file that the stage opens is changed on the disk, times of modification restored. The stage
@@ -44,6 +48,7 @@ def summary(cases: Sequence[Case], seconds: float) -> str:
 def page(cases: Sequence[Case]) -> str:
     """The page."""
     faults = [case for case in cases if case.fault in FAULTS]
+    room = [case for case in cases if case.fault in ("full disk", "RLIMIT_FSIZE")]
     flips = [case for case in cases if case.fault == "damage"]
     errors = [case for case in faults if case.fault != "SIGKILL"]
     told = f"{sum(case.told for case in errors)} of {len(errors)}"
@@ -53,6 +58,7 @@ def page(cases: Sequence[Case]) -> str:
         table=_table(faults, ["boundaries", *FAULTS]),
         told=told,
         damage=_flips(flips),
+        room=_room(room),
     )
 
 
@@ -63,6 +69,16 @@ def _table(cases: Sequence[Case], columns: list[str]) -> str:
         by_fault = {fault: [case for case in own if case.fault == fault] for fault in FAULTS}
         cells = [f"{sum(c.equal for c in found)} of {len(found)} equal" for found in by_fault.values()]
         lines.append(f"| {stage} | {call} | {max(map(len, by_fault.values()))} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _room(cases: Sequence[Case]) -> str:
+    """Disks and files that are full: a tmpfs of a size of its own, grown before the command runs again; RLIMIT_FSIZE."""
+    lines = ["| stage | no room | cases | met | equal |", "|---|---|---:|---:|---:|"]
+    for stage, fault in dict.fromkeys((case.stage, case.fault) for case in cases):
+        own = [case for case in cases if (case.stage, case.fault) == (stage, fault)]
+        counts = f"{len(own)} | {sum(case.met for case in own)} | {sum(case.equal for case in own)}"
+        lines.append(f"| {stage} | {fault} | {counts} |")
     return "\n".join(lines)
 
 

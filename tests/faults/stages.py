@@ -140,8 +140,9 @@ class World:
 
     def restore(self, name: str) -> None:
         """Makes the folder what it was."""
-        shutil.rmtree(self.root, ignore_errors=True)
-        shutil.copytree(self.copies / name, self.root)
+        for place in self.root.iterdir():
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        shutil.copytree(self.copies / name, self.root, dirs_exist_ok=True)
 
     def files(self) -> dict[str, str]:
         """Relative path -> hash of the content, without caches and logs."""
