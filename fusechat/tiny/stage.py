@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.checksums import check_first_use
+from fusechat.app.locks import held
 from fusechat.app.outputs import RECORD, fingerprint, read_json, tidy, whole_directory, write_durably, write_json
 from fusechat.app.places import check_owner, stage_of, writing
 from fusechat.app.trainer import quiet_trainer, seed_everything
@@ -90,11 +91,12 @@ def _make(
     write_chats(chats, root / "chats")
     for name, spec in models.items():
         mark, target = fingerprint(seed=seed, tiny=tiny, model=spec), root / "models" / name
-        if (target / RECORD).exists() and read_json(target / RECORD).get("fingerprint") == mark:
-            LOG.info("skip: %s is trained already (fingerprint %s)", target, mark)
-            continue
-        about = {"fingerprint": mark, "stage": "tiny", "model": name, "seed": seed}
-        train(spec, chats[f"train_{name}"], target, about, tiny, max_length, trainer)
+        with held(target.resolve()):  # also where it is there: a killed process may have left its lock
+            if (target / RECORD).exists() and read_json(target / RECORD).get("fingerprint") == mark:
+                LOG.info("skip: %s is trained already (fingerprint %s)", target, mark)
+                continue
+            about = {"fingerprint": mark, "stage": "tiny", "model": name, "seed": seed}
+            train(spec, chats[f"train_{name}"], target, about, tiny, max_length, trainer)
 
 
 def write_chats(chats: Mapping[str, Sequence[Row]], folder: Path) -> None:
