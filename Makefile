@@ -20,6 +20,9 @@ wheel: $(VENV)/.ready  ## the wheel, built, installed into an empty prefix and r
 browser: $(VENV)/.ready  ## the report as Chromium shows it, wide and on a phone (needs the package chromium)
 	$(BIN)/python -m pytest -m browser tests/report
 
+faults: $(VENV)/.ready  ## kills, full disks and flipped bytes at every boundary of every stage; writes docs/reliability.md
+	$(BIN)/python -m tests.faults --page docs/reliability.md
+
 lint: $(VENV)/.ready  ## ruff, mypy --strict, declared against imported packages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/deptry .
 
@@ -38,4 +41,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test wheel browser lint format bench
+.PHONY: help demo test faults wheel browser lint format bench

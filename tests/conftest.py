@@ -22,6 +22,7 @@ os.environ |= {
     "OMP_WAIT_POLICY": "PASSIVE",  # how threads wait, not how many they are: workers of pytest-xdist share the cores
     "TMPDIR": str(SCRATCH),
     "FUSECHAT_ROOT": f"{SCRATCH}/runs",  # of commands that are given no paths.root
+    "FUSECHAT_CACHE": f"{SCRATCH}/checksums",
     "HF_HOME": f"{SCRATCH}/huggingface",
     "HYPOTHESIS_STORAGE_DIRECTORY": f"{SCRATCH}/hypothesis",
     **dict.fromkeys(("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"), f"{SCRATCH}/wandb"),

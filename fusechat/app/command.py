@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusechat.app import help, registry, session
+from fusechat.app import checksums, disk, help, registry, remembered, session
 from fusechat.app.errors import UserError
 from fusechat.app.hints import config_folders, experiment_of, task_overrides, with_near_names
 from fusechat.app.locks import waiting
@@ -172,7 +172,9 @@ def run_stage(run: Run, cfg: DictConfig) -> Any:
     imports = imported(cfg)
     named = {key: OmegaConf.select(cfg, key) for key in registry.GROUPS}
     registry.check_choices(named, folders=config_folders(), open=bool(imports))
-    with session.session(), waiting(bool(cfg.get("wait"))):
+    remembered.verify(cfg.get("verify", "always"))
+    checksums.accept_changes(bool(cfg.get("accept_changes")))
+    with session.session(), waiting(bool(cfg.get("wait"))), disk.told():
         return run(cfg)
 
 

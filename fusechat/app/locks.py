@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 OWN = "FUSECHAT_OUTPUTS"  # outputs that this process holds: child processes work on them for it
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+UNFILLED = 2.0  # seconds that a lock's file may be empty
 DEAD = 0.5  # seconds that taking over a dead process's lock may need
 _WAITING: ContextVar[bool] = ContextVar("waiting", default=False)
 
@@ -72,6 +73,7 @@ def _locked(output: Path) -> SoftFileLock:
     from filelock import SoftFileLock, Timeout
 
     lock = SoftFileLock(output.with_name(f".{output.name}.lock"), timeout=DEAD, poll_interval=0.05)
+    _remove_unfilled(Path(lock.lock_file))
     try:
         lock.acquire()
     except Timeout:
@@ -82,6 +84,15 @@ def _locked(output: Path) -> SoftFileLock:
         LOG.info("waiting: %s", told)
         lock.acquire(timeout=-1, poll_interval=1.0)
     return lock
+
+
+def _remove_unfilled(file: Path) -> None:
+    """Removes a lock that stays empty: its process was killed between making it and writing its name into it."""
+    with suppress(FileNotFoundError):
+        while (status := file.stat()).st_size == 0:
+            if time.time() - status.st_mtime > UNFILLED:
+                file.unlink()
+            time.sleep(0.05)
 
 
 def _holder(lock: SoftFileLock) -> str:

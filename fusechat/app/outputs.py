@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from fusechat.app.errors import UserError
 from fusechat.app.locks import held
 from fusechat.app.marks import FORMAT, Mark, difference, fingerprint, stage_fingerprint, stamp
+from fusechat.app.sealed import seal, unsealed
 
 __all__ = ["FORMAT", "Mark", "fingerprint", "stage_fingerprint", "stamp"]  # and what stands below
 
@@ -53,15 +54,11 @@ def settled(record: Path, mark: str, *, what: str, keep: str, overwrite: bool = 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that a stage has written. Raises `UserError` where it is cut short or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{path} is half-written or not JSON; remove it and run the command that made it again"
-        ) from error
+    """A JSON object that a stage has written. Raises `UserError` where it is damaged, cut short or something else."""
+    remedy = "remove it and run the command that made it again"
+    content = unsealed(path.read_bytes(), path, remedy)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; remove it and run the command that made it again")
+        raise UserError(f"{path} holds no JSON object; {remedy}")
     return content
 
 
@@ -80,9 +77,12 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
-    """Writes readable JSON durably; folders are made. sort_keys: equal contents are equal bytes."""
+    """Writes readable JSON durably, an object with its checksum; folders are made. sort_keys: equal contents are
+    equal bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, (json.dumps(content, indent=1, sort_keys=sort_keys, default=str) + "\n").encode())
+    text = json.dumps(content, indent=1, sort_keys=sort_keys, default=str) + "\n"
+    write_durably(path, (seal(text) if isinstance(content, dict) else text).encode())
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
@@ -90,14 +90,23 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
     write_durably(path, "".join(line + "\n" for line in lines).encode())
 
 
+def sealed_line(content: Mapping[str, Any]) -> str:
+    """A JSON object with its checksum, as a line of a file that `whole_lines` reads."""
+    return seal(json.dumps(content)) + "\n"
+
+
 def whole_lines(path: Path) -> list[Any]:
-    """The JSON lines that a killed run has left, those that end; one that was cut short is removed from the file."""
+    """The JSON lines that a killed run has left, those that end; one that was cut short is removed from the file.
+
+    Raises `UserError` where one is damaged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n") if path.exists() else ("", "", "")
-    lines = whole.split("\n") if whole else []  # not splitlines: JSON strings may hold U+2028
+    whole, _, cut = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    lines = whole.split(b"\n") if whole else []  # not splitlines: JSON strings may hold U+2028
     if cut:
-        write_lines(path, lines)
-    return [json.loads(line) for line in lines]
+        write_durably(path, b"".join(line + b"\n" for line in lines))
+    remedy = "remove the file and run the same command again"
+    return [unsealed(line, f"{path}, line {number}", remedy) for number, line in enumerate(lines, 1)]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 from fusechat.app.errors import UserError
 from fusechat.app.locks import held
 from fusechat.app.outputs import MANIFEST, RECORD, tidy
+from fusechat.app.sealed import unsealed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,8 +119,9 @@ def claimed(output: Path) -> Mapping[str, Any]:
     """What an unfinished store says of itself: fingerprint (first line), and as JSON below it its stage and parts."""
     if not (output / CLAIM).is_file():
         return {}
-    mark, _, rest = (output / CLAIM).read_text(encoding="utf-8").partition("\n")
-    return {"fingerprint": mark, **(json.loads(rest) if rest.strip() else {})}
+    mark, _, rest = (output / CLAIM).read_text(encoding="utf-8", errors="replace").partition("\n")
+    remedy = "remove the folder and run the same command again"
+    return {"fingerprint": mark, **(unsealed(rest.encode(), output / CLAIM, remedy) if rest.strip() else {})}
 
 
 def paths_in(values: Iterable[Any]) -> Iterator[Path]:

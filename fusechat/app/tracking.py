@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json
 
 SUMMARIES = {"validation/bits_per_byte": "min", "validation/loss": "min", "train/tokens_per_second": "max"}
 Made = tuple[str, Path]  # kind (distributions, aligned, target, merged) and folder
@@ -123,7 +123,7 @@ def _artifact(made: Made, inputs: dict[str, str | None], upload: bool) -> Any:
 
 def _fingerprint(path: Path) -> str | None:
     file = next((f for f in (path / "manifest.json", path / "fusechat.json") if f.exists()), None)
-    return json.loads(file.read_text())["fingerprint"] if file else None
+    return read_json(file)["fingerprint"] if file else None
 
 
 def _netrc_has_wandb() -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from fusechat.app.checksums import check_first_use
 from fusechat.app.errors import UserError
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -43,6 +44,8 @@ def _load_files(path: Path, streaming: bool) -> Any:
     if not files or files[0].suffix not in LOADERS:
         raise UserError(f"{path} is not a chat file; expected {', '.join(LOADERS)} or a directory of them")
     kind = LOADERS[files[0].suffix]
+    for file in files:
+        check_first_use(file)
     try:
         return datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming)
     except Exception as error:

@@ -5,7 +5,6 @@ python -m fusechat.evaluate experiment=tiny model=DIR
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from omegaconf import DictConfig
 
 from fusechat.app.command import entry, imported, label, plain, provenance
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json
 from fusechat.app.tracking import log_made, wandb_run
 
 
@@ -62,7 +62,7 @@ def log(cfg: DictConfig, result: Mapping[str, Any], output: Path) -> None:
 
 def answered(result: Mapping[str, Any], pivot: Path) -> list[list[Any]]:
     """Skill, prompt, reference, the pivot's answer where its result is of the same tests, and the model's answer."""
-    held = json.loads(pivot.read_text(encoding="utf-8")) if pivot.exists() else {}
+    held = read_json(pivot) if pivot.exists() else {}
     same = held.get("tests") == result["tests"]
     theirs = {sample["id"]: sample.get("answer") for sample in held["samples"]} if same else {}
     shown = [sample for sample in result["samples"][:100] if "answer" in sample]

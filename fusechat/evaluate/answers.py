@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from fusechat.app.checksums import check_first_use
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import file_hash, whole_lines, write_lines
+from fusechat.app.outputs import file_hash, sealed_line, whole_lines, write_durably
 from fusechat.app.trainer import seed_everything
 from fusechat.chats.render import Message
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Work
@@ -50,10 +51,10 @@ def _work(job: Job, records: Records, form: Literal["lines", "list"]) -> Work:
     def measure(part: Path) -> dict[str, Any]:
         done = whole_lines(part)
         done = done[: len(done) - len(done) % PART]  # questions are asked in parts: the same parts again
-        write_lines(part, [json.dumps(record) for record in done])
+        write_durably(part, "".join(map(sealed_line, done)).encode())
         with part.open("a", encoding="utf-8") as file:
             for record in records(questions[len(done) :], _asking(job)):
-                file.write(json.dumps(record) + "\n")
+                file.write(sealed_line(record))
                 file.flush()
         return {"samples": whole_lines(part)}
 
@@ -82,6 +83,7 @@ def load_questions(path: Path, kind: str) -> list[Question]:
         raise UserError(
             f"evaluation.questions={path} does not exist; download the question file of {kind} and name it here"
         )
+    check_first_use(path)
     text = path.read_text(encoding="utf-8")
     lines = [text] if text.lstrip().startswith("[") else [line for line in text.split("\n") if line.strip()]
     try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusechat.app.outputs import fingerprint, whole_lines
+from fusechat.app.outputs import fingerprint, sealed_line, whole_lines
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Sample, Work
 
 PART = 256  # samples between two writes: what a killed evaluation has to do again at most
@@ -31,7 +30,7 @@ def _measure(job: Job, rows: Sequence[Chat], part: Path) -> list[Sample]:
     for start in range(len(done), len(rows), PART):
         samples = _samples(model, renderer, rows[start : start + PART], job.settings)
         with part.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+            file.writelines(sealed_line(sample) for sample in samples)
         done += samples
     return done
 

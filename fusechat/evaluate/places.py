@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from pathlib import Path
 
-from fusechat.evaluate.stage import note_of
+from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json
+from fusechat.evaluate.stage import note_of, read_note
 
 LOG = logging.getLogger(__name__)
 
@@ -43,12 +44,12 @@ def _held_by(output: Path) -> str | None:
         return None
     note = note_of(output)
     if note.exists():  # an answer file: the models of older ones are not known
-        return note.read_text().partition("\n")[2].strip() or None
+        return str(read_note(note)["model"]) or None
     try:
-        content = json.loads(output.read_text(encoding="utf-8"))
-    except ValueError:
+        content = read_json(output)
+    except UserError:
         return None
-    if not isinstance(content, dict) or "model" not in content:
+    if "model" not in content:
         return None
     experiment = content.get("config", {}).get("paths", {}).get("experiment", "")
     return identity(content["model"], experiment)

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fusechat.app import checksums
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import fingerprint, stage_fingerprint, write_durably, write_json, write_lines
+from fusechat.app.outputs import fingerprint, read_json, stage_fingerprint, write_durably, write_json, write_lines
 from fusechat.app.places import writing
 from fusechat.evaluate import answers as _answers  # noqa: F401  these three register their kinds
 from fusechat.evaluate import chats as _chats  # noqa: F401
@@ -141,17 +142,36 @@ def _measured(work: Work, part: Path, settings: Mapping[str, Any]) -> Mapping[st
 
 
 def note_of(output: Path) -> Path:
-    """The file beside an answer file that says which answers these are: the fingerprint, and below it the model."""
+    """The file beside an answer file that says which answers these are: fingerprint, model, and checksum."""
     return output.with_suffix(".fingerprint")
+
+
+def check_answers(output: Path) -> None:
+    """Compares an answer file's checksum. Raises `UserError` where it is damaged."""
+    note = note_of(output)
+    expected = read_note(note).get("files", {}).get(output.name) if note.exists() else None
+    if expected:
+        checksums.check(output, expected, "evaluate again with overwrite=true")
+    else:
+        checksums.check_first_use(output)
+
+
+def read_note(note: Path) -> dict[str, Any]:
+    """What it says. Older ones are text: the fingerprint, below it the model. Raises `UserError` for a damaged one."""
+    text = note.read_bytes()
+    if b"{" in text[:2] or b'checksum"' in text:
+        return read_json(note)
+    mark, _, model = text.decode(errors="replace").partition("\n")
+    return {"fingerprint": mark, "model": model.strip()}
 
 
 def _held(output: Path, about: Mapping[str, Any], work: Work) -> Mapping[str, Any] | None:
     """The result that is there, if it is this one."""
     if work.answers:
         note = note_of(output)
-        fits = output.exists() and note.exists() and note.read_text().split("\n")[0] == about["fingerprint"]
+        fits = output.exists() and note.exists() and read_note(note)["fingerprint"] == about["fingerprint"]
         return about if fits else None
-    held: Mapping[str, Any] = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    held: Mapping[str, Any] = read_json(output) if output.exists() else {}
     return held if held.get("fingerprint") == about["fingerprint"] else None
 
 
@@ -161,7 +181,8 @@ def _write_answers(output: Path, records: list[Sample], work: Work, about: Mappi
         write_json(output, records)
     else:
         write_lines(output, [json.dumps(record) for record in records])
-    write_durably(note_of(output), f"{about['fingerprint']}\n{about['model']}\n".encode())
+    says = {"fingerprint": about["fingerprint"], "model": about["model"]}
+    write_json(note_of(output), {**says, "files": {output.name: checksums.entry(output)}})
     LOG.info("%d questions answered by %s: %s", len(records), about["model"], output)
 
 

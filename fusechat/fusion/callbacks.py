@@ -14,7 +14,9 @@ import lightning
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from torch.nn.utils import get_total_norm
 
-from fusechat.app.outputs import whole_directory
+from fusechat.app import checksums
+from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json, whole_directory, write_json
 from fusechat.fusion.stopping import StopOnSignal
 
 LOG = logging.getLogger(__name__)
@@ -108,10 +110,26 @@ class Callbacks:
     keep_checkpoints: bool = False
 
 
+class Checkpoints(ModelCheckpoint):
+    """Checkpoints with a list of their files' checksums beside each; a resume compares them (`latest_checkpoint`)."""
+
+    def _save_checkpoint(self, trainer: lightning.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            place = Path(filepath)
+            files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
+            write_json(_list_of(place), {str(f.relative_to(place.parent)): checksums.entry(f) for f in files})
+
+    def _remove_checkpoint(self, trainer: lightning.Trainer, filepath: str) -> None:
+        super()._remove_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            _list_of(Path(filepath)).unlink(missing_ok=True)
+
+
 def make_callbacks(settings: Callbacks, checkpoints: Path, logged: bool) -> list[Callback]:
     """Lightning's callbacks for these settings; ``checkpoints`` is their folder."""
     every = settings.checkpoint_every_n_steps
-    saver = ModelCheckpoint(
+    saver = Checkpoints(
         dirpath=checkpoints,
         filename="{step}",
         every_n_train_steps=every,
@@ -132,9 +150,34 @@ def make_callbacks(settings: Callbacks, checkpoints: Path, logged: bool) -> list
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole; one cut short by a kill is passed over."""
+    """The newest checkpoint that is whole; one cut short by a kill is passed over.
+
+    Raises `UserError` where it is not what was saved.
+    """
     found = sorted(directory.glob("*.ckpt"), key=step_of, reverse=True)
-    return next((file for file in found if zipfile.is_zipfile(file)), None)
+    return next((file for file in found if is_whole(file)), None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was not cut short. Raises `UserError` where it is not what was saved.
+
+    One without a list (killed in between, or older) is compared with the CRCs of its own.
+    """
+    listed, remedy = _list_of(checkpoint), f"remove {checkpoint} and run the same command again"
+    if listed.exists():
+        for name, expected in read_json(listed).items():
+            checksums.check(checkpoint.parent / name, expected, remedy)
+        return True
+    if not zipfile.is_zipfile(checkpoint):
+        return False
+    with zipfile.ZipFile(checkpoint) as file:
+        if bad := file.testzip():
+            raise UserError(f"{checkpoint} is damaged (the CRC of {bad} differs); {remedy}")
+    return True
+
+
+def _list_of(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + ".json")
 
 
 def step_of(checkpoint: Path | str | None) -> int:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusechat.app.outputs import RECORD, stamp, write_json
+from fusechat.app.outputs import stamp
 from fusechat.fusion.data import FusionDataModule
 from fusechat.fusion.module import FusionModule
 from fusechat.models.cards import command_line, write_card
+from fusechat.models.whole import write_record
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Description:
     def write(self, directory: Path, module: FusionModule, metrics: Mapping[str, float]) -> None:
         """Adds all of it to a target that is being written."""
         self.tokenizer.save_pretrained(directory)
-        trained = {"metrics": metrics, "wins": module.win_rates(), "steps": module.trainer.global_step}
-        write_json(directory / RECORD, {**self.about, **trained, **self.record})
-        shown = {name: value for name, value in metrics.items() if name.startswith("validation/")}
-        write_card(directory, str(self.about["name"]), self.made, self.inputs, command_line(), shown)
+        # what was measured on the way depends on where a killed run was taken up
+        final = {name: value for name, value in metrics.items() if name.startswith("validation/")}
+        trained = {"metrics": final, "wins": module.win_rates(), "steps": module.trainer.global_step}
+        write_record(directory, {**self.about, **trained, **self.record})
+        write_card(directory, str(self.about["name"]), self.made, self.inputs, command_line(), final)

@@ -12,7 +12,7 @@ from typing import Any
 from fusechat.app.outputs import RECORD, fingerprint, settled, stage_fingerprint
 from fusechat.app.places import writes
 from fusechat.app.trainer import quiet_trainer, seed_everything
-from fusechat.fusion.callbacks import Callbacks, SavePretrained, latest_checkpoint, make_callbacks, step_of
+from fusechat.fusion.callbacks import Callbacks, SavePretrained, is_whole, latest_checkpoint, make_callbacks, step_of
 from fusechat.fusion.data import Data, FusionDataModule, open_stores
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.module import FusionModule, Optimizer
@@ -20,6 +20,7 @@ from fusechat.fusion.record import Description
 from fusechat.fusion.rules import FusionRule
 from fusechat.fusion.validation import read_chats, validation_chats
 from fusechat.models import load as models
+from fusechat.models.whole import check_model
 
 LOG = logging.getLogger(__name__)
 METRIC = "validation/bits_per_byte"
@@ -154,6 +155,8 @@ def _finish(fit: Any, saver: SavePretrained, checkpoints: Path | None) -> float 
 
 def _checkpoint(folder: Path, resume: str | None) -> str | None:
     """``last``: where an earlier run of the same settings stopped, if it did."""
+    if resume is not None and resume != "last" and Path(resume).exists():
+        is_whole(Path(resume))
     if resume != "last":
         return resume
     if found := latest_checkpoint(folder):
@@ -164,5 +167,6 @@ def _checkpoint(folder: Path, resume: str | None) -> str | None:
 def _vocab_size(path: str, revision: str | None, trust_remote_code: bool) -> int:
     from transformers import AutoConfig
 
+    check_model(path, weights=False)
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     return int(config.get_text_config().vocab_size)

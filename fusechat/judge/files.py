@@ -8,6 +8,7 @@ from typing import Any
 
 from fusechat.app.errors import UserError
 from fusechat.evaluate.answers import load_questions
+from fusechat.evaluate.stage import check_answers
 
 Turns = list[tuple[str, str]]  # (question, answer), turn by turn
 Questions = dict[str, dict[str, Any]]  # by id
@@ -28,6 +29,7 @@ def read_answers(path: Path, questions: Path | None) -> dict[str, Turns]:
     if not path.is_file():
         hint = "write it with: python -m fusechat.evaluate model=DIR evaluation=mt_bench"
         raise UserError(f"{path} does not exist; {hint}")
+    check_answers(path)
     text = path.read_text(encoding="utf-8")
     if _is_list(text):
         return {str(n): [(row["instruction"], row["output"])] for n, row in enumerate(json.loads(text))}

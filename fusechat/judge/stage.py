@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import fingerprint, settled, stamp, whole_lines, write_json
+from fusechat.app.outputs import fingerprint, sealed_line, settled, stamp, whole_lines, write_json
 from fusechat.app.places import writes
 from fusechat.judge.endpoint import Judge, Task, judge_all, tasks
 from fusechat.judge.files import asked_of, read_answers, read_questions
@@ -66,7 +65,7 @@ def judge(
     }
     with Judge(base_url, model, key, **options) as ask, part.open("a", encoding="utf-8") as file:
         for judgement in judge_all([task for task in todo if task.key not in done], ask, parallel):
-            file.write(json.dumps(judgement) + "\n")
+            file.write(sealed_line(judgement))
             file.flush()
             done[judgement["key"]] = judgement
             check(list(done.values()), len(todo), max_bad_fraction)

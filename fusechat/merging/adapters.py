@@ -14,6 +14,7 @@ from fusechat.app.errors import UserError
 from fusechat.models.checkpoints import LazyCheckpoint, TensorInfo, read_header
 from fusechat.models.computed import Source, low_rank, whole_of
 from fusechat.models.load import model_identity
+from fusechat.models.whole import check_model
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 PARTS = re.compile(r"^(.*)\.lora_(embedding_)?([AB])(?:\.weight)?$")
@@ -30,7 +31,8 @@ class AdapterCheckpoint(LazyCheckpoint):
 
     def __init__(self, path: Path, pivot: LazyCheckpoint) -> None:
         self.path, self.pivot = path, pivot
-        self._maps, self._bin = {}, {}
+        self._maps, self._bin, self._streams = {}, {}, {}
+        check_model(path)
         self.config = json.loads((path / CONFIG).read_text())
         _check_kind(path, self.config)
         _check_base(path, self.config, pivot.path)

@@ -7,7 +7,6 @@ Other parameters are kept as they are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import write_json
+from fusechat.app.outputs import read_json, write_json
 from fusechat.merging.family import METHODS
 from fusechat.merging.groups import BLOCK
 from fusechat.merging.slices import Slices
 from fusechat.models.checkpoints import LazyCheckpoint, TensorInfo
 from fusechat.models.computed import Source, low_rank, whole_of
 from fusechat.models.load import model_identity
+from fusechat.models.whole import check_model
 
 FILE, RECORD = "delta.safetensors", "delta.json"
 GROUP = 128
@@ -118,6 +118,8 @@ def write_store(
         left, right = factors(tensors.__getitem__, name, ranks[name], info.shape)
         lost += float((left @ right - delta).square().sum())
         total += float(delta.square().sum())
+    for checkpoint in (pivot, target):
+        checkpoint.verify()
     save_file(tensors, directory / FILE)
     write_json(directory / RECORD, {"pivot": identity, "ratio": ratio, "ranks": ranks})
     return {
@@ -135,7 +137,8 @@ class CompressedCheckpoint(LazyCheckpoint):
 
     def __init__(self, path: Path, pivot: LazyCheckpoint) -> None:
         self.path, self.pivot = path, pivot
-        record = json.loads((path / RECORD).read_text())
+        check_model(path)
+        record = read_json(path / RECORD)
         if record["pivot"] != model_identity(str(pivot.path)):
             raise UserError(
                 f"{path} was compressed against another pivot than {pivot.path}; give the pivot it was made with"
@@ -147,7 +150,7 @@ class CompressedCheckpoint(LazyCheckpoint):
         for name in self.infos.keys() - self.ranks.keys():
             stored = opened.get_slice(name)
             self.infos[name] = TensorInfo(tuple(stored.get_shape()), self.infos[name].dtype, path / FILE, -1)
-        self._maps, self._bin = {}, {}
+        self._maps, self._bin, self._streams = {}, {}, {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)

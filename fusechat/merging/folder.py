@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from fusechat.models.cards import command_line, write_card
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 NOT_COPIED = {"README.md", "fusechat.json", ".gitattributes"}
 HEATMAP = "merge_weights.png"
+Filled = tuple[dict[str, Any], Mapping[str, str]]
 
 
-def fill_model(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: Path, name: str) -> dict[str, Any]:
-    """Writes the merged model; returns what its record says. groups: the weights measured for VaRM."""
+def fill_model(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: Path, name: str) -> Filled:
+    """Writes the merged model; returns what its record says, and the weight files' xxh3_128.
+
+    groups: the weights measured for VaRM.
+    """
     copy_companions(recipe.pivot_path, directory, recipe.dtype)
-    write_merged(inputs, recipe, groups, directory)
+    digests = write_merged(inputs, recipe, groups, directory)
     names = [path.name for path in recipe.target_paths]
     roles = {"pivot": str(recipe.pivot_path)}
     roles |= {f"target {number}": str(path) for number, path in enumerate(recipe.target_paths, 1)}
@@ -32,16 +37,16 @@ def fill_model(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: 
 
         weights_picture(groups, names, directory / HEATMAP)
     about = {"stage": "merge", "name": name, "method": recipe.method, "inputs": recipe.identities}
-    return about | {"targets": names, "weights": groups}
+    return about | {"targets": names, "weights": groups}, digests
 
 
-def fill_store(inputs: Inputs, recipe: Recipe, directory: Path, name: str) -> dict[str, Any]:
-    """Writes the delta store; returns what its record says."""
+def fill_store(inputs: Inputs, recipe: Recipe, directory: Path, name: str) -> Filled:
+    """The same of a delta store."""
     (target,) = inputs.targets
     copy_companions(target.path, directory, None)
     identity = recipe.identities[str(recipe.pivot_path)]
     measured = write_store(inputs.pivot, target, directory, identity=identity, **recipe.settings)
-    return {"stage": "compress", "name": name, "inputs": recipe.identities, "measured": measured}
+    return {"stage": "compress", "name": name, "inputs": recipe.identities, "measured": measured}, {}
 
 
 def copy_companions(model: Path, directory: Path, dtype: str | None) -> None:

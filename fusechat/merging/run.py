@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import RECORD, settled, stamp, whole_directory, write_json
+from fusechat.app.outputs import RECORD, settled, stamp, whole_directory
 from fusechat.app.places import writing
 from fusechat.merging.folder import fill_model, fill_store
 from fusechat.merging.inputs import Inputs, open_inputs
 from fusechat.merging.recipe import Recipe
 from fusechat.merging.stream import describe, layout_of, size_of
 from fusechat.merging.varm import GroupWeights, measured_weights
+from fusechat.models.whole import write_record
 
 LOG = logging.getLogger(__name__)
 
@@ -104,10 +105,10 @@ def _make(
     _check_room(output, size_of(layout_of(inputs, recipe.dtype)))
     with whole_directory(output, overwrite) as directory:
         if recipe.storing:
-            about = fill_store(inputs, recipe, directory, output.name)
+            about, digests = fill_store(inputs, recipe, directory, output.name)
         else:
-            about = fill_model(inputs, recipe, groups, directory, output.name)
-        write_json(directory / RECORD, {**stamp(recipe.mark), **about, **(record or {})})
+            about, digests = fill_model(inputs, recipe, groups, directory, output.name)
+        write_record(directory, {**stamp(recipe.mark), **about, **(record or {})}, digests)
     LOG.info("%s is made by %s from %d target(s)", output, recipe.method, len(inputs.targets))
     if measured := about.get("measured"):
         share = 100 * measured["bytes"] / measured["target_bytes"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError, one_of
-from fusechat.app.outputs import RECORD, read_json, replace, whole_lines, write_durably, write_json
+from fusechat.app.outputs import RECORD, read_json, replace, sealed_line, whole_lines, write_durably, write_json
 from fusechat.merging.recipe import Recipe
 from fusechat.merging.run import make
 from fusechat.stores.units import bits_per_byte
@@ -93,7 +92,7 @@ class Trials:
             shutil.rmtree(place)
         self.done.append({COLUMN: value, **choice, "fingerprint": recipe.mark})
         with self.file.open("a") as file:
-            file.write(json.dumps(self.done[-1]) + "\n")
+            file.write(sealed_line(self.done[-1]))
         LOG.info("%s: %.4f bits per byte", " ".join(f"{key}={value}" for key, value in choice.items()), value)
         return value
 

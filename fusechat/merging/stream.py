@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,11 @@ def size_of(layout: Layout) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
 
 
-def write_merged(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: Path) -> list[Path]:
-    """Merges every parameter into ``directory``; returns the weight files. groups: where ``variation`` is needed."""
+def write_merged(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: Path) -> Mapping[str, str]:
+    """Merges every parameter into ``directory``; returns the weight files' xxh3_128.
+
+    groups: where ``variation`` is needed. Raises `UserError` where an input is damaged.
+    """
     layout = layout_of(inputs, recipe.dtype)
     names, floating = list(layout), set(inputs.floating)
     writer = CheckpointWriter(directory, layout, bytes_of(recipe.max_shard_size))
@@ -51,7 +54,10 @@ def write_merged(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory
             inputs.check_equal(name)
             writer.write(name, inputs.pivot.tensor(name))
         inputs.let_go(name)
-    return writer.close()
+    writer.close()
+    for checkpoint in (inputs.pivot, *inputs.targets):
+        checkpoint.verify()
+    return writer.digests
 
 
 def merged_parts(inputs: Inputs, recipe: Recipe, groups: GroupWeights, name: str) -> Iterator[Tensor]:

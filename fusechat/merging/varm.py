@@ -6,7 +6,6 @@ W_{j,m} = mean_m(δ_j²) / Σ_i mean_m(δ_i²), θ[m] = Σ_j W_{j,m} θ_j[m], wi
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fusechat.app.errors import UserError, one_of
-from fusechat.app.outputs import write_durably
+from fusechat.app.outputs import read_json, write_json
 from fusechat.merging.dense import linear
 from fusechat.merging.family import METHODS, Parts, Weights
 from fusechat.merging.groups import GRANULARITIES, group_of
@@ -137,13 +136,15 @@ def change_of_target(inputs: Inputs, j: int, key: str) -> dict[str, Change]:
     Raises `UserError` for NaN or inf.
     """
     file = inputs.targets[j].path / CACHE
-    held = json.loads(file.read_text()) if file.exists() else {}
+    held = read_json(file) if file.exists() else {}
     if key in held:
         return {name: Change(*entry) for name, entry in held[key].items()}
     found = {name: _change(inputs, j, name) for name in inputs.floating}
+    for checkpoint in (inputs.pivot, inputs.targets[j]):
+        checkpoint.verify()
     held[key] = {name: [c.square, c.absolute, c.size] for name, c in found.items()}
     with contextlib.suppress(OSError):  # a read-only target: measured again next time
-        write_durably(file, json.dumps(held).encode())
+        write_json(file, held)
     return found
 
 

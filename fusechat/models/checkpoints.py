@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from xxhash import xxh3_128
 
+from fusechat.app.checksums import Stream, check_size, digest
 from fusechat.app.errors import UserError
+from fusechat.models import whole
 from fusechat.models.computed import Source
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,19 +46,26 @@ class TensorInfo:
 
 
 class LazyCheckpoint:
-    """Read access to the tensors of a model directory by name. Raises `UserError` for a missing or truncated file."""
+    """Read access to the tensors of a model directory by name, their files' checksums taken on the way.
+
+    Raises `UserError` for a missing or truncated file; see `verify` for a damaged one.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.infos: dict[str, TensorInfo] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._bin: dict[str, Tensor] = {}
-        files = _weight_files(self.path)
-        for file in files:
+        self._streams: dict[Path, Stream] = {}
+        whole.check_model(self.path, weights=False)
+        for file in _weight_files(self.path):
             if file.suffix == ".bin":  # weights_only: a pickle from a stranger must not run code
+                whole.judge(file, digest(file))
                 self._bin |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             else:
-                self.infos |= read_header(file)
+                infos, head = _opened(file)
+                self.infos |= infos
+                self._streams[file] = Stream(file, head, whole.judge)
         self.infos |= {name: TensorInfo(tuple(t.shape), t.dtype, self.path, -1) for name, t in self._bin.items()}
 
     def __contains__(self, name: str) -> bool:
@@ -82,6 +92,11 @@ class LazyCheckpoint:
         """The tensor, or how its rows are computed, for those who read it a part at a time."""
         return self.tensor(name)
 
+    def verify(self) -> None:
+        """Compares the checksums of all files; what was not let go is read. Raises `UserError` for a damaged one."""
+        for stream in self._streams.values():
+            stream.finish()
+
     def read_ahead(self, name: str) -> None:
         """Asks the kernel to have the tensor's pages in memory soon."""
         self._advise("MADV_WILLNEED", name)
@@ -98,8 +113,12 @@ class LazyCheckpoint:
         if info.start < 0 or not info.bytes or not hasattr(mmap, advice):
             return
         size = info.dtype.itemsize
-        first = (info.start + start * size) // mmap.PAGESIZE * mmap.PAGESIZE
+        begin = info.start + start * size
+        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
         last = info.start + (info.bytes if stop is None else stop * size)
+        if advice == "MADV_DONTNEED" and (stream := self._streams.get(info.file)):
+            with memoryview(self._map(info.file)) as pages:  # the checksum, while they are in the cache
+                stream.feed(begin, pages[begin:last])
         self._map(info.file).madvise(getattr(mmap, advice), first, last - first)
 
     def _map(self, file: Path) -> mmap.mmap:
@@ -125,6 +144,8 @@ class CheckpointWriter:
         self._current: tuple[int, str] | None = None
         self._left = 0
         self._file: Any = None
+        self._hash: Any = None
+        self.digests: dict[str, str] = {}  # file -> xxh3_128, of the shards that are ended
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Appends a tensor, or the next rows of the one being written."""
@@ -134,7 +155,7 @@ class CheckpointWriter:
         data = tensor.to(self.plan[name][1]).cpu().contiguous()
         self._left -= data.numel() * data.element_size()
         assert self._left >= 0, f"{name}: more rows than planned"
-        self._file.write(data.view(-1).view(torch.uint8).numpy().data)
+        self._append(data.view(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> list[Path]:
         """Ends the last shard and writes the index; returns the files."""
@@ -152,14 +173,21 @@ class CheckpointWriter:
         if self._current is None or self._current[0] != shard:
             self._end_shard()
             self._file = (self.path / self._shard_name(shard)).open("wb", buffering=1 << 20)
-            self._file.write(_header({key: self.plan[key] for key in self.shards[shard]}))
+            self._hash = xxh3_128()
+            self._append(_header({key: self.plan[key] for key in self.shards[shard]}))
         self._current, self._left = (shard, expected), _size(*self.plan[expected])
+
+    def _append(self, data: Any) -> None:
+        self._hash.update(data)
+        self._file.write(data)
 
     def _end_shard(self) -> None:
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+            assert self._current is not None
+            self.digests[self._shard_name(self._current[0])] = self._hash.hexdigest()
 
     def _shard_name(self, index: int) -> str:
         count = len(self.shards)
@@ -224,16 +252,24 @@ def _weight_files(path: Path) -> list[Path]:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """What a safetensors file holds. Raises `UserError` where it is broken."""
+    return _opened(file)[0]
+
+
+def _opened(file: Path) -> tuple[dict[str, TensorInfo], bytes]:
+    """What a file holds, and the bytes that say so."""
+    listed, remedy = whole.recorded(file.parent)
+    check_size(file, listed.get(file.name, {}), remedy)
     try:
         with safe_open(file, framework="np"):  # the library's own check that header and length fit
             pass
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            length = int.from_bytes(begin := stream.read(8), "little")
+            header = json.loads(text := stream.read(length))
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{file} is truncated or not safetensors ({error}); copy it again") from error
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return {
+    infos = {
         name: TensorInfo(tuple(e["shape"]), DTYPES[e["dtype"]], file, 8 + length + e["data_offsets"][0])
         for name, e in entries.items()
     }
+    return infos, begin + text

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError, one_of
 from fusechat.models.gguf import given, is_gguf, load_gguf
+from fusechat.models.whole import check_model
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
             f"no tokenizer at {path!r}: no such directory; see pivot.path and source.path "
             "(experiment=tiny: python -m fusechat.tiny)"
         )
+    check_model(path, weights=False)
     try:
         place, named = given(path)
         return AutoTokenizer.from_pretrained(place, **named, revision=revision, trust_remote_code=trust_remote_code)
@@ -69,6 +71,7 @@ def load_model(
         if device and not device_map:
             options["device_map"] = {"": device}  # a quantized model cannot be moved later
     options |= {"dtype": getattr(torch, dtype), "revision": revision, "trust_remote_code": trust_remote_code}
+    check_model(path)
     try:
         read = load_gguf if is_gguf(path) else AutoModelForCausalLM.from_pretrained
         model: PreTrainedModel = read(path, **options)

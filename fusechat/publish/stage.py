@@ -39,11 +39,13 @@ def publish(
     that is created. Raises `UserError` where the model is not whole, or with the Hub's own reason.
     """
     from fusechat.models.cards import measured_card
+    from fusechat.models.whole import check_model
 
     directory = Path(model or "")
     if not model or not all((directory / name).exists() for name in ("fusechat.json", "config.json")):
         expected = "config.json and fusechat.json expected"
         raise UserError(f"model={model} is no whole target or merged model ({expected}); make it first")
+    check_model(directory)
     if not repo or repo.count("/") != 1:
         raise UserError(f"repo={repo} is no Hub id; write owner/name")
     present = (f for f in directory.rglob("*") if f.is_file() and not f.name.startswith(".") and f.name != "README.md")

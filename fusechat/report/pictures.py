@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusechat.app.checksums import check_first_use
+from fusechat.app.outputs import read_json
 from fusechat.report import figures, frames
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _drawn(name: str, title: str, table: pd.DataFrame, figure: Callable[[pd.Data
 def records(folders: Sequence[Path], pattern: str) -> dict[str, Any]:
     """What the stages' outputs say of themselves, by the name of their folder."""
     files = [file for folder in folders for file in sorted(folder.glob(pattern))]
-    return {file.parent.name: json.loads(file.read_text()) for file in files}
+    return {file.parent.name: read_json(file) for file in files}
 
 
 def training_curves(folder: Path) -> dict[str, pd.DataFrame]:
@@ -90,6 +91,8 @@ def training_curves(folder: Path) -> dict[str, pd.DataFrame]:
     found = {}
     for directory in sorted((folder / "logs").glob("train-*")):
         files = [file for file in sorted(directory.glob("from_step_*/metrics.csv")) if file.stat().st_size]
+        for file in files:
+            check_first_use(file)
         if files:
             steps = pd.concat([pd.read_csv(file) for file in files]).groupby("step", as_index=False)
             found[directory.name.removeprefix("train-")] = steps.last()

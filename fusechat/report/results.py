@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.sealed import unsealed
 from fusechat.report.statistics import compare, interval
 
 if TYPE_CHECKING:
@@ -20,10 +20,7 @@ LOWER_IS_BETTER = ("bits_per_byte", "nats_per_token")
 
 def read_result(path: Path) -> dict[str, Any]:
     """A result file of evaluate or judge. Raises `UserError` where it is half-written or something else."""
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is half-written; remove it and evaluate again") from error
+    content = unsealed(path.read_bytes(), path, "remove it and evaluate again")
     if not isinstance(content, dict) or not {"samples", "metrics"} <= set(content):
         raise UserError(f"{path} has no samples; give a file that python -m fusechat.evaluate has written")
     return content

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusechat.app.outputs import read_json
 from fusechat.report.results import short
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 def _made(model: Path) -> dict[str, Any]:
     """The flat config of the stage that made a model, as far as people sweep it."""
     file = model / "fusechat.json"
-    content = json.loads(file.read_text()) if file.exists() else {}
+    content = read_json(file) if file.exists() else {}
     swept = SWEPT.get(content.get("stage", ""), ())
     flat = _flat(content.get("config", {}), "")
     return {key: value for key, value in flat if key.split(".")[0] in swept and key != "merge.name"}

@@ -7,6 +7,7 @@ checksum; ``manifest.json`` comes last. A directory without it is unfinished and
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -16,13 +17,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import xxhash
 
+from fusechat.app import checksums
 from fusechat.app.errors import UserError
 from fusechat.app.marks import difference, stamp
-from fusechat.app.outputs import MANIFEST, file_hash, replace, settled, write_durably, write_json
+from fusechat.app.outputs import MANIFEST, read_json, replace, settled, write_durably, write_json
 from fusechat.app.places import CLAIM, claimed
+from fusechat.app.sealed import seal
 from fusechat.stores.encoding import DECODE, decode_counts
 
+LOG = logging.getLogger(__name__)
+COMPANIONS = (CLAIM, "dataset_info.json", "state.json")  # of the shards
 NAMES = re.compile(r"data-.*\.arrow|shard-.*\.json|fingerprint|dataset_info\.json|state\.json|manifest\.json|\..*\.tmp")
 FORMAT = 3  # of a store's columns
 Array = npt.NDArray[Any]
@@ -31,7 +37,7 @@ Array = npt.NDArray[Any]
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a finished store, or None where there is none."""
     file = path / MANIFEST
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(file) if file.exists() else None
 
 
 def is_store(path: Path) -> bool:
@@ -84,20 +90,24 @@ class StoreWriter:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             about = {key: value for key, value in stamp(self.mark).items() if key != "fingerprint"}
-            write_durably(claim, f"{self.mark}\n{json.dumps({'stage': self.stage, **about})}\n".encode())
+            write_durably(claim, f"{self.mark}\n{seal(json.dumps({'stage': self.stage, **about}) + chr(10))}".encode())
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); choose another with output_dir=DIR"
             ) from error
 
     def done(self, index: int) -> dict[str, Any] | None:
-        """What is recorded of a shard that is whole (checksum compared), else None."""
+        """What is recorded of a shard that is whole (checksum compared), else None: it is to be made again."""
         record = self._record(index)
         if not record.exists():
             return None
-        entry: dict[str, Any] = json.loads(record.read_text())
-        shard = self.path / entry["file"]
-        return entry if shard.exists() and file_hash(shard) == entry["sha256"] else None
+        try:
+            entry = read_json(record)
+            checksums.check(self.path / entry["file"], entry, "made again")
+        except UserError as error:
+            LOG.warning("%s", error)
+            return None
+        return entry
 
     def write(self, index: int, table: pa.Table, statistics: Mapping[str, Any]) -> None:
         """Writes one shard and its record. Raises `UserError` when the disk is full."""
@@ -114,8 +124,8 @@ class StoreWriter:
                 f"{self.path / name}: {error.strerror}; the shards written so far are whole: "
                 "make room and run the same command again"
             ) from error
-        whole = {"file": name, "rows": table.num_rows, "bytes": len(data), "sha256": file_hash(self.path / name)}
-        self.record(index, {**whole, "statistics": statistics})
+        whole = checksums.entry(self.path / name, xxhash.xxh3_128_hexdigest(data))
+        self.record(index, {"file": name, "rows": table.num_rows, **whole, "statistics": statistics})
 
     def record(self, index: int, entry: Mapping[str, Any]) -> None:
         """Notes that a shard is whole: its file, rows, bytes, checksum and statistics."""
@@ -127,7 +137,7 @@ class StoreWriter:
         if missing := [i for i in range(self.total) if not self._record(i).exists()]:
             count = f"{len(missing)} shards of {self.path} are missing (first: {missing[0]})"
             raise UserError(f"{count}; run the same command again")
-        return [json.loads(self._record(i).read_text()) for i in range(self.total)]
+        return [read_json(self._record(i)) for i in range(self.total)]
 
     def finish(self, **about: Any) -> dict[str, Any]:
         """Writes the files `datasets.load_from_disk` wants, then the manifest; returns the manifest.
@@ -140,13 +150,14 @@ class StoreWriter:
         with pa.memory_map(str(self.path / entries[0]["file"])) as source:
             features = Features.from_arrow_schema(pa.ipc.open_stream(source).schema)
         DatasetInfo(features=features).write_to_directory(str(self.path))
-        files = [{"filename": entry["file"]} for entry in entries]
-        state: dict[str, Any] = {"_data_files": files, "_fingerprint": self.mark}
+        shards = [{"filename": entry["file"]} for entry in entries]
+        state: dict[str, Any] = {"_data_files": shards, "_fingerprint": self.mark}
         state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
         state |= {"_output_all_columns": False, "_split": None}
         write_json(self.path / "state.json", state, sort_keys=True)
+        files = {name: checksums.entry(self.path / name) for name in COMPANIONS}
         made = {"stage": self.stage} if self.stage else {}
-        manifest = {"format": FORMAT, **stamp(self.mark), **made, **about, "shards": entries}
+        manifest = {"format": FORMAT, **stamp(self.mark), **made, **about, "shards": entries, "files": files}
         write_json(self.path / MANIFEST, manifest, sort_keys=True)
         for index in range(self.total):
             self._record(index).unlink()
@@ -177,6 +188,9 @@ class DistributionStore:
             raise UserError(f"{made}; run: {remedy} overwrite=true")
         self.manifest: dict[str, Any] = manifest
         self.fingerprint: str = manifest["fingerprint"]
+        self.remedy, self.verified = f"run: {remedy} overwrite=true", False
+        for name, expected in manifest.get("files", {}).items():
+            checksums.check(self.path / name, expected, self.remedy)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -189,11 +203,8 @@ class DistributionStore:
     def verify(self) -> None:
         """Compares every shard with its checksum. Raises `UserError` naming the first that differs."""
         for entry in self.manifest["shards"]:
-            file = self.path / entry["file"]
-            if not file.exists() or file_hash(file) != entry["sha256"]:
-                raise UserError(
-                    f"{file} is missing or does not match its checksum; remove it and {MANIFEST}, extract again"
-                )
+            checksums.check(self.path / entry["file"], entry, self.remedy)
+        self.verified = True
 
     def row(self, index: int, *columns: str) -> tuple[Array, ...]:
         """The named list columns of one row: NumPy views of the memory-mapped file, decoded as `DECODE` says."""
@@ -224,7 +235,9 @@ class DistributionStore:
 
     @cached_property
     def tables(self) -> list[pa.Table]:
-        """The shards, memory-mapped."""
+        """The shards, memory-mapped. Raises `UserError` where one is missing or damaged."""
+        if not self.verified:
+            self.verify()
         return [
             pa.ipc.open_stream(pa.memory_map(str(self.path / entry["file"]))).read_all()
             for entry in self.manifest["shards"]
@@ -246,7 +259,7 @@ class DistributionStore:
         ]
 
     def __getstate__(self) -> dict[str, Any]:  # DataLoader workers map the files again rather than copy them
-        return {"path": self.path, "manifest": self.manifest, "fingerprint": self.fingerprint}
+        return {name: getattr(self, name) for name in ("path", "manifest", "fingerprint", "remedy", "verified")}
 
 
 def list_column(rows: list[Array], dtype: npt.DTypeLike) -> pa.Array:

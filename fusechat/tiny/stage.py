@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusechat.app.outputs import RECORD, fingerprint, read_json, whole_directory, write_durably, write_json
+from fusechat.app.checksums import check_first_use
+from fusechat.app.locks import held
+from fusechat.app.outputs import RECORD, fingerprint, read_json, tidy, whole_directory, write_durably, write_json
 from fusechat.app.places import check_owner, stage_of, writing
 from fusechat.app.trainer import quiet_trainer, seed_everything
+from fusechat.models.whole import write_record
 from fusechat.tiny.chats import World, generate
 
 LOG = logging.getLogger(__name__)
@@ -88,16 +91,18 @@ def _make(
     write_chats(chats, root / "chats")
     for name, spec in models.items():
         mark, target = fingerprint(seed=seed, tiny=tiny, model=spec), root / "models" / name
-        if (target / RECORD).exists() and read_json(target / RECORD).get("fingerprint") == mark:
-            LOG.info("skip: %s is trained already (fingerprint %s)", target, mark)
-            continue
-        about = {"fingerprint": mark, "stage": "tiny", "model": name, "seed": seed}
-        train(spec, chats[f"train_{name}"], target, about, tiny, max_length, trainer)
+        with held(target.resolve()):  # also where it is there: a killed process may have left its lock
+            if (target / RECORD).exists() and read_json(target / RECORD).get("fingerprint") == mark:
+                LOG.info("skip: %s is trained already (fingerprint %s)", target, mark)
+                continue
+            about = {"fingerprint": mark, "stage": "tiny", "model": name, "seed": seed}
+            train(spec, chats[f"train_{name}"], target, about, tiny, max_length, trainer)
 
 
 def write_chats(chats: Mapping[str, Sequence[Row]], folder: Path) -> None:
     """A file of JSON lines each; one that holds these already is not touched. No training set has a test question."""
     folder.mkdir(parents=True, exist_ok=True)
+    tidy(folder)
     test = {row["messages"][0]["content"] for row in chats["test"]}
     for name, rows in chats.items():
         known = test & {row["messages"][0]["content"] for row in rows}
@@ -105,6 +110,7 @@ def write_chats(chats: Mapping[str, Sequence[Row]], folder: Path) -> None:
         path, data = folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()
         if not path.exists() or path.read_bytes() != data:
             write_durably(path, data)
+        check_first_use(path)
 
 
 def train(
@@ -135,7 +141,7 @@ def train(
     with whole_directory(target, overwrite=True) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        (directory / RECORD).write_text(json.dumps({**about, "parameters": size}, indent=1) + "\n")
+        write_record(directory, {**about, "parameters": size})
     loss = float(fitting.callback_metrics["train/loss"])
     told = "%s: %s, %.2fM parameters, %d tokens, last loss %.3f"
     LOG.info(told, name, spec["kind"], size / 1e6, len(tokenizer), loss)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fusechat.app import locks
 from fusechat.app.errors import HELD, UserError
 from fusechat.app.locks import OWN, held, waiting
 from fusechat.app.outputs import whole_directory
@@ -108,3 +109,11 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     message = r"file/x/a cannot be written \(Not a directory: .*\); choose another place"
     with pytest.raises(UserError, match=message), held(tmp_path / "file/x/a"):
         pass
+
+
+def test_a_lock_that_was_never_filled_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "UNFILLED", 0.1)
+    (tmp_path / ".out.lock").touch()  # killed between making the file and writing into it
+    with held(tmp_path / "out") as first:
+        assert first
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ import pytest
 
 from fusechat.app.errors import UserError
 from fusechat.evaluate import answers
+from fusechat.evaluate.stage import read_note
 from fusechat.report.results import compared, read_result
 from tests.conftest import Mini
 
@@ -53,7 +54,7 @@ def test_mt_bench_files_resume_after_a_kill(fresh: Mini, monkeypatch: pytest.Mon
     ]
     fresh.run(*command)
     file = fresh.experiment / "evaluation/mt_bench/model_answer/models-pivot.jsonl"
-    wanted, mark = file.read_text(), file.with_suffix(".fingerprint").read_text().split()[0]
+    wanted, mark = file.read_text(), read_note(file.with_suffix(".fingerprint"))["fingerprint"]
     assert len(wanted.splitlines()) == len(QUESTIONS)
     file.unlink()
     lines = wanted.splitlines(keepends=True)

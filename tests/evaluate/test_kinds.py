@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json
 from fusechat.app.registry import choices
 from fusechat.evaluate import EVALUATIONS, evaluate
 from fusechat.evaluate.places import identity, place
@@ -59,7 +60,7 @@ def test_from_python_and_by_command_are_one_evaluation(fresh: Mini) -> None:
     assert result["metrics"]["bits_per_byte"]["all"]["value"] == value
     own = evaluate(model, chats, fresh.root / "own.json", **options, record={"why": "a try"})
     assert (own["metrics"], own["samples"], own["why"]) == (result["metrics"], result["samples"], "a try")
-    assert json.loads((fresh.root / "own.json").read_text()) == own
+    assert read_json(fresh.root / "own.json") == own
 
 
 def test_models_of_one_short_name_keep_their_own_files(fresh: Mini) -> None:

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json
 from fusechat.app.registry import choices
 from fusechat.chats.formats import load_chats
 from fusechat.chats.render import ChatRenderer
@@ -25,13 +26,14 @@ from fusechat.extract.batches import by_token_budget
 from fusechat.extract.extractor import Extractor
 from fusechat.extract.kinds import KINDS, Keep, generator_for, largest
 from fusechat.extract.summary import summary, totals
+from fusechat.models.whole import accept
 from fusechat.stores.encoding import decode_logprobs
 from fusechat.stores.store import DistributionStore
 from tests.conftest import ROOT, Mini
 
 
 def shards(path: Path) -> list[str]:
-    return [entry["sha256"] for entry in DistributionStore(path).manifest["shards"]]
+    return [entry["xxh3_128"] for entry in DistributionStore(path).manifest["shards"]]
 
 
 @pytest.mark.parametrize("source", ["pivot", "a", "b", "c"])
@@ -184,7 +186,7 @@ def test_from_python(mini: Mini, tmp_path: Path) -> None:
         **more,
     )
     manifest = call()
-    assert manifest == json.loads((tmp_path / "a/manifest.json").read_text()) == made[0]
+    assert manifest == read_json(tmp_path / "a/manifest.json") == made[0]
     assert shards(tmp_path / "a") == shards(mini.experiment / "distributions/a")
     assert manifest["fingerprint"] == DistributionStore(mini.experiment / "distributions/a").fingerprint
     assert (call(), len(made)) == (manifest, 1)
@@ -243,7 +245,9 @@ def test_a_corrupt_shard_is_found_and_made_again(fresh: Mini) -> None:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 0xFF
     shard.write_bytes(data)
-    with pytest.raises(UserError, match="does not match its checksum"):
+    with pytest.raises(
+        UserError, match=r"is damaged .*expected.*found\); run: python -m fusechat.extract overwrite=true"
+    ):
         DistributionStore(path).verify()
     entries = DistributionStore(path).manifest["shards"]
     (path / "manifest.json").unlink()
@@ -266,6 +270,7 @@ def test_nan_is_kept_out_and_too_many_stop_the_run(fresh: Mini) -> None:
     token = int(rendered.input_ids[rendered.positions[0] + 1])
     tensors[name][token] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
+    accept(file.parent)
     with pytest.raises(UserError, match=r"chats gave NaN or inf .*extract\.max_bad_fraction=0\.01; try source\.dtype"):
         fresh.run("extract", "source=a", "overwrite=true")
     fresh.run("extract", "source=a", "overwrite=true", "extract.max_bad_fraction=1.0")
@@ -306,6 +311,7 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(fresh: Mini) -> None
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_tokens([f"<new{i}>" for i in range(3)])
     tokenizer.save_pretrained(path)
+    accept(path)
     with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens, the model's embedding \d+ rows"):
         fresh.run("extract", "source=a", "overwrite=true")
 
@@ -386,4 +392,4 @@ def test_inspect_prints_samples_and_finds_damage(fresh: Mini) -> None:
     assert "gold next" in done.stdout
     shard = next(path.glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert "does not match its checksum" in run().stderr
+    assert "is damaged" in run().stderr

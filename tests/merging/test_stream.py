@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json, write_json
 from fusechat.merging.groups import group_of
 from fusechat.merging.varm import CACHE
 from fusechat.models.checkpoints import LazyCheckpoint
@@ -106,10 +107,10 @@ def test_statistics_of_seen_targets_are_reused(models: dict[str, Path]) -> None:
     first = merge(models, "merge=varm")
     weights = json.loads((first / "fusechat.json").read_text())["weights"]
     cache = models["t1"] / CACHE
-    content = json.loads(cache.read_text())
+    content = read_json(cache)
     ((_, entry),) = content.items()
     entry["lm_head.weight"][0] *= 100
-    cache.write_text(json.dumps(content))
+    write_json(cache, content)
     again = json.loads((merge(models, "merge=varm", "overwrite=true") / "fusechat.json").read_text())["weights"]
     assert again["lm_head.weight"][0] > weights["lm_head.weight"][0]
     assert again["model.norm.weight"] == weights["model.norm.weight"]

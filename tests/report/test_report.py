@@ -53,7 +53,7 @@ def test_unknown_metric_and_broken_files(fresh: Mini) -> None:
     ):
         fresh.run("report", "report.metric=speed")
     (fresh.experiment / "evaluation/broken.json").write_text('{"metrics"')
-    with pytest.raises(UserError, match=r"broken\.json is half-written; remove it and evaluate again"):
+    with pytest.raises(UserError, match=r"broken\.json is half-written or not JSON; remove it and evaluate again"):
         fresh.run("report")
 
 
@@ -96,7 +96,7 @@ def test_results_of_different_tests_are_refused(fresh: Mini, capsys: pytest.Capt
         "all within noise"
     )
     (fresh.root / "cut.json").write_text('{"metrics": ')
-    with pytest.raises(UserError, match=r"cut\.json is half-written; remove it and evaluate again"):
+    with pytest.raises(UserError, match=r"cut\.json is half-written or not JSON; remove it and evaluate again"):
         fresh.run("compare", f"first={whole}", f"second={fresh.root}/cut.json")
     with pytest.raises(UserError, match=r"second=None is no result file"):
         fresh.run("compare", f"first={whole}")

@@ -1,6 +1,5 @@
 """The store: what its columns are encoded as, shards from several processes, a full disk, a read-only folder, another format."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json, write_json
 from fusechat.stores import encoding
 from fusechat.stores.store import DistributionStore, StoreWriter, list_column
 
@@ -90,6 +90,6 @@ def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
     writer.write(0, table(), {})
     writer.finish()
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
+    write_json(manifest, read_json(manifest) | {"format": 1})
     with pytest.raises(UserError, match=r"is of store format 1, this version reads 3; run: make overwrite=true"):
         DistributionStore(tmp_path, "make")

@@ -1,0 +1,94 @@
+"""Whether a model's directory is what it was when it was made; one from elsewhere, when it was first used."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fusechat.app import checksums
+from fusechat.app.errors import UserError
+from fusechat.app.outputs import RECORD, read_json, write_json
+from fusechat.app.sealed import ALGORITHM, compare
+from fusechat.app.verbs import command_line
+
+LOG = logging.getLogger(__name__)
+OPENED = {".safetensors", ".bin", ".model", ".json", ".jinja", ".txt"}  # endings of files that are opened
+WEIGHTS = {".safetensors", ".bin"}
+OWN = {RECORD, "README.md"}  # not listed: the record holds the list, and a card is people's to edit
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+CHANGED = "if you changed it yourself, add accept_changes=true; if not, make it again with: "
+
+
+def write_record(directory: Path, content: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
+    """Writes ``fusechat.json``, the last file of a model: content, the command, and the checksum of every file.
+
+    known: xxh3_128 of files for which it was taken while they were written.
+    """
+    files = _entries(directory, known or {})
+    write_json(directory / RECORD, {**content, "command": command_line(), "files": files})
+
+
+def accept(directory: Path) -> None:
+    """Takes a model's files as they are now into its record."""
+    held = read_json(directory / RECORD)
+    write_json(directory / RECORD, {**held, "files": _entries(directory)})
+
+
+def check_model(path: str | Path, weights: bool = True) -> None:
+    """Compares every file that opening a model reads; those of a Hub id are the Hub's own affair.
+
+    weights: also their files; `checkpoints.LazyCheckpoint` compares them while it reads. Raises `UserError`.
+    """
+    directory = Path(path)
+    if directory.is_file():  # GGUF
+        checksums.check_first_use(directory)
+    if not directory.is_dir():
+        return
+    listed, remedy = recorded(directory)
+    weights = weights or checksums.accepting()
+    try:
+        for name, expected in listed.items():
+            if weights or Path(name).suffix not in WEIGHTS:
+                checksums.check(directory / name, expected, remedy)
+    except UserError as error:
+        if not checksums.accepting():
+            raise
+        LOG.warning("accepted as it is now: %s", error)
+        accept(directory)
+    foreign = [f for f in sorted(directory.iterdir()) if f.suffix in OPENED and f.name not in {*listed, *OWN}]
+    for file in foreign:
+        if file.suffix not in WEIGHTS or (weights and _used(file)):
+            checksums.check_first_use(file)
+
+
+def recorded(directory: Path) -> tuple[Mapping[str, checksums.Entry], str]:
+    """What a model's record says of its files, none of a model from elsewhere or of before; and what makes it anew."""
+    record = directory / RECORD
+    held = read_json(record) if record.exists() else {}
+    return held.get("files", {}), CHANGED + str(held.get("command", "its command")) + " overwrite=true"
+
+
+def judge(file: Path, found: str) -> None:
+    """Compares the hash that was taken of a weight file. Raises `UserError` where it is not what it was."""
+    listed, remedy = recorded(file.parent)
+    if file.name in listed:
+        compare(file, found, listed[file.name][ALGORITHM], remedy)
+    else:
+        checksums.check_first_use(file, found)
+
+
+def _entries(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    names = [f.name for f in sorted(directory.iterdir()) if f.is_file() and f.name not in OWN and f.name[0] != "."]
+    return {name: checksums.entry(directory / name, known.get(name)) for name in names}
+
+
+def _used(file: Path) -> bool:
+    """Whether a weight file is among those that are loaded: an index names them, where there is one."""
+    for index in (file.parent / name for name in INDICES):
+        if index.exists():
+            return file.name in json.loads(index.read_text())["weight_map"].values()
+    return file.stem in ("model", "pytorch_model", "adapter_model")

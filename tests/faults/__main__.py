@@ -1,0 +1,83 @@
+"""Disturbs every stage and writes docs/reliability.md: python -m tests.faults (make faults).
+
+Two processes share the cases; the worlds lie in memory where /dev/shm is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.faults import page
+from tests.faults.cases import Case, all_faults, damaged, full, limited, may_mount, prepare
+from tests.faults.stages import STAGES, World, warm_up
+from tests.faults.trace import possible
+
+FLIPS = 1000
+SHARES = (0.02, 0.2, 0.5, 0.8)  # of what a stage writes, before there is no room
+
+
+def work(folder: Path, part: int, parts: int, flips: int, stages: list[str], every: int) -> None:
+    """One process: its share of the boundaries and flips of every stage, a line a case."""
+    warm_up()
+    gc.collect()
+    gc.freeze()  # forked processes leave these objects' memory shared
+    world, draw = World(folder / str(part)), random.Random(part)
+    chosen = [stage for stage in STAGES if stage.disturbed and (not stages or stage.name in stages)]
+    with (folder / f"{part}.jsonl").open("w") as file:
+        for prepared in prepare(world, stages):
+            count = flips // parts // len(chosen) + 1 if prepared.stage.name != "tiny" else 0
+            cases = [all_faults(world, prepared, part * every, parts * every)]
+            cases.append(damaged(world, prepared, draw) for _ in range(count))
+            if part == parts - 1:
+                cases.append(limited(world, prepared, share) for share in SHARES)
+                cases.append(full(world, prepared, share) for share in SHARES if may_mount(folder / "mounted"))
+            for case in (case for source in cases for case in source):
+                file.write(json.dumps(asdict(case)) + "\n")
+                file.flush()
+
+
+def main() -> int:
+    """The command line; 1 where a case did not come to the same end."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", type=int, help="internal: the number of this process")
+    parser.add_argument("--folder", type=Path, help="internal: where the processes meet")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--flips", type=int, default=FLIPS, help="bytes changed on the disk")
+    parser.add_argument("--every", type=int, default=1, help="disturb every n-th boundary")
+    parser.add_argument("--stages", nargs="*", default=[], help="some stages alone")
+    parser.add_argument("--page", type=Path, help="where the page is written")
+    given = parser.parse_args()
+    if given.part is not None:
+        work(given.folder, given.part, given.processes, given.flips, given.stages, given.every)
+        return 0
+    if not possible():
+        print("error: strace must be there and may attach to processes (apt-get install strace)", file=sys.stderr)
+        return 1
+    started, memory = time.perf_counter(), "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="faults-", dir=memory) as name:
+        folder = Path(name)
+        command = [sys.executable, "-m", "tests.faults", *sys.argv[1:], "--folder", name]
+        children = [subprocess.Popen([*command, "--part", str(part)]) for part in range(given.processes)]
+        failed = [child.wait() for child in children]
+        lines = [line for part in sorted(folder.glob("*.jsonl")) for line in part.read_text().splitlines()]
+    cases = [Case(**json.loads(line)) for line in lines]
+    for case in page.wrong(cases):
+        print(case)
+    print(page.summary(cases, time.perf_counter() - started))
+    if given.page:
+        given.page.write_text(page.page(cases))
+    return int(any(failed) or bool(page.wrong(cases)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
