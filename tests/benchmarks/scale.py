@@ -37,9 +37,9 @@ PER_SHARD, K, BATCHES = 1_000, 10, 100  # the default rows of a shard; batches t
 TEXT = "Salt, bread and iron."
 
 
-def template(tokenizer: Any) -> tuple[pa.Table, dict[str, Any]]:
-    """A shard of short chats with random distributions, and its statistics."""
-    texts = [f"{i} {TEXT}" for i in range(PER_SHARD)]
+def template(tokenizer: Any, count: int, text: str) -> tuple[pa.Table, dict[str, Any]]:
+    """A shard of chats with random distributions, and its statistics."""
+    texts = [f"{i} {text}" for i in range(count)]
     messages = [[{"role": "user", "content": "Name it."}, {"role": "assistant", "content": text}] for text in texts]
     generator, rows = torch.Generator().manual_seed(0), []
     for chat, rendered in zip(messages, ChatRenderer(tokenizer)(messages), strict=True):
@@ -51,17 +51,26 @@ def template(tokenizer: Any) -> tuple[pa.Table, dict[str, Any]]:
     return columns.table(rows, len(tokenizer), "float16", 2048), columns.statistics(rows)
 
 
-def write(path: Path, tokenizer: Any, chats: int, **about: Any) -> DistributionStore:
+def write(
+    path: Path, tokenizer: Any, chats: int, per_shard: int = PER_SHARD, text: str = TEXT, **about: Any
+) -> DistributionStore:
     """The template as often as it takes, with ids of its own in every shard."""
-    shard, statistics = template(tokenizer)
-    writer = StoreWriter(path, path.name, chats // PER_SHARD)
+    shard, statistics = template(tokenizer, per_shard, text)
+    writer = StoreWriter(path, path.name, chats // per_shard)
     place = shard.column_names.index("id")
     for index in range(writer.total):
-        ids = pa.array([f"{row:016x}" for row in range(index * PER_SHARD, (index + 1) * PER_SHARD)])
+        ids = pa.array([f"{row:016x}" for row in range(index * per_shard, (index + 1) * per_shard)])
         writer.write(index, shard.set_column(place, "id", ids), statistics)
-    about |= {"vocab_size": len(tokenizer), "special_ids": [], "chats": "c", "offsets": True}
-    writer.finish(**about)
+    fixed = {"vocab_size": len(tokenizer), "special_ids": [], "chats": "c", "offsets": True}
+    writer.finish(**fixed | about)
     return DistributionStore(path)
+
+
+def linked(path: Path, pivot: DistributionStore) -> None:
+    """An aligned store that shares the pivot's files."""
+    writer = StoreWriter(path, path.name, len(pivot.ranges))
+    link_shards(pivot, writer)
+    writer.finish(pivot=pivot.fingerprint, vocab_size=pivot.manifest["vocab_size"], chats="c")
 
 
 def tokenizers() -> tuple[Any, Any]:
@@ -76,9 +85,7 @@ def make(root: Path, chats: int) -> None:
     pivot = write(root / "pivot", pivot_tokenizer, chats)
     write(root / "source", source_tokenizer, chats)
     for name in ("a", "b"):
-        writer = StoreWriter(root / "aligned" / name, name, chats // PER_SHARD)
-        link_shards(pivot, writer)
-        writer.finish(pivot="pivot", vocab_size=len(pivot_tokenizer), chats="c")
+        linked(root / "aligned" / name, pivot)
 
 
 def phases(root: Path) -> list[list[Any]]:
@@ -143,7 +150,7 @@ def main() -> None:
             manifest = (store.path / "manifest.json").stat().st_size
             sizes.append([f"{chats:,}", len(list(store.path.iterdir())), total / chats, total / 1e6, manifest / 1e6])
         for what, seconds, peak, own in json.loads(done.stdout.splitlines()[-1]):
-            columns.setdefault(what, []).append(f"{seconds:.3f} s, {peak:.0f} MB, {own:.0f} MB")
+            columns.setdefault(what, []).append(f"{seconds:.3f} s, {peak:.0f} MB, {own:.0f} MB".removeprefix("nan s, "))
     header = [f"{row[0]} chats" for row in sizes]
     table("a store", ["chats", "files", "B per chat", "MB", "manifest MB"], sizes)
     table(
