@@ -14,7 +14,8 @@ from fusechat.stores.store import DistributionStore, StoreWriter
 def spoil(path: Path, change: Callable[[pa.Table], pa.Table], **about: Any) -> None:
     """Rewrites a store's first shard, records and all."""
     store = DistributionStore(path)
-    tables = [change(store.tables[0]), *store.tables[1:]]
+    first, *rest = (pa.table({name: store.arrow(name, *rows) for name in store.columns}) for rows in store.ranges)
+    tables = [change(first), *rest]
     shutil.rmtree(path)
     writer = StoreWriter(path, store.fingerprint, len(tables))
     for index, (table, entry) in enumerate(zip(tables, store.manifest["shards"], strict=True)):

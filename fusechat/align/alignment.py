@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -51,12 +50,6 @@ class Alignment:
         """The pivot's."""
         return int(self.pivot.manifest["vocab_size"])
 
-    @cached_property
-    def rows_by_shard(self) -> list[tuple[int, int]]:
-        """First row and end of each of the source's shards."""
-        starts = np.cumsum([0, *(entry["rows"] for entry in self.source.manifest["shards"])])
-        return [*zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
-
     def match(self, row: int) -> tuple[Ints, Kinds]:
         """match and kind of one chat, see `fusechat.align.sequence`."""
         align, (theirs, own) = SEQUENCES[self.sequence].function, self._boundaries(row)
@@ -75,7 +68,7 @@ class Alignment:
     def pair_counts(self, shard: int) -> PairCounts:
         """How often each source token is aligned with each pivot token in one shard."""
         size, pairs = self.vocab_size, [np.empty(0, np.int64)]
-        for row in range(*self.rows_by_shard[shard]):
+        for row in range(*self.source.ranges[shard]):
             match, _ = self.match(row)
             matched = match >= 0
             pairs.append(self.source.gold(row)[match[matched]] * size + self.pivot.gold(row)[matched])
@@ -84,7 +77,7 @@ class Alignment:
 
     def shard(self, shard: int) -> tuple[pa.Table, dict[str, Any]]:
         """One shard of the source, aligned and projected, with its statistics."""
-        span = range(*self.rows_by_shard[shard])
+        span = range(*self.source.ranges[shard])
         rows, places = [self.row(row) for row in span], [self._places(row) for row in span]
         results, kinds = [result for result, _ in rows], [kind for _, kind in rows]
         logprobs = [encode_logprobs(result.logprobs, self.logprobs) for result in results]
@@ -96,10 +89,9 @@ class Alignment:
             "kind": list_column(kinds, np.uint8),
             "spent": list_column([self._spent(row, *pair) for row, pair in zip(span, places, strict=True)], np.float16),
         }
-        scalars = self.source.tables[shard].select(["id", "nats", "bytes", "tokens"])
-        columns = {n: scalars.column(n) for n in scalars.column_names}
-        columns["same_range"] = [common.same_range(*pair) for pair in places]
-        return pa.table({**columns, **lists}), _statistics(rows)
+        scalars = {name: self.source.arrow(name, span.start, span.stop) for name in ("id", "nats", "bytes", "tokens")}
+        same = [common.same_range(*pair) for pair in places]
+        return pa.table({**scalars, "same_range": same, **lists}), _statistics(rows)
 
     def row(self, row: int) -> tuple[Ragged, Kinds]:
         """One chat: the source's distributions at the pivot's positions, and how each found its partner."""
@@ -140,7 +132,7 @@ def write_aligned(alignment: Alignment, writer: StoreWriter, num_proc: int = 1, 
 
 def corpus_counts(alignment: Alignment, num_proc: int = 1, modules: Sequence[str] = ()) -> PairCounts:
     """`Alignment.pair_counts` of all shards, added up."""
-    shards, size = range(len(alignment.rows_by_shard)), alignment.vocab_size
+    shards, size = range(len(alignment.source.ranges)), alignment.vocab_size
     parts = [*each_shard(alignment, Alignment.pair_counts, shards, num_proc, modules)]
     source, pivot, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     pairs, inverse = np.unique(source * size + pivot, return_inverse=True)

@@ -7,6 +7,8 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fusechat.align.vocabulary import special_roles
 from fusechat.app.errors import UserError
@@ -24,7 +26,8 @@ def check_chats(pivot: DistributionStore, source: DistributionStore) -> None:
 
 def check_texts(pivot: DistributionStore, source: DistributionStore, tokenizers: tuple[Any, Any]) -> None:
     """Raises `UserError` where a chat's assistant text differs between two renderings, with both excerpts."""
-    differing = np.flatnonzero(pivot.column("text_hash") != source.column("text_hash"))
+    hashes = ((pivot.arrow("text_hash", *rows), source.arrow("text_hash", *rows)) for rows in pivot.ranges)
+    differing = np.flatnonzero(np.concatenate([pc.not_equal(*pair).to_numpy() for pair in hashes]))
     if not len(differing):
         return
     row = int(differing[0])
@@ -40,11 +43,13 @@ def check_texts(pivot: DistributionStore, source: DistributionStore, tokenizers:
 
 def same_tokens(pivot: DistributionStore, source: DistributionStore) -> bool:
     """Whether both stores hold the same ids for every chat: vocabularies are shared and nothing is to be aligned."""
-    columns = ("input_ids", "positions")
-    return len(pivot) == len(source) and all(
-        np.array_equal(theirs, own)
-        for row in range(len(pivot))
-        for theirs, own in zip(pivot.row(row, *columns), source.row(row, *columns), strict=True)
+    if len(pivot) != len(source):
+        return False
+    wide = pa.list_(pa.int64())  # the narrowest type that holds a store's ids may differ where the ids do not
+    return all(
+        pivot.arrow(column, *rows).cast(wide).equals(source.arrow(column, *rows).cast(wide))
+        for rows in pivot.ranges
+        for column in ("input_ids", "positions")
     )
 
 

@@ -15,13 +15,11 @@ from fusechat.chats.padding import pad
 from fusechat.chats.render import Rendered
 from fusechat.extract.kinds import KINDS, Keep, generator_for, joined
 from fusechat.models.devices import fed_at
-from fusechat.models.heads import OutputHead
+from fusechat.models.heads import OutputHead, chunk_rows
 from fusechat.stores.distributions import TopK
 
 LOG = logging.getLogger(__name__)
-# Logits computed at a time, and of these normalised and sorted at a time. A CPU sorts in its cache (8 MiB in fp32);
-# elsewhere 256 MiB keep the device busy.
-ON_CPU, ELSEWHERE = (1 << 24, 1 << 21), (1 << 26, 1 << 26)
+ON_CPU = 1 << 24, 1 << 21  # elements of the logits computed at a time, and of these sorted at a time: 8 MiB in fp32
 
 
 class Extractor:
@@ -81,10 +79,10 @@ class Extractor:
     def _sparse(self, stored: Tensor, gold: Tensor, generator: torch.Generator | None) -> Iterator[TopK]:
         """Hidden states [N, D], gold [N] -> what the kind keeps, piece by piece. Nothing here waits for the device."""
         wide = self.head.projection.weight.shape[0]
-        at_once, sorted_at_once = ON_CPU if stored.device.type == "cpu" else ELSEWHERE
+        at_once, sorted_at_once = (chunk_rows(stored.device, wide, elements) for elements in ON_CPU)
         done = 0
-        for chunk in torch.split(stored, max(1, at_once // wide)):
-            for logits in torch.split(self.head.logits(chunk), max(1, sorted_at_once // wide)):
+        for chunk in torch.split(stored, at_once):
+            for logits in torch.split(self.head.logits(chunk), sorted_at_once):
                 theirs = gold[done : done + len(logits)].to(logits.device)
                 yield self.kind.function(logits, theirs, self.keep, generator)
                 done += len(logits)

@@ -104,7 +104,6 @@ class FusionRows(Dataset[FusionBatch]):
             for name in ("nats", "bytes", "tokens")
         }
         self.common = CommonText(stores)
-        self.tags = stores[0].column("tag")
 
     def __getitem__(self, draw: Draw) -> FusionBatch:
         chats = [self.stores[0].row(row, "input_ids", "positions") for row in draw.rows]
@@ -129,7 +128,7 @@ class FusionRows(Dataset[FusionBatch]):
             common_nats=torch.from_numpy(common_nats).float(),
             common_bytes=torch.from_numpy(common_bytes).float(),
             step_tokens=torch.tensor(float(draw.step_tokens)),
-            tags=[str(self.tags[row]) for row in draw.rows],
+            tags=[self.stores[0].text(row, "tag") for row in draw.rows],
         )
 
     def _entries(self, store: DistributionStore, rows: list[int], n: int) -> Entries:
@@ -293,12 +292,13 @@ class FusionDataModule(lightning.LightningDataModule):
             raise UserError(f"{pivot.path} has ids up to {ids}, {known}; set pivot.path")
         self.rows = FusionRows(stores, pad_token_id)
         self.responses = self.rows.scalars["tokens"][:, 0].numpy().astype(np.int64)
-        self.lengths = np.array([len(pivot.row(i, "input_ids")[0]) for i in range(len(pivot))])
+        self.lengths = pivot.lengths("input_ids")
         if (longest := int(self.lengths.max())) > max_tokens:
             limit = f"{max_tokens}, the model's context or data.max_tokens"
             raise UserError(f"a chat of {longest} tokens exceeds {limit}; extract with chat.max_length")
         fraction, seed = data.validation_fraction if own is None else 0.0, data.split_seed
-        held_out = np.array([in_validation(i, fraction, seed) for i in pivot.column("id")])
+        ids = (identity for rows in pivot.ranges for identity in pivot.arrow("id", *rows).to_pylist())
+        held_out = np.fromiter((in_validation(identity, fraction, seed) for identity in ids), bool, len(pivot))
         usable = self.responses > 0
         self.train_rows, self.validation_rows = np.flatnonzero(usable & ~held_out), np.flatnonzero(usable & held_out)
         self.own, self.validation = own, self.rows

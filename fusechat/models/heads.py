@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusechat.app.errors import UserError
+
+CARD_SHARE, TILE = 128, 128  # logits take one part in so many of a card's memory, in rows that fill its matrix units
+
+
+@lru_cache
+def chunk_rows(device: torch.device, vocabulary: int, on_cpu: int) -> int:
+    """How many rows of logits [rows, V] in fp32 are computed together.
+
+    on_cpu: as many elements, for a CPU works in its caches. A card wants products that fill it, and has the memory.
+    """
+    if device.type != "cuda":
+        return max(1, on_cpu // vocabulary)
+    memory = int(torch.cuda.get_device_properties(device).total_memory)
+    return max(TILE, memory // (4 * CARD_SHARE * vocabulary) // TILE * TILE)
 
 
 class OutputHead:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from fusechat.app import checksums
@@ -31,6 +33,7 @@ LOG = logging.getLogger(__name__)
 COMPANIONS = (CLAIM, "dataset_info.json", "state.json")  # of the shards
 NAMES = re.compile(r"data-.*\.arrow|shard-.*\.json|fingerprint|dataset_info\.json|state\.json|manifest\.json|\..*\.tmp")
 FORMAT = 3  # of a store's columns
+OPEN = 128  # shards of a store that are kept open
 Array = npt.NDArray[Any]
 
 
@@ -198,7 +201,7 @@ class DistributionStore:
     @property
     def columns(self) -> list[str]:
         """The names of the columns."""
-        return list(self.tables[0].column_names)
+        return list(self._shard(0)[0].column_names)
 
     def verify(self) -> None:
         """Compares every shard with its checksum. Raises `UserError` naming the first that differs."""
@@ -208,9 +211,8 @@ class DistributionStore:
 
     def row(self, index: int, *columns: str) -> tuple[Array, ...]:
         """The named list columns of one row: NumPy views of the memory-mapped file, decoded as `DECODE` says."""
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        local = index - int(self._starts[shard])
-        views = self._shards[shard]
+        shard, local = self._place(index)
+        _, views = self._shard(shard)
         found = {c: views[c][1][views[c][0][local] : views[c][0][local + 1]] for c in columns}
         if "counts" in found:
             starts = views["gold_logprob"][0]
@@ -218,9 +220,33 @@ class DistributionStore:
         return tuple(DECODE[name](values) if name in DECODE else values for name, values in found.items())
 
     def column(self, name: str) -> Array:
-        """A whole scalar column, as one array."""
-        parts = [table.column(name).combine_chunks() for table in self.tables]
-        return np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts])
+        """A whole column of numbers, as one array."""
+        return np.concatenate([self.arrow(name, *rows).to_numpy() for rows in self.ranges])
+
+    def lengths(self, name: str) -> npt.NDArray[np.int64]:
+        """How many items each row of a list column holds, as stored."""
+        parts = [pc.list_value_length(self.arrow(name, *rows)).to_numpy() for rows in self.ranges]
+        return np.concatenate(parts).astype(np.int64)
+
+    def text(self, index: int, name: str) -> str:
+        """One row of a column of strings."""
+        shard, local = self._place(index)
+        return str(self._shard(shard)[0].column(name)[local].as_py())
+
+    @cached_property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First row and end of each shard."""
+        return [*pairwise(self._starts.tolist())]
+
+    def arrow(self, name: str, first: int, end: int) -> pa.ChunkedArray:
+        """A column of the rows from ``first`` to ``end``, as it is stored.
+
+        Files are mapped anew for it and let go with it: a pass over a store, range by range, leaves no page resident.
+        """
+        (shard, skipped), last = self._place(first), self._place(end - 1)[0]
+        parts = [self._open(i).column(name) for i in range(shard, max(shard, last) + 1)]
+        chunks = [chunk for part in parts for chunk in part.chunks]
+        return pa.chunked_array(chunks, parts[0].type).slice(skipped, end - first)
 
     def gold(self, index: int) -> npt.NDArray[np.int64]:
         """The gold tokens of one row: what each of its positions predicts."""
@@ -233,30 +259,38 @@ class DistributionStore:
         """Where each chat's predictions end, in bytes of assistant text; see `Rendered.end`."""
         return self.column("end").astype(np.int64)
 
-    @cached_property
-    def tables(self) -> list[pa.Table]:
-        """The shards, memory-mapped. Raises `UserError` where one is missing or damaged."""
+    def _open(self, shard: int) -> pa.Table:
+        """A shard, mapped as long as the table is held; its file is closed: no store is too large for ``ulimit -n``.
+
+        Raises `UserError` where any shard of the store is missing or damaged.
+        """
         if not self.verified:
             self.verify()
-        return [
-            pa.ipc.open_stream(pa.memory_map(str(self.path / entry["file"]))).read_all()
-            for entry in self.manifest["shards"]
-        ]
+        with pa.memory_map(str(self.path / self.manifest["shards"][shard]["file"])) as file:
+            return pa.ipc.open_stream(file).read_all()
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of a row, and the row's place there."""
+        shard = int(np.searchsorted(self._starts[1:-1], index, side="right"))
+        return shard, index - int(self._starts[shard])
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
         return np.cumsum([0, *(entry["rows"] for entry in self.manifest["shards"])])
 
     @cached_property
-    def _shards(self) -> list[dict[str, tuple[Array, Array]]]:
-        return [
-            {
-                name: _list_views(table.column(name))
-                for name in table.column_names
-                if pa.types.is_list(table.schema.field(name).type)
-            }
-            for table in self.tables
-        ]
+    def _shard(self) -> Callable[[int], tuple[pa.Table, dict[str, tuple[Array, Array]]]]:
+        """A shard by its number, and offsets and items of its list columns; the last `OPEN` are kept.
+
+        So neither memory nor the number of mappings grows with the number of shards.
+        """
+
+        def shard(number: int) -> tuple[pa.Table, dict[str, tuple[Array, Array]]]:
+            table = self._open(number)
+            lists = (field.name for field in table.schema if pa.types.is_list(field.type))
+            return table, {name: _list_views(table.column(name)) for name in lists}
+
+        return lru_cache(OPEN)(shard)
 
     def __getstate__(self) -> dict[str, Any]:  # DataLoader workers map the files again rather than copy them
         return {name: getattr(self, name) for name in ("path", "manifest", "fingerprint", "remedy", "verified")}

@@ -3,18 +3,21 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from fusechat.align.checks import same_tokens
 from fusechat.align.maps import TOKEN_MAPS
 from fusechat.align.sequence import SEQUENCES
 from fusechat.app.errors import UserError
 from fusechat.stores.encoding import decode_logprobs
 from fusechat.stores.kinds import KINDS, NONE, SAME
-from fusechat.stores.store import DistributionStore
+from fusechat.stores.store import DistributionStore, StoreWriter, list_column
 from tests.conftest import ROOT, Mini
 from tests.spoiling import replaced, spoil
 
@@ -224,3 +227,24 @@ def test_the_command_that_mends_it_names_the_experiment_it_was_given(tmp_path: P
         in done.stdout + done.stderr
     )
     assert "Traceback" not in done.stderr
+
+
+def test_the_same_tokens_in_other_shards_and_types(tmp_path: Path) -> None:
+    ids, positions = [np.arange(n) + 5 for n in (2, 7, 3, 4)], [np.array([0, n]) for n in (1, 6, 2, 3)]
+
+    def stored(name: str, cuts: list[int], dtype: type, last: int) -> DistributionStore:
+        writer, rows = StoreWriter(tmp_path / name, "mark", len(cuts) - 1), [*ids[:3], np.append(ids[3][:-1], last)]
+        for index, (first, end) in enumerate(pairwise(cuts)):
+            lists = {
+                "input_ids": list_column(rows[first:end], dtype),
+                "positions": list_column(positions[first:end], dtype),
+            }
+            writer.write(index, pa.table(lists), {})
+        writer.finish()
+        return DistributionStore(tmp_path / name)
+
+    pivot, same = stored("pivot", [0, 2, 4], np.uint16, 8), stored("same", [0, 1, 3, 4], np.uint32, 8)
+    assert same_tokens(pivot, same)
+    assert same_tokens(same, pivot)
+    assert not same_tokens(pivot, stored("other", [0, 2, 4], np.uint16, 9))
+    assert not same_tokens(pivot, stored("fewer", [0, 2, 3], np.uint16, 8))

@@ -15,7 +15,7 @@ from fusechat.align.alignment import Alignment, write_aligned
 from fusechat.align.maps import em, prefix
 from fusechat.align.stage import token_texts
 from fusechat.chats.render import PLAIN_TEMPLATE, ChatRenderer
-from fusechat.extract.writer import _row, _statistics, _table
+from fusechat.extract import writer as columns
 from fusechat.stores.distributions import TopK
 from fusechat.stores.store import DistributionStore, StoreWriter
 from tests.benchmarks import tokenizers
@@ -41,9 +41,9 @@ def made_store(path: Path, tokenizer: Any) -> DistributionStore:
         ).values + np.log(0.95)
         ids = torch.randint(0, len(tokenizer), (n, K), generator=generator)
         ids[:, 0] = torch.from_numpy(rendered.input_ids[rendered.positions + 1])
-        rows.append(_row(chat, rendered, TopK(ids, logprobs, logprobs[:, 0])))
+        rows.append(columns.row(chat, rendered, TopK(ids, logprobs, logprobs[:, 0])))
     writer = StoreWriter(path, "mark", 1)
-    writer.write(0, _table(rows, len(tokenizer), "float16", TOKENS), _statistics(rows))
+    writer.write(0, columns.table(rows, len(tokenizer), "float16", TOKENS), columns.statistics(rows))
     writer.finish(vocab_size=len(tokenizer), chats="", special_ids=[])
     return DistributionStore(path)
 

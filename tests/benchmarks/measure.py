@@ -20,18 +20,13 @@ class Cost:
     megabytes: float
 
 
-def resident(anonymous: bool = False) -> float:
-    """Resident megabytes of this process; ``anonymous`` leaves memory-mapped files out."""
-    key = "RssAnon:" if anonymous else "VmRSS:"
-    return (
-        next(
-            int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
-        )
-        / 1024
-    )
+def resident(key: str = "VmRSS:") -> float:
+    """Megabytes of this process: resident, ``RssAnon:`` without memory-mapped files, or ``VmHWM:``, the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def measure(work: Callable[[], Any], reset: Callable[[], Any], repeats: int = 3, anonymous: bool = True) -> Cost:
+def measure(work: Callable[[], Any], reset: Callable[[], Any], repeats: int = 3, key: str = "RssAnon:") -> Cost:
     """Runs ``work`` once to warm up, then measures it; ``reset`` drops what it left, before memory is read."""
     work()
     seconds, peak = [], 0.0
@@ -39,11 +34,11 @@ def measure(work: Callable[[], Any], reset: Callable[[], Any], repeats: int = 3,
         reset()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        before, stop, top = resident(anonymous), threading.Event(), [0.0]
+        before, stop, top = resident(key), threading.Event(), [0.0]
 
         def watch(stop: threading.Event = stop, top: list[float] = top) -> None:
             while not stop.is_set():
-                top[0] = max(top[0], resident(anonymous))
+                top[0] = max(top[0], resident(key))
                 time.sleep(0.002)
 
         watcher = threading.Thread(target=watch)

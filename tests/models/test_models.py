@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import whole_directory
 from fusechat.models.checkpoints import CheckpointWriter, LazyCheckpoint, bytes_of
+from fusechat.models.heads import chunk_rows
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -92,3 +94,17 @@ def test_a_strangers_code_is_named_with_the_key_that_runs_it(what: str, tmp_path
     (tmp_path / "mine.py").write_text("raise SystemExit('must not run')")
     with pytest.raises(UserError, match=r"Add source\.trust_remote_code=true .* only if you trust its authors$"):
         load_model(str(tmp_path)) if what == "model" else load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "vocabulary", "rows"),
+    [(80, 152_064, 1024), (80, 32_000, 4864), (24, 152_064, 256), (4, 152_064, 128)],
+)
+def test_logits_are_computed_in_rows_that_the_device_holds(
+    gigabytes: int, vocabulary: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert chunk_rows.__wrapped__(torch.device("cuda"), vocabulary, 1) == rows
+    assert chunk_rows(torch.device("cpu"), vocabulary, 1 << 21) == (1 << 21) // vocabulary
+    assert chunk_rows(torch.device("cpu"), vocabulary, 1) == 1

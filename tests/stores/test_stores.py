@@ -93,3 +93,43 @@ def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
     write_json(manifest, read_json(manifest) | {"format": 1})
     with pytest.raises(UserError, match=r"is of store format 1, this version reads 3; run: make overwrite=true"):
         DistributionStore(tmp_path, "make")
+
+
+def rows_of(*lengths: int) -> pa.Table:
+    """A shard whose rows hold so many ids."""
+    ids = list_column([np.arange(n) for n in lengths], np.uint16)
+    return pa.table({"tag": [f"t{n}" for n in lengths], "nats": [float(n) for n in lengths], "ids": ids})
+
+
+def stored(path: Path, shards: list[list[int]]) -> DistributionStore:
+    writer = StoreWriter(path, "mark", len(shards))
+    for index, lengths in enumerate(shards):
+        writer.write(index, rows_of(*lengths), {})
+    writer.finish()
+    return DistributionStore(path)
+
+
+def test_columns_of_any_rows_across_shards(tmp_path: Path) -> None:
+    lengths = [3, 0, 2, 5, 1, 4]
+    store = stored(tmp_path / "s", [[3], [0, 2, 5], [1, 4]])
+    assert store.ranges == [(0, 1), (1, 4), (4, 6)]
+    assert store.lengths("ids").tolist() == lengths
+    assert store.column("nats").tolist() == lengths
+    assert [store.text(row, "tag") for row in range(6)] == [f"t{n}" for n in lengths]
+    for first, end in [(0, 6), (0, 1), (1, 3), (2, 5), (5, 6)]:
+        assert store.arrow("nats", first, end).to_pylist() == lengths[first:end]
+
+
+def test_any_number_of_shards_needs_few_mappings_and_no_open_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusechat.stores.store.OPEN", 2)
+    store = stored(tmp_path / "s", [[n] for n in range(8)])
+    read = [store.row(index, "ids")[0] for index in (5, 0, 7, 3, 5, 1)]
+    assert [len(ids) for ids in read] == [5, 0, 7, 3, 5, 1]
+    here = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert 2 <= len(here) <= 2 + len(read)  # those kept open, and those that what was read belongs to
+    del read
+    store.row(2, "ids")
+    assert len([line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]) <= 2
+    assert not [file for file in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(file)]
