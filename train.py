@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from fusechat.app.command import entry, experiment_of, imported, plain, provenance
 from fusechat.app.errors import UserError
+from fusechat.app.ranks import launch
 from fusechat.app.tracking import log_made, make_logger, open_run
 
 
@@ -39,6 +40,7 @@ def run(cfg: DictConfig) -> float | None:
         lora=plain(cfg.lora),
         trainer=plain(cfg.trainer),
         **pivot,
+        precision_loss=cfg.precision_loss,
         gradient_checkpointing=cfg.gradient_checkpointing,
         max_length=cfg.chat.max_length,
         seed=cfg.seed,
@@ -52,6 +54,7 @@ def run(cfg: DictConfig) -> float | None:
             f"python -m fusechat.extract {stage} source=pivot",
             *(f"python -m fusechat.align {stage} source={source}" for source in sources),
         ],
+        launch=lambda processes: launch("train", cfg, processes),
     )
     if (tracker := open_run()) is not None:  # in the one process that trained
         inputs = [("distributions", pivot_store), *(("aligned", path) for path in aligned.values())]

@@ -54,7 +54,7 @@ MINI = [
     "extract.rows_per_shard=32",
     "extract.tokens_per_batch=1024",
     "trainer.max_steps=6",
-    "data.batch_size=8",
+    "data.global_batch=8",
     "logger=csv",
 ]
 ROOT = Path(__file__).parents[1]

@@ -42,7 +42,7 @@ def test_every_file_opens_with_a_comment(file: Path) -> None:
 def test_published_hyperparameters() -> None:
     cfg = composed("train", ["experiment=fusechat_7b_varm"])
     assert (cfg.optimizer.lr, cfg.loss.lm_weight, cfg.trainer.max_epochs, cfg.chat.max_length) == (5e-6, 0.9, 3, 2048)
-    assert cfg.data.batch_size * 8 * cfg.trainer.accumulate_grad_batches == 128
+    assert cfg.data.global_batch == 128 and cfg.data.global_batch % (8 * cfg.data.batch_size) == 0
     cfg = composed("train", ["experiment=fusellm_7b"])
     assert (cfg.optimizer.lr, list(cfg.optimizer.betas), cfg.optimizer.weight_decay, cfg.optimizer.warmup_ratio) == (
         1e-5,

@@ -77,7 +77,7 @@ def test_end_to_end(experiment: str, tmp_path: Path) -> None:
         f"pivot.path={pivot}",
         "trainer=cpu",
         "trainer.max_epochs=1",
-        "trainer.accumulate_grad_batches=2",
+        "data.global_batch=8",
         "logger=csv",
         "pivot.dtype=float32",
         "callbacks.progress_bar=false",

@@ -62,7 +62,7 @@ class Stages:
 
     def __init__(self, world: Mini, count: int) -> None:
         self.world, targets = world, world.experiment / "targets"
-        train = lambda name: ["train", "source=a", f"run_name={name}", "logger=none", "data.batch_size=32"]
+        train = lambda name: ["train", "source=a", f"run_name={name}", "logger=none", "data.global_batch=32"]
         merged = f"model={world.experiment}/merged/ties"
         evaluate = lambda name: ["evaluate", merged, f"output_file={world.root}/{name}.json"]
         align = ["align", "source=a", "token_map=mined", "overwrite=true"]

@@ -12,48 +12,56 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from fusechat.app import checksums
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json, whole_directory, write_json
+from fusechat.fusion.module import merged_adapters
+from fusechat.fusion.sharding import whole_weights
 from fusechat.fusion.stopping import StopOnSignal
 
 LOG = logging.getLogger(__name__)
 
 
 class Throughput(Callback):
-    """Logs tokens per second and the gradient norm before clipping."""
+    """Logs tokens per second over all ranks since it was last logged, and the gradient's norm before clipping."""
 
     def __init__(self) -> None:
-        self.tokens, self.start, self.last = 0, time.perf_counter(), time.perf_counter()
+        self.start = self.last = time.perf_counter()
+        self.counted = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Starts the clock."""
         self.start = self.last = time.perf_counter()
 
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Norm of the whole step's gradient, gathered where it is in shards."""
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+            pl_module.log(
+                "train/gradient_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm, batch_size=1
+            )
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """tokens/s of this batch, over all ranks."""
-        now, count = time.perf_counter(), int(batch.attention_mask.sum()) * trainer.world_size
-        self.tokens += count
-        pl_module.log("train/tokens_per_second", count / max(1e-9, now - self.last), batch_size=1)
-        self.last = now
-
-    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Norm of the gradient of the whole step."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            pl_module.log("train/gradient_norm", get_total_norm(gradients), batch_size=1)
+        """tokens/s of the steps since the last that was logged."""
+        if pl_module.sums is None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            now, tokens = time.perf_counter(), float(pl_module.tokens)
+            rate = (tokens - self.counted) / max(1e-9, now - self.last)
+            pl_module.log("train/tokens_per_second", rate, batch_size=1)
+            self.last, self.counted = now, tokens
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """The summary line."""
         seconds, told = time.perf_counter() - self.start, ("sft", "fusion", "bits_per_byte")
         metrics = trainer.callback_metrics.items()
         shown = {name: round(float(value), 4) for name, value in metrics if name.split("/")[-1] in told}
-        speed = trainer.global_step, self.tokens, seconds, self.tokens / seconds
-        LOG.info("%d steps, %d tokens in %.0f s (%.0f tokens/s); %s", *speed, shown)
+        tokens = float(pl_module.tokens)
+        speed = trainer.global_step, tokens, seconds, tokens / seconds
+        LOG.info("%d steps, %.0f tokens in %.0f s (%.0f tokens/s); %s", *speed, shown)
 
 
 class FusionShares(Callback):
@@ -68,33 +76,32 @@ class FusionShares(Callback):
             logger.log_metrics(shares, step=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Shares since training began, among the chats of the first rank."""
-        for tag, rates in pl_module.win_rates().items():
-            pl_module.log_dict({f"wins/{tag}/{name}": rate for name, rate in rates.items()}, rank_zero_only=True)
+        """Shares since training began."""
+        rates = {f"wins/{tag}/{name}": r for tag, of in pl_module.win_rates().items() for name, r in of.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(rates, step=trainer.global_step)
 
 
 class SavePretrained:
-    """Writes the model as a Hugging Face directory.
+    """Writes the model as a Hugging Face directory, in the precision it is held in.
 
-    describe(directory, module, metrics) adds tokenizer, card and fusechat.json before the directory gets its name.
+    describe(directory, facts) adds tokenizer, card and fusechat.json before the directory gets its name.
     """
 
-    def __init__(self, output_dir: Path, describe: Callable[[Path, Any, Mapping[str, float]], None]) -> None:
+    def __init__(self, output_dir: Path, describe: Callable[[Path, Mapping[str, Any]], None]) -> None:
         self.output_dir, self.describe = output_dir, describe
 
-    def save(self, trainer: lightning.Trainer, pl_module: Any, metrics: Mapping[str, float]) -> None:
-        """One rank writes, LoRA adapters merged in; sharded strategies gather the state first."""
-        state: dict[str, Any] | None = trainer.strategy.lightning_module_state_dict()
-        assert state is not None
-        if not trainer.is_global_zero:
+    def save(self, pl_module: Any, facts: Mapping[str, Any]) -> None:
+        """Every rank calls it: shards are gathered, adapters merged into the pivot's weights. The first one writes."""
+        state: dict[str, Any] | None = whole_weights(pl_module.model, trained_only=bool(pl_module.lora))
+        if pl_module.global_rank:
             return
-        state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         model = pl_module.model
-        if hasattr(model, "merge_and_unload"):
-            model, state = model.merge_and_unload(), None
+        if pl_module.lora:
+            model, state = merged_adapters(pl_module.path, pl_module.loading, pl_module.lora, state or {}), None
         with whole_directory(self.output_dir, overwrite=True) as directory:
             model.save_pretrained(directory, state_dict=state)
-            self.describe(directory, pl_module, metrics)
+            self.describe(directory, facts)
         LOG.info("saved %s", self.output_dir)
 
 

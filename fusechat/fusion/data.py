@@ -1,7 +1,7 @@
 """FusionDataModule: zips the pivot's and the aligned stores by row, memory-mapped, into sparse batches.
 
-The order of chats is a plan made from the seed: its optimizer steps do not depend on how many devices or
-micro-batches share them, and a resumed run takes it up where it stopped.
+The order of chats is a plan made from seed, epoch and step: it does not depend on how many devices or micro-batches
+share a step, and a resumed run takes it up at the step where it stopped, on as many devices as it has then.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fusechat.app.errors import UserError
 from fusechat.chats.formats import in_validation
 from fusechat.chats.padding import pad
+from fusechat.fusion.ranks import share
 from fusechat.stores.common import CommonText
 from fusechat.stores.distributions import NEG_INF
 from fusechat.stores.encoding import Array, decode_logprobs
@@ -35,12 +35,14 @@ LARGEST = 1e-2  # log-probabilities above are no rounding any more
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, in which order. batch_size: chats per device and micro-batch; validation_fraction: chats held
-    out by content hash and split_seed; shuffle_seed: the order; bucket: batches sorted by length together, 1: none;
-    num_workers: DataLoader processes; max_tokens: longer chats are an error, None: the caller's ``max_length`` decides.
+    """What is trained on, in which order. global_batch: chats of an optimizer step; batch_size: at most so many at a
+    time on a device, None: all of its part; validation_fraction: chats held out by content hash and split_seed;
+    shuffle_seed: the order; bucket: steps sorted by length together, 1: none; num_workers: DataLoader processes;
+    max_tokens: longer chats are an error, None: the caller's ``max_length`` decides.
     """
 
-    batch_size: int = 8
+    global_batch: int = 8
+    batch_size: int | None = None
     validation_fraction: float = 0.05
     split_seed: int = 0
     shuffle_seed: int = 0
@@ -78,7 +80,10 @@ class FusionBatch:
 
 @dataclass(frozen=True)
 class Draw:
-    """The chats of one micro-batch on one rank, and the response tokens of the optimizer step it belongs to."""
+    """The chats of one micro-batch on one rank, and the response tokens of the optimizer step it belongs to.
+
+    No chats: a rank that has none where others do runs the model on one padding token, for the others wait for it.
+    """
 
     rows: list[int]
     step_tokens: int
@@ -94,6 +99,10 @@ class Entries:
     gold_logprob: Array
 
 
+NOWHERE = np.zeros(0, np.int64)
+SILENT = Entries(NOWHERE, NOWHERE, NOWHERE, NOWHERE)
+
+
 class FusionRows(Dataset[FusionBatch]):
     """Batches by `Draw`. stores: the pivot's first, then the aligned sources', row by row of the same chats."""
 
@@ -107,10 +116,10 @@ class FusionRows(Dataset[FusionBatch]):
 
     def __getitem__(self, draw: Draw) -> FusionBatch:
         chats = [self.stores[0].row(row, "input_ids", "positions") for row in draw.rows]
-        input_ids, attention_mask = pad([ids for ids, _ in chats], self.pad_token_id)
-        sequence = np.repeat(np.arange(len(chats)), [len(positions) for _, positions in chats])
-        at = np.concatenate([positions for _, positions in chats]) + sequence * input_ids.shape[1]
-        models = [self._entries(store, draw.rows, len(at)) for store in self.stores]
+        input_ids, attention_mask = pad([ids for ids, _ in chats] or [[self.pad_token_id]], self.pad_token_id)
+        sequence = np.repeat(np.arange(len(chats)), np.array([len(positions) for _, positions in chats], int))
+        at = np.concatenate([NOWHERE, *(positions for _, positions in chats)]) + sequence * input_ids.shape[1]
+        models = [self._entries(store, draw.rows, len(at)) if chats else SILENT for store in self.stores]
         ids, logprobs = self._rectangle(models)
         common_nats, common_bytes = self.common(draw.rows)
         return FusionBatch(
@@ -162,10 +171,11 @@ class FusionRows(Dataset[FusionBatch]):
 class Plan(Sampler[Draw]):
     """Which chats each rank takes, epoch by epoch.
 
-    In a micro-batch each of ``world`` ranks takes ``batch_size`` chats; ``accumulate`` micro-batches make an optimizer
-    step. So a step has batch_size * world * accumulate chats, and which they are depends on the seed and that product
-    alone. rows: the chats of an epoch; lengths and responses: tokens of every chat of the stores. seed None: in order.
-    bucket: steps whose chats are sorted by length together. ``start`` skips what a resumed epoch has done already.
+    An optimizer step has ``step`` chats, the last of an epoch what is left; which they are depends on rows, lengths,
+    seed and step alone. A step is taken in micro-batches, in each of which each of ``world`` ranks takes ``batch_size``
+    chats or what is left. rows: the chats of an epoch; lengths and responses: tokens of every chat of the stores. seed
+    None: in order. bucket: steps whose chats are sorted by length together. ``start``: optimizer steps that a resumed
+    epoch has done already.
     """
 
     def __init__(
@@ -174,8 +184,8 @@ class Plan(Sampler[Draw]):
         lengths: Ints,
         responses: Ints,
         *,
+        step: int,
         batch_size: int,
-        accumulate: int,
         rank: int,
         world: int,
         seed: int | None,
@@ -183,10 +193,7 @@ class Plan(Sampler[Draw]):
     ) -> None:
         self.rows, self.lengths, self.responses = rows, lengths, responses
         self.rank, self.world, self.seed, self.bucket = rank, world, seed, bucket
-        self.micro_batch = batch_size * world  # chats, over all ranks
-        self.step = self.micro_batch * accumulate
-        left_over = len(rows) % self.micro_batch
-        self.used = len(rows) - (left_over if left_over < world else 0)  # every rank gets a chat, or none does
+        self.step, self.micro_batch = step, batch_size * world
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -194,15 +201,26 @@ class Plan(Sampler[Draw]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.used // self.micro_batch)
+        return self.micro_batches(self.optimizer_steps)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-len(self.rows) // self.step)
+
+    def micro_batches(self, steps: int) -> int:
+        """How many micro-batches the first so many optimizer steps of an epoch have."""
+        whole, rest = divmod(min(steps * self.step, len(self.rows)), self.step)
+        return whole * -(-self.step // self.micro_batch) + -(-rest // self.micro_batch)
+
+    def steps_done(self, micro_batches: int) -> int:
+        """How many optimizer steps of an epoch so many micro-batches complete."""
+        whole = micro_batches // -(-self.step // self.micro_batch)
+        return self.optimizer_steps if micro_batches >= len(self) else whole
 
     def __iter__(self) -> Iterator[Draw]:
         start, self.start = self.start, 0
-        yield from islice(self._draws(), start, None)
-
-    def _draws(self) -> Iterator[Draw]:
-        """This rank's part of every micro-batch."""
-        for step in self._steps():
+        for step in self._steps()[start:]:
             step_tokens = int(self.responses[step].sum())
             for first in range(0, len(step), self.micro_batch):
                 together = step[first : first + self.micro_batch]
@@ -215,10 +233,10 @@ class Plan(Sampler[Draw]):
         order of the steps is shuffled. The last, incomplete step stays last.
         """
         if self.seed is None:
-            return _cut(self.rows[: self.used], self.step)
+            return _cut(self.rows, self.step)
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.rows)[: self.used]
-        in_whole_steps = self.used - self.used % self.step
+        order = rng.permutation(self.rows)
+        in_whole_steps = len(order) - len(order) % self.step
         pools = _cut(order[:in_whole_steps], self.step * self.bucket)
         by_length = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
         steps = [step for pool in by_length for step in _cut(pool, self.step)]
@@ -230,24 +248,27 @@ def _cut(rows: Ints, size: int) -> list[Ints]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-class ResumableLoader(DataLoader[FusionBatch]):
-    """A DataLoader that Lightning can save and resume in mid-epoch: the state is how many batches are done."""
+class PlannedLoader(DataLoader[FusionBatch]):
+    """A DataLoader of a plan's batches that draws nothing from the global random generator.
 
-    def __init__(self, data: FusionRows, plan: Plan, module: FusionDataModule) -> None:
-        workers = module.settings.num_workers
-        super().__init__(data, sampler=plan, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+    Lightning saves and resumes it in mid-epoch: the state is how many optimizer steps are done.
+    """
+
+    def __init__(self, data: FusionRows, plan: Plan, module: FusionDataModule, workers: int = 0) -> None:
+        options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+        super().__init__(data, sampler=plan, batch_size=None, generator=torch.Generator(), **options)
         self.plan, self.module = plan, module
 
     def state_dict(self) -> dict[str, int]:
-        """Batches of this epoch that training has taken (not those fetched ahead)."""
+        """Optimizer steps of this epoch that training has taken (not batches fetched ahead)."""
         assert self.module.trainer is not None
-        done = int(self.module.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-        return {"done": done, "epoch": self.module.trainer.current_epoch}
+        micro_batches = int(self.module.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        return {"steps": self.plan.steps_done(micro_batches), "epoch": self.module.trainer.current_epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on after the batches that were done; a finished epoch is followed by a new one."""
-        unfinished = state["done"] < len(self.plan)
-        self.plan.epoch, self.plan.start = (state["epoch"], state["done"]) if unfinished else (state["epoch"] + 1, 0)
+        """Goes on after the steps that were done; a finished epoch is followed by a new one."""
+        unfinished = state["steps"] < self.plan.optimizer_steps
+        self.plan.epoch, self.plan.start = (state["epoch"], state["steps"]) if unfinished else (state["epoch"] + 1, 0)
 
 
 def open_stores(pivot: Path, aligned: Sequence[Path], remedies: Sequence[str] = ()) -> list[DistributionStore]:
@@ -320,25 +341,23 @@ class FusionDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[FusionBatch]:
         """Batches of this rank, shuffled and bucketed by length."""
-        return ResumableLoader(self.rows, self._plan(self.train_rows, self.settings.shuffle_seed), self)
+        return PlannedLoader(self.rows, self.train_plan(), self, self.settings.num_workers)
 
     def val_dataloader(self) -> DataLoader[FusionBatch] | list[Any]:
         """The held-out chats, or one's own, in order."""
         if not len(self.validation_rows):
             return []
-        return DataLoader(self.validation, sampler=self._plan(self.validation_rows, None), batch_size=None)
+        return PlannedLoader(self.validation, self._plan(self.validation_rows, None), self)
+
+    def train_plan(self) -> Plan:
+        """Who takes which chats to train on."""
+        return self._plan(self.train_rows, self.settings.shuffle_seed)
 
     def _plan(self, rows: Ints, seed: int | None) -> Plan:
         assert self.trainer is not None
+        rank, world, data = self.trainer.global_rank, self.trainer.world_size, self.settings
+        size = share(data.global_batch, data.batch_size, world).batch_size
+        step = data.global_batch if seed is not None else size * world
+        options: dict[str, Any] = {"batch_size": size, "rank": rank, "world": world, "bucket": data.bucket}
         responses = self.responses if seed is not None else self.validation.scalars["tokens"][:, 0].numpy()
-        return Plan(
-            rows,
-            self.lengths,
-            responses,
-            batch_size=self.settings.batch_size,
-            accumulate=self.trainer.accumulate_grad_batches if seed is not None else 1,
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-            seed=seed,
-            bucket=self.settings.bucket,
-        )
+        return Plan(rows, self.lengths, responses, step=step, seed=seed, **options)

@@ -7,6 +7,9 @@ D depends on the logits z only through log q at the K kept ids (or ranks). So wi
     ∂L/∂z = λ (softmax(z) - onehot(gold)) + (scatter(a) - q Σ_k a_k) / T:
 
 one pass over the logits serves both losses, whatever the divergence. Shapes: N positions, H hidden size, V vocabulary.
+
+In mixed precision h, W and ∂L/∂z are rounded to autocast's dtype, as torch's own linear layer would; their products are
+exact in fp32 and are summed and kept there, on every device: logits, ∂L/∂h and, over all chunks, ∂L/∂W.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fusechat.fusion.losses import FusionLoss
+from fusechat.models.heads import chunk_rows
 
-CHUNK_ELEMENTS = 1 << 22  # logits held at a time: 16 MiB in fp32; fewer rows make the matrix products slower
+CHUNK_ELEMENTS = 1 << 22  # logits held at a time on a CPU: 16 MiB, for its caches
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ def fused_loss(hidden: Tensor, head: Any, targets: Targets, loss: FusionLoss) ->
     weight, bias = head.projection.weight, head.projection.bias
     if not torch.is_grad_enabled():  # inside a Function nobody can tell: say so by handing over detached tensors
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    return _HiddenLoss.apply(hidden, weight, bias, head, targets, loss)  # type: ignore[no-any-return, no-untyped-call]
+    compute, kind = _compute_dtype(hidden), hidden.device.type
+    with torch.autocast(kind, enabled=False):  # the operands are rounded and nothing else
+        return _HiddenLoss.apply(hidden, weight, bias, head, targets, loss, compute)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def loss_from_logits(logits: Tensor, targets: Targets, loss: FusionLoss) -> tuple[Tensor, Tensor]:
@@ -60,28 +66,36 @@ class _HiddenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Any, targets: Targets, loss: FusionLoss
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Any,
+        targets: Targets,
+        loss: FusionLoss,
+        compute: torch.dtype,
     ) -> Any:
-        h_wanted, w_wanted, b_wanted = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if h_wanted else None
-        d_weight = torch.zeros_like(weight, dtype=_at_least_fp32(weight)) if w_wanted else None
-        d_bias = torch.zeros_like(bias, dtype=_at_least_fp32(bias)) if bias is not None and b_wanted else None
-        total, parts = hidden.new_zeros((), dtype=_at_least_fp32(hidden)), []
-        vocabulary, cast = weight.shape[0], weight.to(hidden.dtype)
-        buffer = hidden.new_empty(min(_chunk(vocabulary), len(hidden)), vocabulary)
-        for part in _chunks(len(hidden), vocabulary):
-            raw = torch.mm(hidden[part], cast.t(), out=buffer[: part.stop - part.start])
-            z = head.transform(raw if bias is None else raw.add_(bias)).to(total.dtype)
+        wanted = ctx.needs_input_grad[:3]
+        exact = torch.promote_types(compute, torch.float32)
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
+        d_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wanted[2] else None
+        total, parts = hidden.new_zeros((), dtype=exact), []
+        h, w = _operand(hidden, compute), _operand(weight, compute)
+        buffer = hidden.new_empty(min(_rows(hidden, len(w)), len(h)), len(w), dtype=exact)
+        for part in _chunks(hidden, len(w)):
+            raw = _product(h[part], w.t(), buffer[: part.stop - part.start])
+            z = head.transform(raw if bias is None else raw.add_(bias))
             slope = _slope(head, z)
-            value, each = _loss_and_gradient(z, targets.rows(part), loss, h_wanted or w_wanted or b_wanted)
+            value, each = _loss_and_gradient(z, targets.rows(part), loss, any(wanted))
             total += value
             parts.append(each)
             d_raw = z if slope is None else z.mul_(slope)
-            gradient = d_raw.to(hidden.dtype)
+            gradient = _operand(d_raw, compute)
             if d_hidden is not None:
-                torch.mm(gradient, cast, out=d_hidden[part])
+                _product(gradient, w, d_hidden[part])
             if d_weight is not None:
-                _add_outer(d_weight, gradient, hidden[part])
+                _add_product(d_weight, gradient.t(), h[part])
             if d_bias is not None:
                 d_bias += d_raw.sum(0)
         ctx.gradients, ctx.dtype = (d_hidden, d_weight, d_bias), weight.dtype
@@ -92,7 +106,7 @@ class _HiddenLoss(torch.autograd.Function):
         hidden, weight, bias = (None if g is None else g.mul_(upstream) for g in ctx.gradients)
         ctx.gradients = None
         weight, bias = (None if g is None else g.to(ctx.dtype) for g in (weight, bias))
-        return hidden, weight, bias, None, None, None
+        return hidden, weight, bias, None, None, None, None
 
 
 class _LogitLoss(torch.autograd.Function):
@@ -102,7 +116,7 @@ class _LogitLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Targets, loss: FusionLoss) -> Any:
         wanted, view = ctx.needs_input_grad[0], logits.detach()
         total, parts = logits.new_zeros((), dtype=_at_least_fp32(logits)), []
-        for part in _chunks(*logits.shape):
+        for part in _chunks(logits, logits.shape[1]):
             in_place = wanted and logits.dtype == total.dtype
             z = view[part] if in_place else view[part].to(total.dtype, copy=True)
             value, each = _loss_and_gradient(z, targets.rows(part), loss, wanted)
@@ -121,8 +135,9 @@ class _LogitLoss(torch.autograd.Function):
 
 def _loss_and_gradient(z: Tensor, targets: Targets, loss: FusionLoss, wanted: bool) -> tuple[Tensor, Tensor]:
     """L of n positions and its parts, sft and divergence [2, n]. z [n, V] is spent; where wanted it becomes ∂L/∂z."""
-    temperature, p = loss.student_temperature, targets.p
-    ids, gold, lam = targets.ids, targets.gold.unsqueeze(1), targets.sft_weight.unsqueeze(1)
+    temperature, p = loss.student_temperature, targets.p.to(z.dtype)
+    ids, gold = targets.ids, targets.gold.unsqueeze(1)
+    sft_weight, fusion_weight = targets.sft_weight.to(z.dtype), targets.fusion_weight.to(z.dtype)
     if loss.ranked:
         ids, p = z.topk(p.shape[1], -1).indices, p.sort(dim=-1, descending=True, stable=True).values
     z_gold, z_ids = z.gather(1, gold), z.gather(1, ids)
@@ -133,8 +148,9 @@ def _loss_and_gradient(z: Tensor, targets: Targets, loss: FusionLoss, wanted: bo
     lse = peak + mass.log()
     sft = (lse - z_gold).squeeze(1)
     log_q = z_ids / temperature - (lse if lse_tempered is None else lse_tempered)
-    divergence, a = _weighted_divergence(p, log_q, targets.fusion_weight, loss, wanted)
-    total = (sft * targets.sft_weight + divergence * targets.fusion_weight).sum()
+    divergence, a = _weighted_divergence(p, log_q, fusion_weight, loss, wanted)
+    total = (sft * sft_weight + divergence * fusion_weight).sum()
+    lam = sft_weight.unsqueeze(1)
     if a is not None:
         sum_a = a.sum(-1, keepdim=True)
         if q is None:  # T = 1: q is softmax(z)
@@ -182,22 +198,49 @@ def _together(ctx: Any, parts: list[Tensor], total: Tensor) -> Tensor:
     return each
 
 
-def _chunk(vocabulary: int) -> int:
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+def _rows(held: Tensor, vocabulary: int) -> int:
+    return chunk_rows(held.device, vocabulary, CHUNK_ELEMENTS)
 
 
-def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    for start in range(0, positions, _chunk(vocabulary)):
-        yield slice(start, min(start + _chunk(vocabulary), positions))
+def _chunks(held: Tensor, vocabulary: int) -> Iterator[slice]:
+    """Slices of the first dimension of ``held``, whose logits are computed together."""
+    rows = _rows(held, vocabulary)
+    for start in range(0, len(held), rows):
+        yield slice(start, min(start + rows, len(held)))
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += leftᵀ right, in the total's precision."""
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What a linear layer would compute in: autocast's dtype where it is on, which an outer autocast block decides."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _operand(tensor: Tensor, compute: torch.dtype) -> Tensor:
+    """Rounded to ``compute``; on a CPU held in fp32 at least, where matrix products sum in the dtype they return."""
+    rounded = tensor.to(compute)
+    return rounded if tensor.is_cuda else rounded.to(torch.promote_types(compute, torch.float32))
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """out = left @ right, summed in fp32 at least."""
+    if left.dtype == out.dtype and not left.is_cuda:
+        return torch.mm(left, right, out=out)
+    return out.copy_(_summed(left, right))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in the total's dtype."""
     if left.dtype == total.dtype:
-        total.addmm_(left.t(), right)
+        total.addmm_(left, right)
     else:
-        total += left.t() @ right
+        total += _summed(left, right)
+
+
+def _summed(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in fp32 at least; on a GPU operands of lower precision go to its tensor cores as they are."""
+    exact = _at_least_fp32(left)
+    return left @ right if left.dtype == exact else torch.mm(left, right, out_dtype=exact)

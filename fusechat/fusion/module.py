@@ -16,7 +16,9 @@ from fusechat.app.errors import UserError
 from fusechat.fusion.data import FusionBatch
 from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
 from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.ranks import gathered, generators, set_generators
 from fusechat.fusion.rules import FusionRule, cross_entropy
+from fusechat.fusion.sharding import shard, within
 from fusechat.models import load as models
 from fusechat.models.heads import OutputHead
 from fusechat.stores.units import bits_per_byte
@@ -33,11 +35,31 @@ class Optimizer:
     schedule: str = "cosine"
 
 
+def with_adapters(model: Any, lora: Mapping[str, Any]) -> Any:
+    """The model with low-rank adapters in fp32, which alone are trained."""
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+def merged_adapters(
+    path: str, loading: Mapping[str, Any], lora: Mapping[str, Any], adapters: Mapping[str, Tensor]
+) -> Any:
+    """The pivot, loaded once more in fp32 at least, with trained adapters added to its weights: W + B A scale."""
+    exact = torch.promote_types(getattr(torch, loading["dtype"]), torch.float32)
+    loading = {**loading, "dtype": str(exact).removeprefix("torch."), "load_in": None}
+    model = with_adapters(models.load_model(path, **loading), lora)
+    unknown = model.load_state_dict(adapters, strict=False).unexpected_keys
+    assert not unknown, unknown
+    return model.merge_and_unload()
+
+
 class FusionModule(lightning.LightningModule):
     """Wraps any `AutoModelForCausalLM`; hyperparameters are numbers, names and paths: checkpoints load safely.
 
     path: the pivot. source_names: the aligned sources in the order of the batches. lora: options of `peft.LoraConfig`.
-    Raises `UserError` where nothing is left to fuse.
+    dtype: what weights are held in; compute: what shards are gathered in where the trainer's strategy shards. Raises
+    `UserError` where nothing is left to fuse.
     """
 
     def __init__(
@@ -49,6 +71,8 @@ class FusionModule(lightning.LightningModule):
         loss: FusionLoss | None = None,
         optimizer: Optimizer | None = None,
         dtype: str = "float32",
+        compute: str = "float32",
+        load_in: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
@@ -62,9 +86,9 @@ class FusionModule(lightning.LightningModule):
             self.rule = replace(self.rule, include_pivot=True)
         if self.loss.lm_weight < 1 and not source_names and not self.rule.include_pivot:
             raise UserError("no source takes part in the fusion; name one with source=NAME, or set fusion=sft")
-        self.path, self.gradient_checkpointing, self.lora = path, gradient_checkpointing, lora
+        self.path, self.compute, self.gradient_checkpointing, self.lora = path, compute, gradient_checkpointing, lora
         self.loading: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-        self.loading |= {"attn_implementation": attn_implementation}
+        self.loading |= {"attn_implementation": attn_implementation, "load_in": load_in}
         settings = asdict(self.rule) | asdict(self.loss) | asdict(self.optimizer)
         settings |= {"schedule": self.loss.schedule, "lr_schedule": self.optimizer.schedule}
         settings |= {"path": path, "source_names": list(source_names), "lora": lora and dict(lora), **self.loading}
@@ -74,7 +98,11 @@ class FusionModule(lightning.LightningModule):
         self.names = ["pivot", *sources] if self.rule.include_pivot else sources
         self.model: Any = None
         self.head: OutputHead | None = None
-        self.wins: Counter[tuple[str, str]] = Counter()
+        self.wins: Counter[tuple[str, str]] = Counter()  # of this rank's chats
+        self.sums: Tensor | None = None  # of this rank's micro-batches of a step: loss, sft, fusion, tokens
+        self.held_out = torch.zeros(5)  # of this rank's part of a validation: loss, sft, fusion, tokens, bytes
+        self.tokens = 0  # of this run, over all ranks; a tensor once there are some
+        self.generators: list[dict[str, Tensor]] | None = None  # states to resume with, rank by rank
         self.validated_at = -1  # the optimizer step that the validation metrics are of
 
     def configure_model(self) -> None:
@@ -85,42 +113,68 @@ class FusionModule(lightning.LightningModule):
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.lora:
-            import peft
-
-            model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **self.lora))
+            model = with_adapters(model, self.lora)
             if self.gradient_checkpointing:
                 model.enable_input_require_grads()
         if self.loss.chunked:
             self.head = OutputHead(model)
-            probe = torch.arange(8).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
-            self.head.verify(probe.to(self.head.projection.weight.device))
         self.model = model.train()
+        if self._device_mesh is not None:
+            shard(model, self._device_mesh["data_parallel"], getattr(torch, self.compute))
+
+    def on_fit_start(self) -> None:
+        """On the device, in the precision and the shards of the training: does the head give the model's logits?"""
+        if self.head is not None:
+            probe = torch.arange(8, device=self.device).remainder(self.head.vocabulary).unsqueeze(0)
+            with self.trainer.precision_plugin.forward_context():
+                self.head.verify(probe, lambda work: within(self.model, work))
+
+    def on_train_start(self) -> None:
+        """Every rank draws for itself (dropout), or goes on where it stopped."""
+        rank, states = self.global_rank, self.generators
+        if states is not None and len(states) == self.trainer.world_size:
+            set_generators(states[rank])
+        elif rank or states is not None:
+            torch.manual_seed(torch.initial_seed() + rank + self.trainer.world_size * self.global_step)
 
     def training_step(self, batch: FusionBatch) -> Tensor:
         """Loss of one micro-batch, scaled so that the step's gradient is that of its mean over all response tokens."""
         total, sft, fusion, part = self._losses(batch)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
         self._record(batch, part)
-        count = max(1, len(batch.gold))
-        for name, value in (("loss", total * batch.step_tokens), ("sft", sft), ("fusion", fusion)):
-            mean, shown = value.detach() / float(count), name != "loss"
-            self.log(f"train/{name}", mean, on_step=True, batch_size=len(batch.gold), prog_bar=shown)
+        sums = torch.stack([total.detach(), sft, fusion, batch.attention_mask.sum().to(total)])
+        self.step_tokens, self.sums = batch.step_tokens, sums if self.sums is None else self.sums + sums
         return total * scale
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Logs the step's loss and its parts, means over the response tokens of all micro-batches and ranks."""
+        assert self.sums is not None
+        loss, sft, fusion, tokens = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
+        self.sums, self.tokens = None, self.tokens + tokens
+        for name, value in (("loss", loss), ("sft", sft / self.step_tokens), ("fusion", fusion / self.step_tokens)):
+            self.log(f"train/{name}", value, on_step=True, batch_size=1, prog_bar=name != "loss")
+
+    def on_validation_epoch_start(self) -> None:
+        """Nothing is summed yet."""
+        self.held_out = torch.zeros(5, dtype=torch.float64, device=self.device)
+
     def validation_step(self, batch: FusionBatch) -> None:
-        """The same losses on held-out chats (of one's own: L_SFT alone), and bits per byte of the response text."""
-        count, n_bytes = max(1, len(batch.gold)), batch.n_bytes[:, 0].sum()
-        batch.step_tokens = batch.step_tokens.new_tensor(float(count))
+        """Sums the same losses over held-out chats, or of one's own: L_SFT alone."""
+        batch.step_tokens = torch.ones_like(batch.step_tokens)
         total, sft, fusion, _ = self._losses(batch)
-        options: dict[str, Any] = {"sync_dist": True, "add_dataloader_idx": False}
-        named = {"loss": total, "sft": sft / float(count), "fusion": fusion / float(count)}
-        trainer: Any = self.trainer
-        if trainer.datamodule.own is not None:  # no model has said anything of one's own chats
+        counts = sft.new_tensor(len(batch.gold)), batch.n_bytes[:, 0].sum()
+        self.held_out += torch.stack([total, sft, fusion, *counts])
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs their means over all ranks' response tokens, and bits per byte of the response text."""
+        loss, sft, fusion, tokens, n_bytes = self.trainer.strategy.reduce(self.held_out, reduce_op="sum")
+        named, data = {"loss": loss, "sft": sft, "fusion": fusion}, self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.own is not None:  # no model has said anything of one's own chats
             del named["fusion"]
         for name, value in named.items():
-            self.log(f"validation/{name}", value, batch_size=count, **options)
-        bits = bits_per_byte(sft, n_bytes.clamp_min(1))
-        self.log("validation/bits_per_byte", bits, batch_size=int(n_bytes), prog_bar=True, **options)
+            self.log(f"validation/{name}", (value / tokens.clamp_min(1)).float(), batch_size=1)
+        bits = bits_per_byte(sft, n_bytes.clamp_min(1)).float()
+        self.log("validation/bits_per_byte", bits, batch_size=1, prog_bar=True)
 
     def on_validation_end(self) -> None:
         """Notes which weights were validated."""
@@ -143,17 +197,16 @@ class FusionModule(lightning.LightningModule):
     def _losses(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted loss, sums of sft and divergence over the positions, each model's part [N, S]."""
         targets, part = self.targets(batch)
-        if len(batch.gold) == 0:  # nothing to learn from: keeps the graph, adds zero
-            nothing = targets.p.new_zeros(())
-            total = sum((p.sum() * 0.0 for p in self.parameters() if p.requires_grad), nothing)
-            return total, nothing, nothing, part
+        total, each = within(self.model, lambda: self._student(batch, targets))
+        return total, each[0].sum(), each[1][targets.fusion_weight > 0].sum(), part
+
+    def _student(self, batch: FusionBatch, targets: Targets) -> tuple[Tensor, Tensor]:
+        """The weighted loss, and sft and divergence of each position [2, N]."""
         if self.head is not None:
             hidden = self.head.hidden(batch.input_ids, batch.attention_mask).flatten(0, 1)[batch.at]
-            total, each = fused_loss(hidden, self.head, targets, self.loss)
-        else:
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            total, each = loss_from_logits(logits.flatten(0, 1)[batch.at], targets, self.loss)
-        return total, each[0].sum(), each[1][targets.fusion_weight > 0].sum(), part
+            return fused_loss(hidden, self.head, targets, self.loss)
+        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return loss_from_logits(logits.flatten(0, 1)[batch.at], targets, self.loss)
 
     def configure_optimizers(self) -> Any:
         """AdamW and a schedule of transformers with warm-up."""
@@ -167,21 +220,33 @@ class FusionModule(lightning.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def all_wins(self) -> Counter[tuple[str, str]]:
+        """(tag, model) -> response tokens it spoke for, over all ranks; every rank must ask."""
+        return sum(gathered(self.wins), Counter())
+
     def win_rates(self) -> dict[str, dict[str, float]]:
-        """Tag -> model -> its share of the response tokens it spoke for; ``all`` sums the tags."""
-        tags = sorted({tag for tag, _ in self.wins})
-        totals = {tag: sum(self.wins[tag, name] for name in self.names) or 1 for tag in tags}
-        return {tag: {name: self.wins[tag, name] / totals[tag] for name in self.names} for tag in tags}
+        """Tag -> model -> its share of the response tokens it spoke for; ``all`` sums the tags. Every rank must ask."""
+        wins = self.all_wins()
+        tags = sorted({tag for tag, _ in wins})
+        totals = {tag: sum(wins[tag, name] for name in self.names) or 1 for tag in tags}
+        return {tag: {name: wins[tag, name] / totals[tag] for name in self.names} for tag in tags}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the counts and the state of the random generators, for a resume that continues bit for bit."""
-        checkpoint["wins"] = [[tag, name, count] for (tag, name), count in self.wins.items()]
-        checkpoint["rng"] = torch.get_rng_state()
+        """Keeps the counts and every rank's random generators, for a resume that continues bit for bit."""
+        checkpoint["wins"] = [[tag, name, count] for (tag, name), count in self.all_wins().items()]
+        checkpoint["rng"] = gathered(generators(self.device))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The inverse of `on_save_checkpoint`."""
-        self.wins = Counter({(tag, name): count for tag, name, count in checkpoint["wins"]})
-        torch.set_rng_state(checkpoint["rng"])
+        """The inverse of `on_save_checkpoint`; the epoch's progress is told in micro-batches of today's size."""
+        first = self.global_rank == 0
+        self.wins = Counter({(tag, name): count for tag, name, count in checkpoint["wins"] if first})
+        self.generators = checkpoint["rng"]
+        loop = checkpoint["loops"]["fit_loop"]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        done = data.train_plan().micro_batches(loop["state_dict"]["combined_loader"][0]["steps"])
+        progress = loop["epoch_loop.batch_progress"]["current"]
+        behind = progress["ready"] - progress["completed"]  # 1 where it was saved before its batch had quite ended
+        progress |= dict.fromkeys(progress, done) | {"completed": done - behind}
 
     def _record(self, batch: FusionBatch, part: Tensor) -> None:
         """Counts, per tag, how many response tokens each model spoke for."""
@@ -193,4 +258,10 @@ class FusionModule(lightning.LightningModule):
                     self.wins[tag, name] += share  # type: ignore[assignment]
 
     def _total_steps(self) -> int:
-        return max(1, int(self.trainer.estimated_stepping_batches)) if self._trainer is not None else 1
+        """Optimizer steps of the training; asking Lightning would begin an epoch before a resume can tell where."""
+        if self._trainer is None:
+            return 1
+        epochs, steps, data = self.trainer.max_epochs, self.trainer.max_steps, self.trainer.datamodule  # type: ignore[attr-defined]
+        ends = [steps] if steps >= 0 else []
+        ends += [epochs * data.train_plan().optimizer_steps] if epochs is not None and epochs >= 0 else []
+        return max(1, min(ends, default=1))

@@ -50,11 +50,20 @@ class Description:
             record or {},
         )
 
-    def write(self, directory: Path, module: FusionModule, metrics: Mapping[str, float]) -> None:
+    @staticmethod
+    def facts(module: FusionModule, trainer: Any) -> dict[str, Any]:
+        """What there is to say of a training; every rank must ask."""
+        return {"metrics": measured(trainer), "wins": module.win_rates(), "steps": trainer.global_step}
+
+    def write(self, directory: Path, facts: Mapping[str, Any]) -> None:
         """Adds all of it to a target that is being written."""
         self.tokenizer.save_pretrained(directory)
         # what was measured on the way depends on where a killed run was taken up
-        final = {name: value for name, value in metrics.items() if name.startswith("validation/")}
-        trained = {"metrics": final, "wins": module.win_rates(), "steps": module.trainer.global_step}
-        write_record(directory, {**self.about, **trained, **self.record})
+        final = {name: value for name, value in facts["metrics"].items() if name.startswith("validation/")}
+        write_record(directory, {**self.about, **facts, "metrics": final, **self.record})
         write_card(directory, str(self.about["name"]), self.made, self.inputs, command_line(), final)
+
+
+def measured(trainer: Any) -> dict[str, float]:
+    """The metrics of the trainer's last loop."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}

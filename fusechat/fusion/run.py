@@ -9,14 +9,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusechat.app.outputs import RECORD, fingerprint, settled, stage_fingerprint
+from fusechat.app.errors import UserError
+from fusechat.app.outputs import RECORD, fingerprint, read_json, settled
 from fusechat.app.places import writes
-from fusechat.app.trainer import quiet_trainer, seed_everything
+from fusechat.app.trainer import TIMEOUT, quiet_trainer, seed_everything
 from fusechat.fusion.callbacks import Callbacks, SavePretrained, is_whole, latest_checkpoint, make_callbacks, step_of
 from fusechat.fusion.data import Data, FusionDataModule, open_stores
+from fusechat.fusion.failures import Explained
+from fusechat.fusion.fingerprint import earlier_fingerprint, settings_fingerprint
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.module import FusionModule, Optimizer
-from fusechat.fusion.record import Description
+from fusechat.fusion.precision import PRECISIONS, check_quantised, weights_dtype
+from fusechat.fusion.ranks import share, starts_ranks
+from fusechat.fusion.record import Description, measured
 from fusechat.fusion.rules import FusionRule
 from fusechat.fusion.validation import read_chats, validation_chats
 from fusechat.models import load as models
@@ -26,9 +31,8 @@ LOG = logging.getLogger(__name__)
 METRIC = "validation/bits_per_byte"
 LORA = {"enabled": False, "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 TRAINER = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
-TRAINER |= {"max_epochs": 3, "max_steps": -1, "accumulate_grad_batches": 1, "gradient_clip_val": 1.0}
-TRAINER |= {"log_every_n_steps": 20, "enable_model_summary": False}
-UNDECIDING = {"devices", "num_nodes", "accelerator", "log_every_n_steps", "enable_model_summary"}  # of the result
+TRAINER |= {"max_epochs": 3, "max_steps": -1, "gradient_clip_val": 1.0, "log_every_n_steps": 20}
+TRAINER |= {"enable_model_summary": False, "timeout": TIMEOUT}
 
 
 @writes("train", reads=("pivot", "pivot_store", "aligned"))
@@ -49,6 +53,8 @@ def train(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    load_in: str | None = None,
+    precision_loss: str = "refuse",
     gradient_checkpointing: bool = False,
     max_length: int = 2048,
     seed: int = 0,
@@ -59,19 +65,23 @@ def train(
     record: Mapping[str, Any] | None = None,
     imports: Mapping[str, str] | None = None,
     remedies: Sequence[str] = (),
+    launch: Callable[[int], None] | None = None,
 ) -> float | None:
     """Trains a target with L = λ L_SFT + (1 - λ) L_Fusion (FuseChat, arXiv 2402.16107), unless it is there already.
 
-    pivot: directory or Hub id whose weights the target starts from; dtype, revision, trust_remote_code and
-    attn_implementation say how it is loaded. pivot_store: the pivot's distributions; aligned: source name -> the
-    store aligned to them (none for ``FusionRule("sft")``). output_dir: becomes the target, a Hugging Face directory
-    with ``fusechat.json``; checkpoints lie in ``../../checkpoints`` until it is whole. trainer: options of
-    `lightning.Trainer`, over `TRAINER`; lora: ``enabled`` and options of `peft.LoraConfig`, over `LORA`.
-    max_length: the longest chat in tokens where data.max_tokens says none. resume: ``last`` checkpoint of the same
-    settings, a path, or None. validation: chats of one's own (file, folder or Hub dataset) to validate with in
-    place of data.validation_fraction, all chats of the stores being trained on. logger: makes Lightning's loggers
-    from the step that training goes on from. record: more to write into ``fusechat.json``. imports: the user's own
-    modules with their hashes. remedies: for messages, the commands that make pivot_store and each aligned store.
+    pivot: directory or Hub id whose weights the target starts from; revision, trust_remote_code and attn_implementation
+    say how it is loaded; dtype and load_in (``8bit``, ``4bit``) what LoRA trains its adapters over. Full fine-tuning
+    keeps fp32 weights, unless trainer's precision and precision_loss say otherwise (`precision.weights_dtype`).
+    pivot_store: the pivot's distributions; aligned: source name -> the store aligned to them (none for
+    ``FusionRule("sft")``). output_dir: becomes the target, a Hugging Face directory with ``fusechat.json``; checkpoints
+    lie in ``../../checkpoints`` until it is whole. trainer: options of `quiet_trainer`, over `TRAINER`; lora:
+    ``enabled`` and options of `peft.LoraConfig`, over `LORA`. max_length: the longest chat in tokens where
+    data.max_tokens says none. resume: ``last`` checkpoint of the same settings, a path, or None. validation: chats of
+    one's own (file, folder or Hub dataset) to validate with in place of data.validation_fraction, all chats of the
+    stores being trained on. logger: makes Lightning's loggers from the step that training goes on from. record: more to
+    write into ``fusechat.json``. imports: the user's own modules with their hashes. remedies: for messages, the commands
+    that make pivot_store and each aligned store. launch: starts so many ranks on this machine that call `train` with
+    the same arguments, and returns when all have ended; None: Lightning starts the script again for each.
 
     Returns the validation bits per byte of the target, None where nothing was held out. Raises `UserError` for settings
     out of range, missing or unfit stores, and an output_dir that other settings have made (unless ``overwrite``).
@@ -81,28 +91,36 @@ def train(
     lora, trainer = {**LORA, **(lora or {})}, {**TRAINER, **(trainer or {})}
     stores = open_stores(Path(pivot_store), [Path(path) for path in aligned.values()], remedies)
     own = read_chats(validation) if validation is not None else None
-    mark = stage_fingerprint(
-        imports,
-        pivot=models.model_identity(str(pivot), revision),
-        stores=[store.fingerprint for store in stores],
-        dtype=dtype,
-        fusion=asdict(rule),
-        loss=asdict(loss),
-        optimizer=asdict(optimizer),
-        data=asdict(data),
-        lora=lora,
-        trainer={key: value for key, value in trainer.items() if key not in UNDECIDING},
-        seed=seed,
-        gradient_checkpointing=gradient_checkpointing,
+    if "accumulate_grad_batches" in trainer:
+        raise UserError("trainer.accumulate_grad_batches follows from data.global_batch and data.batch_size; set those")
+    check_quantised(load_in, lora=lora["enabled"], strategy=trainer["strategy"])
+    dtype = weights_dtype(trainer["precision"], dtype, lora=lora["enabled"], precision_loss=precision_loss)
+    parts = {
+        "pivot": models.model_identity(str(pivot), revision),
+        "stores": [store.fingerprint for store in stores],
+        "dtype": dtype,
+        "fusion": asdict(rule),
+        "loss": asdict(loss),
+        "optimizer": asdict(optimizer),
+        "data": asdict(data),
+        "lora": {**lora, **({"load_in": load_in} if load_in else {})},
+        "trainer": trainer,
+        "seed": seed,
         **({} if own is None else {"validation": fingerprint(ids=list(own["id"]))}),
-    )
-    held = settled(output / RECORD, mark, what="target", keep="run_name=NAME", overwrite=overwrite)
+    }
+    mark = settings_fingerprint(imports, parts)
+    earlier = earlier_fingerprint(output / RECORD, imports, parts)
+    held = settled(output / RECORD, earlier or mark, what="target", keep="run_name=NAME", overwrite=overwrite)
     checkpoints = output.parent.parent / "checkpoints" / f"{output.name}-{mark}"
     if held is not None:
         if not callbacks.keep_checkpoints:  # left by a kill after the target was whole
             shutil.rmtree(checkpoints, ignore_errors=True)
-        value = held.get("metrics", {}).get(METRIC)
-        return None if value is None else float(value)
+        return metric_of(held)
+    planned = quiet_trainer(trainer, [])
+    share(data.global_batch, data.batch_size, planned.world_size)
+    if launch is not None and starts_ranks(planned):
+        launch(planned.num_devices)
+        return metric_of(read_json(output / RECORD))
 
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = models.load_tokenizer(str(pivot), **source)
@@ -122,6 +140,8 @@ def train(
         loss=loss,
         optimizer=optimizer,
         dtype=dtype,
+        compute=PRECISIONS[trainer["precision"]][1],
+        load_in=load_in,
         attn_implementation=attn_implementation,
         gradient_checkpointing=gradient_checkpointing,
         lora={key: value for key, value in lora.items() if key != "enabled"} if lora["enabled"] else None,
@@ -131,25 +151,36 @@ def train(
     loggers = logger(step_of(checkpoint)) if logger else False
     description = Description.of(mark, output.name, str(pivot), list(aligned), module, datamodule, tokenizer, record)
     saver = SavePretrained(output, description.write)
-    beside = make_callbacks(callbacks, checkpoints, bool(loggers))
-    options = {**trainer, "enable_progress_bar": callbacks.progress_bar, "use_distributed_sampler": False}
+    failures = Explained()
+    beside = [*make_callbacks(callbacks, checkpoints, bool(loggers)), failures]
+    options = trainer | {"enable_progress_bar": callbacks.progress_bar, "use_distributed_sampler": False}
     fit = quiet_trainer(options, beside, loggers)
-    fit.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
-    return _finish(fit, saver, None if callbacks.keep_checkpoints else checkpoints)
+    fit.accumulate_grad_batches = share(data.global_batch, data.batch_size, fit.world_size).accumulate
+    with failures.around(fit, module):
+        fit.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
+        return _finish(fit, saver, None if callbacks.keep_checkpoints else checkpoints)
 
 
 def _finish(fit: Any, saver: SavePretrained, checkpoints: Path | None) -> float | None:
     """Validates the weights, where training ended in mid-epoch, then exports them; removes checkpoints; the metric.
 
-    A target that is there has all its numbers, whenever the run was killed.
+    A target that is there has all its numbers, whenever the run was killed. Every rank comes through here: what is
+    gathered is gathered from all, what is written is written by the first.
     """
-    module, data, trained = fit.lightning_module, fit.datamodule, dict(fit.callback_metrics)
+    module, data = fit.lightning_module, fit.datamodule
+    facts = Description.facts(module, fit)
     if len(data.validation_rows) and module.validated_at != fit.global_step:
         fit.validate(module, data, verbose=False)
-    saver.save(fit, module, {name: float(value) for name, value in {**trained, **fit.callback_metrics}.items()})
+        facts["metrics"] |= measured(fit)
+    saver.save(module, facts)
     if fit.is_global_zero and checkpoints is not None:
         shutil.rmtree(checkpoints, ignore_errors=True)
-    value = fit.callback_metrics.get(METRIC)
+    return metric_of(facts)
+
+
+def metric_of(held: Mapping[str, Any]) -> float | None:
+    """The validation bits per byte that a target's record tells."""
+    value = held.get("metrics", {}).get(METRIC)
     return None if value is None else float(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fusechat.app.errors import UserError
+
+Within = Callable[[Callable[[], Tensor]], Tensor]
+
 
 CARD_SHARE, TILE = 128, 128  # logits take one part in so many of a card's memory, in rows that fill its matrix units
 
@@ -44,6 +48,7 @@ class OutputHead:
         if not isinstance(head, nn.Linear):
             raise UserError(f"{type(self.model).__name__} has no linear lm_head; set loss.chunked=false")
         self.projection: nn.Linear = head
+        self.vocabulary = int(config.vocab_size)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Last hidden states, [B, T, D]."""
@@ -61,15 +66,19 @@ class OutputHead:
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     @torch.no_grad()
-    def verify(self, input_ids: Tensor) -> None:
-        """Raises `UserError` unless backbone + head give the model's own logits on ``input_ids``."""
+    def verify(self, input_ids: Tensor, within: Within | None = None) -> None:
+        """Raises `UserError` unless backbone + head give the model's own logits on ``input_ids``.
+
+        within: does some work as the forward of the whole model that gathers its parameters, where it is in shards.
+        """
         probe = input_ids[:1, :16]
         training = self.model.training
         self.model.eval()
-        own = self.model(input_ids=probe, use_cache=False).logits.float()
-        ours = self.logits(self.hidden(probe)).float()
+        as_forward = within or (lambda work: work())
+        own: Tensor = as_forward(lambda: self.model.forward(input_ids=probe, use_cache=False).logits)
+        ours = as_forward(lambda: self.logits(self.hidden(probe))).float()
         self.model.train(training)
-        tolerance = 1e-4 if self.projection.weight.dtype == torch.float32 else 0.05
+        tolerance, own = 0.05 if own.dtype in (torch.bfloat16, torch.float16) else 1e-4, own.float()
         if own.shape != ours.shape or (own - ours).abs().max() > tolerance * own.abs().max().clamp_min(1.0):
             raise UserError(
                 f"{type(self.model).__name__} computes its logits in a way that backbone and lm_head do not show; "

@@ -55,9 +55,10 @@ def load_model(
     load_in: str | None = None,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Any `AutoModelForCausalLM`. load_in: ``8bit`` or ``4bit`` (bitsandbytes). Raises `UserError` with the reason.
+    """Any `AutoModelForCausalLM`, on the CPU unless device, device_map or load_in says otherwise.
 
-    device_map: accelerate spreads the model; device: all of it goes there, unless a device_map says otherwise.
+    load_in: ``8bit`` or ``4bit`` (bitsandbytes); device_map: accelerate spreads the model; device: all of it goes
+    there, unless a device_map says otherwise. Raises `UserError` with the reason.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -74,7 +75,8 @@ def load_model(
     check_model(path)
     try:
         read = load_gguf if is_gguf(path) else AutoModelForCausalLM.from_pretrained
-        model: PreTrainedModel = read(path, **options)
+        with torch.device("cpu"):  # transformers takes the device of a block around it for a device_map
+            model: PreTrainedModel = read(path, **options)
     except UNREADABLE as error:
         raise UserError(f"the model {path!r} cannot be loaded: {_reason(error)}") from error
     return model if device is None or device_map or load_in else model.to(device)

@@ -135,6 +135,7 @@ def train(
     renderer = ChatRenderer(tokenizer, max_length=max_length)
     data = Batches(rows, renderer, tiny["batch_size"], f"{name} {seed}", tokenizer.pad_token_id)
     fixed = {"max_epochs": -1, "max_steps": spec["steps"], "enable_checkpointing": False, "enable_progress_bar": False}
+    fixed |= {"devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}  # the same world for all
     fitting = quiet_trainer({**trainer, **fixed}, [])
     fitting.fit(Pretraining(model, tiny["lr"], spec["steps"]), loader(data))
     size = model.num_parameters()

@@ -13,7 +13,7 @@ from fusechat.app.session import Ended
 from fusechat.fusion.module import FusionModule
 from tests.conftest import Mini
 
-SHORT = ["train", "source=a", "data.batch_size=4", "trainer.max_steps=4"]
+SHORT = ["train", "source=a", "data.global_batch=4", "trainer.max_steps=4"]
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, number: int, *calls: int) -> None:
@@ -36,7 +36,7 @@ def checkpoints(world: Mini) -> list[str]:
 @pytest.fixture
 def accumulating(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two micro-batches a step: a signal in the first of them must not lose its gradient."""
-    return [*SHORT, "trainer.accumulate_grad_batches=2"]
+    return [*SHORT, "data.global_batch=8", "data.batch_size=4"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

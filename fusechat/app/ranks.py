@@ -1,0 +1,137 @@
+"""Several processes for one stage: started here as a group that ends together, or by torchrun, SLURM or MPI.
+
+`launch` starts a group for every job, also of a sweep, whose own process stays free of ranks, ports and process groups.
+``python -m fusechat.app.ranks FILE`` is what each of its processes runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.config
+import os
+import signal
+import sys
+import tempfile
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+from fusechat.app.errors import UserError
+from fusechat.app.session import Ended
+from fusechat.app.threads import count
+
+RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "LOCAL_RANK")  # torchrun, SLURM, MPI, Lightning's own launcher
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that a group passes on while it runs
+GRACE = 30  # seconds that the others have to end by themselves when one has failed
+
+
+def rank() -> int:
+    """Which of the processes of a stage this is, by what its launcher says; 0 where it is the only one."""
+    return next((int(os.environ[name]) for name in RANK if os.environ.get(name, "").isdigit()), 0)
+
+
+def launch(verb: str, cfg: Any, processes: int) -> None:
+    """Runs a stage with this config in so many processes on this machine, which are its ranks; returns when all ended.
+
+    When one fails the others are ended. Raises `UserError` with what the first of them said that failed.
+    """
+    assert "TORCHELASTIC_RUN_ID" not in os.environ, "a rank starts no ranks"
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it would show every rank's traceback once more
+    main_thread = threading.current_thread() is threading.main_thread()
+    with tempfile.TemporaryDirectory(prefix="fusechat-ranks-") as folder:
+        job = Path(folder, "job.json")
+        job.write_text(json.dumps({"verb": verb, "config": _resolved(cfg), "logging": _logging()}))
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            shutdown_timeout=GRACE,
+        )
+        before = dict(os.environ)
+        handlers = {number: signal.getsignal(number) for number in SIGNALS if main_thread}
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count() // processes)))
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every rank warns of what it was told to do
+        try:
+            elastic_launch(config, sys.executable)("-m", "fusechat.app.ranks", str(job))
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            raise UserError(_said(failure)) from error
+        except SignalException as error:
+            raise Ended(error.sigval) from error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _said(failure: Any) -> str:
+    """What a rank said that failed; its traceback, where it is no user's mistake, is in its own lines."""
+    message = failure.message.get("message", "") if isinstance(failure.message, dict) else str(failure.message)
+    kind, _, rest = message.partition(": ")
+    if kind == UserError.__name__:
+        return rest
+    if failure.exitcode < 0:
+        return f"rank {failure.global_rank} was ended by signal {-failure.exitcode} ({failure.signal_name()})"
+    return f"rank {failure.global_rank} failed: {message or f'exit code {failure.exitcode}'}"
+
+
+def _resolved(cfg: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def _logging() -> Any:
+    """How this process logs, for its ranks to do likewise."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return _resolved(HydraConfig.get().job_logging) if HydraConfig.initialized() else None
+
+
+def _main(job: str) -> None:
+    """One rank: the job's verb runs with its config; the first one logs as the command does."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    content = json.loads(Path(job).read_text())
+    if content["logging"]:
+        logging.config.dictConfig(content["logging"])
+    if rank():
+        logging.getLogger().setLevel(logging.WARNING)
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers heeds it too
+    try:
+        record(lambda: _run(content["verb"], content["config"]))()
+    except UserError:  # recorded, for the process that started this one
+        sys.exit(1)
+    except Ended as ended:
+        if not rank():
+            print(ended, file=sys.stderr)
+        raise
+
+
+def _run(verb: str, config: Any) -> None:
+    import importlib
+
+    from omegaconf import OmegaConf
+
+    from fusechat.app.command import run_stage
+    from fusechat.app.verbs import VERBS
+
+    run_stage(importlib.import_module(VERBS[verb]).run, OmegaConf.create(config))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,53 @@
+"""What decides a target: the chats of a step, not the devices, micro-batches or memory savers that share its work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json, stage_fingerprint
+
+SHARED_OUT = {"devices", "num_nodes", "accelerator", "strategy", "timeout"}  # keys of trainer: who does the work
+SHOWN = {"log_every_n_steps", "enable_model_summary"}
+UNDECIDING = {"trainer": SHARED_OUT | SHOWN, "data": {"batch_size", "num_workers"}}
+
+
+def settings_fingerprint(imports: Mapping[str, str] | None, parts: Mapping[str, Any]) -> str:
+    """`stage_fingerprint` of what decides a target. parts: name -> settings."""
+    return stage_fingerprint(imports, **{name: _deciding(name, value) for name, value in parts.items()})
+
+
+def earlier_fingerprint(record: Path, imports: Mapping[str, str] | None, parts: Mapping[str, Any]) -> str | None:
+    """The fingerprint that a finished target of the same settings carries from the time before ``data.global_batch``.
+
+    Then a step had data.batch_size * trainer.accumulate_grad_batches chats on each device, and devices were not
+    counted: a target says in its config how many there were. Raises `UserError` where there may have been several.
+    None: there is no such target.
+    """
+    held = read_json(record) if record.exists() else {}
+    config: Any = held.get("config") or {}
+    data, trainer = config.get("data", {}), config.get("trainer", {})
+    if "batch_size" not in data or "global_batch" in data or "accumulate_grad_batches" not in trainer:
+        return None
+    then = {name: value for name, value in trainer.items() if name not in SHARED_OUT - {"strategy"} | SHOWN}
+    changes = {"data": data, "trainer": then, "gradient_checkpointing": config["gradient_checkpointing"]}
+    if held["fingerprint"] != stage_fingerprint(imports, **{**parts, **changes}):
+        return None
+    chats, now = data["batch_size"] * trainer["accumulate_grad_batches"], parts["data"]["global_batch"]
+    if trainer["devices"] != 1 or trainer["num_nodes"] != 1:
+        raise UserError(
+            f"{record.parent} does not say how many chats made a step: {chats} on each of trainer.devices="
+            f"{trainer['devices']}; add overwrite=true to replace it, or run_name=NAME to keep both"
+        )
+    same = chats == now and all(
+        _deciding(name, was).get(key, value) == value
+        for name, was in (("data", data), ("trainer", trainer))
+        for key, value in _deciding(name, parts[name]).items()
+    )
+    return str(held["fingerprint"]) if same else None
+
+
+def _deciding(name: str, value: Any) -> Any:
+    return {k: v for k, v in value.items() if k not in UNDECIDING[name]} if name in UNDECIDING else value

@@ -1,0 +1,102 @@
+"""The cases that several ranks train as one process does, and what each rank of a group does with them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loggers import CSVLogger
+
+from fusechat.fusion import Callbacks, FusionLoss, Optimizer, train
+from fusechat.fusion.data import Data
+from fusechat.fusion.module import FusionModule
+
+ADAMW = FusionModule.configure_optimizers
+
+
+@dataclass(frozen=True)
+class Case:
+    """Three steps of one epoch: two of 44 chats and one of a single chat, for which all ranks but one have none."""
+
+    name: str
+    pivot: str = "pivot"
+    sgd: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = [
+    Case("plain", trainer={"gradient_clip_val": None}),
+    Case("tied", pivot="tied", options={"gradient_checkpointing": True}),
+    Case("lora", options={"lora": {"enabled": True, "r": 2}}),
+    Case("own_logits", pivot="tied", options={"loss": FusionLoss(lm_weight=0.5, chunked=False)}),
+    Case("adamw", sgd=False),
+    Case("bf16", trainer={"precision": "bf16-mixed"}),
+]
+LORA = {"enabled": True, "r": 2}
+THREE_EPOCHS = {"max_epochs": 3}  # of three steps
+RESUMED = Case("resumed", trainer=THREE_EPOCHS)
+DROPOUT = Case("dropout", sgd=False, trainer=THREE_EPOCHS, options={"lora": {**LORA, "lora_dropout": 0.5}})
+STOP = 8  # optimizer steps, of which seven are kept
+CLIP = 0.1  # below every gradient's norm here
+
+
+def run(case: Case, root: Path, name: str, strategy: str, world: int) -> None:
+    """One training, of which this process is a rank: ``targets/NAME`` and ``logs/NAME``."""
+    FusionModule.configure_optimizers = sgd if case.sgd else ADAMW  # type: ignore[method-assign]
+    options: dict[str, Any] = {"loss": FusionLoss(lm_weight=0.5), **case.options}
+    trainer = {"max_epochs": 1, "log_every_n_steps": 1, "gradient_clip_val": CLIP, "devices": world}
+    train(
+        root / "world/models" / case.pivot,
+        root / "distributions/pivot",
+        {"a": root / "aligned/a"},
+        root / "targets" / name,
+        data=Data(global_batch=44, batch_size=11, shuffle_seed=1),
+        optimizer=Optimizer(lr=1e-3, warmup_ratio=0.0, schedule="constant"),
+        callbacks=Callbacks(progress_bar=False, checkpoint_every_n_steps=7),
+        trainer={**trainer, "strategy": strategy, **case.trainer},
+        logger=lambda step: [CSVLogger(root / "logs", name=name, version="")],
+        **options,
+    )
+
+
+def sgd(module: FusionModule) -> Any:
+    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
+
+
+def rank(number: int, world: int, root: Path, jobs: list[tuple[Case, str]]) -> None:
+    """One rank of a group: all jobs in turn, in one process group."""
+    os.environ |= {"LOCAL_RANK": str(number), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root}/meeting-{world}", rank=number, world_size=world)
+    for case, strategy in jobs:
+        run(case, root, f"{case.name}-{strategy}-{world}", strategy, world)
+    for strategy in ("ddp", "fsdp"):
+        stopped(RESUMED, root, f"{RESUMED.name}-{strategy}-{world}", strategy, world)
+        stopped(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}-stopped", strategy, world)
+        run(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}-stopped", strategy, world)
+        run(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}", strategy, world)
+    dist.destroy_process_group()
+
+
+class Stopped(Exception):
+    """A training that ends before its time."""
+
+
+def stopped(case: Case, root: Path, name: str, strategy: str, world: int) -> None:
+    """A training that leaves a checkpoint behind."""
+    original = FusionModule.on_train_batch_end
+
+    def stop(module: FusionModule, *batch: Any) -> None:
+        if module.global_step == STOP:
+            raise Stopped
+
+    FusionModule.on_train_batch_end = stop  # type: ignore[method-assign]
+    with contextlib.suppress(Stopped):
+        run(case, root, name, strategy, world)
+    FusionModule.on_train_batch_end = original  # type: ignore[method-assign]

@@ -1,0 +1,144 @@
+"""Several ranks train what one process trains: weights, logged numbers, exports; one group of processes a world size."""
+
+import csv
+import itertools
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from fusechat.fusion.data import Plan
+from tests.conftest import Mini
+from tests.fusion.group import CASES, CLIP, DROPOUT, RESUMED, rank, run
+from tests.fusion.test_training import distance
+
+SHARED = {case.name: case for case in CASES}
+SHOWN = ("train/loss", "train/sft", "train/fusion", "train/gradient_norm", "validation/", "wins/", "coverage/")
+ALONE = {"ddp": "auto", "fsdp": "fsdp"}  # the same arithmetic in one process: autocast, or all of it in bf16
+JOBS = [(case, strategy) for case in CASES for strategy in ("ddp", "fsdp")]
+
+
+@pytest.fixture(scope="module")
+def place(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores and pivots, one of them with tied weights; every case trained by one process."""
+    root = tmp_path_factory.mktemp("ranks")
+    for name in ("distributions/pivot", "aligned/a", "world/models/pivot"):
+        shutil.copytree(mini.experiment / name, root / name)
+    pivot = transformers.AutoModelForCausalLM.from_pretrained(root / "world/models/pivot")
+    pivot.config.tie_word_embeddings = True
+    pivot.tie_weights()
+    pivot.save_pretrained(root / "world/models/tied")
+    transformers.AutoTokenizer.from_pretrained(root / "world/models/pivot").save_pretrained(root / "world/models/tied")
+    for case in [*CASES, RESUMED]:
+        run(case, root, f"{case.name}-alone", "auto", 1)
+    original = Plan._steps
+    for n, strategy in itertools.product(range(3), ALONE):  # the chats of every step in another order
+        with pytest.MonkeyPatch.context() as patch:
+            order = np.random.default_rng(n)
+            patch.setattr(Plan, "_steps", lambda plan, order=order: [order.permutation(s) for s in original(plan)])
+            run(SHARED["bf16"], root, f"bf16-{strategy}-permuted-{n}", ALONE[strategy], 1)
+    return root
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda world: f"{world} ranks")
+def group(request: pytest.FixtureRequest, place: Path) -> int:
+    """The world size, once its ranks have done all jobs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.fusion.group"])
+    world = request.param
+    ranks = [context.Process(target=rank, args=(n, world, place, JOBS)) for n in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(600)
+    assert [process.exitcode for process in ranks] == [0] * world
+    return int(world)
+
+
+def weights(place: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(place / "targets" / name / "model.safetensors")
+
+
+def logged(place: Path, name: str) -> dict[str, list[float]]:
+    """The columns of metrics.csv."""
+    rows = list(csv.DictReader((place / "logs" / name / "metrics.csv").open()))
+    return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0] if key.startswith(SHOWN)}
+
+
+def record(place: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((place / "targets" / name / "fusechat.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", [name for name, case in SHARED.items() if case.sgd and name != "bf16"])
+def test_the_same_weights(name: str, strategy: str, group: int, place: Path) -> None:
+    alone, ours = weights(place, f"{name}-alone"), weights(place, f"{name}-{strategy}-{group}")
+    moved = distance(alone, load_file(place / "world/models" / SHARED[name].pivot / "model.safetensors"))
+    assert distance(alone, ours) < 1e-6
+    assert moved > 1e-4
+    assert {t.dtype for t in ours.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", [name for name in SHARED if name != "bf16"])
+def test_the_same_numbers(name: str, strategy: str, group: int, place: Path) -> None:
+    """The loss and its parts, the gradient's norm before clipping, validation, shares of the sources."""
+    alone, ours = logged(place, f"{name}-alone"), logged(place, f"{name}-{strategy}-{group}")
+    assert alone.keys() == ours.keys()
+    assert {*SHOWN[:4], "validation/bits_per_byte", "wins/all/a"} <= ours.keys()
+    for column, values in alone.items():
+        assert ours[column] == pytest.approx(values, rel=1e-5), column
+    assert len(ours["train/loss"]) == 3
+    if name != "plain":
+        assert min(ours["train/gradient_norm"]) > CLIP, "clipping decides something"
+    assert record(place, f"{name}-{strategy}-{group}")["wins"] == record(place, f"{name}-alone")["wins"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_bf16_differs_as_much_as_an_order_of_sums(strategy: str, group: int, place: Path) -> None:
+    ours = weights(place, f"bf16-{strategy}-{group}")
+    permuted = [weights(place, f"bf16-{strategy}-permuted-{n}") for n in range(3)]
+    spread = max(distance(a, b) for a, b in itertools.combinations(permuted, 2))
+    print(strategy, group, spread, [distance(ours, p) for p in permuted], distance(ours, weights(place, "bf16-alone")))
+    assert {t.dtype for t in ours.values()} == {torch.float32}
+    assert max(distance(ours, one) for one in permuted) < 2 * spread
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_export_is_one_plain_directory(strategy: str, group: int, place: Path) -> None:
+    for case in CASES:
+        alone, ours = (place / "targets" / f"{case.name}-{end}" for end in ("alone", f"{strategy}-{group}"))
+        files = {path.name for path in ours.iterdir()}
+        assert files == {path.name for path in alone.iterdir()}
+        same = files - {"fusechat.json", "README.md", "model.safetensors"}
+        assert all((ours / name).read_bytes() == (alone / name).read_bytes() for name in same)
+        assert record(place, ours.name)["fingerprint"] == record(place, alone.name)["fingerprint"]
+        transformers.AutoModelForCausalLM.from_pretrained(ours)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_resume_is_exact_on_as_many_ranks(strategy: str, group: int, place: Path) -> None:
+    """Dropout draws from a generator of each rank."""
+    whole, resumed = (weights(place, f"{DROPOUT.name}-{strategy}-{group}{end}") for end in ("", "-stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert distance(whole, weights(place, f"{RESUMED.name}-alone")) > 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_resume_on_one_rank_takes_the_same_chats(strategy: str, group: int, place: Path) -> None:
+    name = f"{RESUMED.name}-{strategy}-{group}"
+    (folder,) = (place / "checkpoints").glob(f"{name}-*")
+    (checkpoint,) = folder.glob("*.ckpt")
+    assert (checkpoint.name, checkpoint.is_dir()) == ("step=7.ckpt", strategy == "fsdp")
+    run(RESUMED, place, name, strategy, 1)
+    assert distance(weights(place, name), weights(place, f"{RESUMED.name}-alone")) < 1e-6
+    assert [p.name for p in (place / "logs" / name).iterdir()]
+    assert not folder.exists(), "checkpoints of a finished run are removed"
