@@ -15,15 +15,21 @@ import sys
 import tempfile
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError
-from fusechat.app.session import Ended
+from fusechat.app.session import WHOLE, Ended
 from fusechat.app.threads import count
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "LOCAL_RANK")  # torchrun, SLURM, MPI, Lightning's own launcher
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that a group passes on while it runs
+KEPT = "kept"  # beside a job's file: what the first rank says is kept, when a signal has ended it
 GRACE = 30  # seconds that the others have to end by themselves when one has failed
 
 
@@ -38,44 +44,57 @@ def launch(verb: str, cfg: Any, processes: int) -> None:
     When one fails the others are ended. Raises `UserError` with what the first of them said that failed.
     """
     assert "TORCHELASTIC_RUN_ID" not in os.environ, "a rank starts no ranks"
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # it would show every rank's traceback once more
-    main_thread = threading.current_thread() is threading.main_thread()
-    with tempfile.TemporaryDirectory(prefix="fusechat-ranks-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fusechat-ranks-") as folder, _as_before():
         job = Path(folder, "job.json")
         job.write_text(json.dumps({"verb": verb, "config": _resolved(cfg), "logging": _logging()}))
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-            shutdown_timeout=GRACE,
-        )
-        before = dict(os.environ)
-        handlers = {number: signal.getsignal(number) for number in SIGNALS if main_thread}
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count() // processes)))
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every rank warns of what it was told to do
         try:
-            elastic_launch(config, sys.executable)("-m", "fusechat.app.ranks", str(job))
+            elastic_launch(_group(processes, folder), sys.executable)("-m", "fusechat.app.ranks", str(job))
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             raise UserError(_said(failure)) from error
         except SignalException as error:
-            raise Ended(error.sigval) from error
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            os.environ.clear()
-            os.environ.update(before)
+            kept = job.with_name(KEPT)
+            raise Ended(error.sigval, kept.read_text() if kept.exists() else WHOLE) from error
+
+
+def _group(processes: int, logs: str) -> LaunchConfig:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
+        shutdown_timeout=GRACE,
+    )
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """What the launcher changes in this process, environment and signal handlers, is as it was after the block."""
+    environment, main_thread = dict(os.environ), threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS if main_thread}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _said(failure: Any) -> str:
@@ -118,7 +137,7 @@ def _main(job: str) -> None:
         sys.exit(1)
     except Ended as ended:
         if not rank():
-            print(ended, file=sys.stderr)
+            Path(job).with_name(KEPT).write_text(ended.kept)
         raise
 
 
