@@ -6,13 +6,16 @@ What is trained does not depend on W: the sums of a step are divided by the resp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fusechat.app.errors import UserError
 
 T = TypeVar("T")
+VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,23 @@ def starts_ranks(trainer: Any) -> bool:
             f"trainer.num_nodes={trainer.num_nodes} needs torchrun or SLURM on every node; see docs/ranks.md"
         )
     return True
+
+
+@contextmanager
+def group_of_one(world: int) -> Iterator[None]:
+    """Strategies make a process group for a single rank too: it ends with the training, and so do its variables."""
+    import torch.distributed as dist
+
+    before, had = {name: os.environ.get(name) for name in VARIABLES}, dist.is_initialized()
+    try:
+        yield
+    finally:
+        if world == 1 and not had:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                os.environ |= {name: value} if value is not None else {}
 
 
 def gathered(value: T) -> list[T]:

@@ -20,7 +20,7 @@ from fusechat.fusion.fingerprint import earlier_fingerprint, settings_fingerprin
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.module import FusionModule, Optimizer
 from fusechat.fusion.precision import PRECISIONS, check_quantised, weights_dtype
-from fusechat.fusion.ranks import share, starts_ranks
+from fusechat.fusion.ranks import group_of_one, share, starts_ranks
 from fusechat.fusion.record import Description, measured
 from fusechat.fusion.rules import FusionRule
 from fusechat.fusion.validation import read_chats, validation_chats
@@ -156,7 +156,7 @@ def train(
     options = trainer | {"enable_progress_bar": callbacks.progress_bar, "use_distributed_sampler": False}
     fit = quiet_trainer(options, beside, loggers)
     fit.accumulate_grad_batches = share(data.global_batch, data.batch_size, fit.world_size).accumulate
-    with failures.around(fit, module):
+    with group_of_one(fit.world_size), failures.around(fit, module):
         fit.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
         return _finish(fit, saver, None if callbacks.keep_checkpoints else checkpoints)
 

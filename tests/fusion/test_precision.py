@@ -1,6 +1,7 @@
 """Precision: losses and gradients in bf16 against float64, fp32 master weights, what is left alone, and what is refused."""
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -126,6 +127,15 @@ def test_quantised_pivots_carry_adapters(mini: Mini) -> None:
         run()
     with pytest.raises(UserError, match=r"fsdp shards no quantised weights; use trainer=ddp"):
         run("lora.enabled=true", "trainer.strategy=fsdp")
+
+
+def test_a_group_of_one_leaves_nothing_behind(fresh: Mini) -> None:
+    before = dict(os.environ)
+    fresh.run("train", "source=a", "trainer.strategy=fsdp", "trainer.max_steps=1")
+    assert {name: value for name, value in os.environ.items() if not name.startswith("PL_")} == {
+        name: value for name, value in before.items() if not name.startswith("PL_")
+    }
+    assert not torch.distributed.is_initialized()
 
 
 def test_mixed_precision_trains_fp32_weights(fresh: Mini) -> None:
