@@ -79,9 +79,9 @@ def train(
     data.max_tokens says none. resume: ``last`` checkpoint of the same settings, a path, or None. validation: chats of
     one's own (file, folder or Hub dataset) to validate with in place of data.validation_fraction, all chats of the
     stores being trained on. logger: makes Lightning's loggers from the step that training goes on from. record: more to
-    write into ``fusechat.json``. imports: the user's own modules with their hashes. remedies: for messages, the commands
-    that make pivot_store and each aligned store. launch: starts so many ranks on this machine that call `train` with
-    the same arguments, and returns when all have ended; None: Lightning starts the script again for each.
+    write into ``fusechat.json``. imports: the user's own modules with their hashes. remedies: for messages, the
+    commands that make pivot_store and each aligned store. launch: starts so many ranks on this machine that call
+    `train` with the same arguments, and returns when all have ended; None: Lightning starts the script again for each.
 
     Returns the validation bits per byte of the target, None where nothing was held out. Raises `UserError` for settings
     out of range, missing or unfit stores, and an output_dir that other settings have made (unless ``overwrite``).

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
@@ -15,8 +16,6 @@ from lightning.pytorch.loggers import CSVLogger
 from fusechat.fusion import Callbacks, FusionLoss, Optimizer, train
 from fusechat.fusion.data import Data
 from fusechat.fusion.module import FusionModule
-
-ADAMW = FusionModule.configure_optimizers
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,22 @@ CLIP = 0.1  # below every gradient's norm here
 
 def run(case: Case, root: Path, name: str, strategy: str, world: int) -> None:
     """One training, of which this process is a rank: ``targets/NAME`` and ``logs/NAME``."""
-    FusionModule.configure_optimizers = sgd if case.sgd else ADAMW  # type: ignore[method-assign]
-    options: dict[str, Any] = {"loss": FusionLoss(lm_weight=0.5), **case.options}
     trainer = {"max_epochs": 1, "log_every_n_steps": 1, "gradient_clip_val": CLIP, "devices": world}
-    train(
-        root / "world/models" / case.pivot,
-        root / "distributions/pivot",
-        {"a": root / "aligned/a"},
-        root / "targets" / name,
-        data=Data(global_batch=44, batch_size=11, shuffle_seed=1),
-        optimizer=Optimizer(lr=1e-3, warmup_ratio=0.0, schedule="constant"),
-        callbacks=Callbacks(progress_bar=False, checkpoint_every_n_steps=7),
-        trainer={**trainer, "strategy": strategy, **case.trainer},
-        logger=lambda step: [CSVLogger(root / "logs", name=name, version="")],
-        **options,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        if case.sgd:
+            patch.setattr(FusionModule, "configure_optimizers", sgd)
+        train(
+            root / "world/models" / case.pivot,
+            root / "distributions/pivot",
+            {"a": root / "aligned/a"},
+            root / "targets" / name,
+            data=Data(global_batch=44, batch_size=11, shuffle_seed=1),
+            optimizer=Optimizer(lr=1e-3, warmup_ratio=0.0, schedule="constant"),
+            callbacks=Callbacks(progress_bar=False, checkpoint_every_n_steps=7),
+            trainer={**trainer, "strategy": strategy, **case.trainer},
+            logger=lambda step: [CSVLogger(root / "logs", name=name, version="")],
+            **{"loss": FusionLoss(lm_weight=0.5), **case.options},
+        )
 
 
 def sgd(module: FusionModule) -> Any:
@@ -90,13 +90,11 @@ class Stopped(Exception):
 
 def stopped(case: Case, root: Path, name: str, strategy: str, world: int) -> None:
     """A training that leaves a checkpoint behind."""
-    original = FusionModule.on_train_batch_end
 
     def stop(module: FusionModule, *batch: Any) -> None:
         if module.global_step == STOP:
             raise Stopped
 
-    FusionModule.on_train_batch_end = stop  # type: ignore[method-assign]
-    with contextlib.suppress(Stopped):
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stopped):
+        patch.setattr(FusionModule, "on_train_batch_end", stop)
         run(case, root, name, strategy, world)
-    FusionModule.on_train_batch_end = original  # type: ignore[method-assign]
