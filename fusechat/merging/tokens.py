@@ -61,7 +61,7 @@ def _gathered(pivot: LazyCheckpoint, target: LazyCheckpoint, name: str, pairs: S
         theirs[to] = source
 
     def rows(first: int, last: int) -> Tensor:
-        found = pivot.tensor(name)[first:last].float()
+        found = pivot.tensor(name)[first:last].to(torch.float32, copy=True)  # never into the pivot's own pages
         chosen = theirs[first:last]
         has = chosen >= 0
         found[has] = target.tensor(name)[chosen[has]].float()
