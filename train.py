@@ -22,7 +22,7 @@ def run(cfg: DictConfig) -> float | None:
 
     rule, experiment, output = FusionRule(**plain(cfg.fusion)), Path(cfg.paths.experiment), Path(cfg.output_dir)
     sources = list(cfg.sources) if rule.needs_sources else []
-    if None in sources:
+    if rule.needs_sources and (None in sources or not sources):
         raise UserError("no source takes part in the fusion; name one with source=NAME, or set fusion=sft")
     pivot_store, aligned = experiment / "distributions/pivot", {s: experiment / "aligned" / s for s in sources}
     stage = experiment_of(cfg)

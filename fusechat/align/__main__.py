@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fusechat.app.command import entry, experiment_of, imported
 from fusechat.app.tracking import log_made, wandb_run
@@ -34,8 +34,12 @@ def run(cfg: DictConfig) -> None:
         pivot,
         source,
         output,
-        pivot_tokenizer=lambda: load_tokenizer(cfg.pivot.path, revision=cfg.pivot.revision),
-        source_tokenizer=lambda: load_tokenizer(cfg.source.path, revision=cfg.source.revision, **trust),
+        pivot_tokenizer=None
+        if OmegaConf.is_missing(cfg.pivot, "path")
+        else lambda: load_tokenizer(cfg.pivot.path, revision=cfg.pivot.revision),
+        source_tokenizer=None
+        if OmegaConf.is_missing(cfg.source, "path")
+        else lambda: load_tokenizer(cfg.source.path, revision=cfg.source.revision, **trust),
         token_map=cfg.token_map.name,
         logprobs=cfg.store.logprobs,
         **cfg.alignment,

@@ -18,10 +18,10 @@ from fusechat.align.sequence import SEQUENCES
 from fusechat.align.summary import summary
 from fusechat.align.vocabulary import token_bytes
 from fusechat.app import outputs
-from fusechat.app.errors import UserError, one_of
+from fusechat.app.errors import UserError
 from fusechat.app.places import writes
+from fusechat.app.settings import check
 from fusechat.models.load import load_tokenizer
-from fusechat.stores.encoding import LOGPROBS
 from fusechat.stores.kinds import KINDS, SAME
 from fusechat.stores.store import DistributionStore, StoreWriter, finished, is_store
 
@@ -65,8 +65,8 @@ def align(
     or do not belong together, and for a store of other settings at ``output_dir`` unless ``overwrite``.
     """
     _ = TOKEN_MAPS[token_map], SEQUENCES[sequence]  # an unknown name is told before anything is opened
-    one_of(unmatched, ("gold", "skip"), "alignment.unmatched")
-    one_of(logprobs, LOGPROBS, "store.logprobs")
+    check("alignment", unmatched=unmatched, num_proc=num_proc)
+    check("store", logprobs=logprobs)
     stores = DistributionStore(pivot, remedies[0]), DistributionStore(source, remedies[1])
     checks.check_chats(*stores)
     marks = {"pivot": stores[0].fingerprint, "source": stores[1].fingerprint}

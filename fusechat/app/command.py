@@ -165,13 +165,15 @@ def _note(**failed: Any) -> None:
 
 
 def run_stage(run: Run, cfg: DictConfig) -> Any:
-    """Runs one stage inside its session; the user's own modules are imported and the families' choices checked first.
+    """Runs one stage inside its session; the user's own modules are imported and the whole config checked first.
 
     Every process that runs a job comes through here: a sweep's, a rank's, a pipeline's step.
     """
-    imports = imported(cfg)
-    named = {key: OmegaConf.select(cfg, key) for key in registry.GROUPS}
-    registry.check_choices(named, folders=config_folders(), open=bool(imports))
+    from fusechat.app import door
+
+    values = door.check_config(cfg, config_folders())
+    imported(cfg)
+    door.check_surroundings(values)
     remembered.verify(cfg.get("verify", "always"))
     checksums.accept_changes(bool(cfg.get("accept_changes")))
     with session.session(), waiting(bool(cfg.get("wait"))), disk.told():

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fusechat.app.errors import UserError
 from fusechat.app.registry import import_modules
 
+MISSING = "???"  # in a config: no value
 WHOLE = "the same command goes on from what is whole"
 CHATTY = ("httpx", "httpx2", "filelock", "fsspec", "datasets")
 PACKAGES = ("torch", "transformers", "lightning", "datasets", "safetensors", "hydra-core", "wandb", "fusechat")
@@ -70,12 +72,34 @@ def session() -> Iterator[None]:
 
 
 def plain(node: Any) -> Any:
-    """A config node as plain Python containers, resolved; anything else as it is."""
+    """A config node as plain Python containers, resolved; anything else as it is.
+
+    What is missing, and what refers to something that is missing, is ``???``: a stage may never need it. Raises
+    `UserError` for a reference to a key that is not there.
+    """
     if "omegaconf" not in sys.modules:
         return node
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, ListConfig
 
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if not isinstance(node, (DictConfig, ListConfig)) or node._is_none():
+        return None if isinstance(node, (DictConfig, ListConfig)) else node
+    if isinstance(node, ListConfig):
+        return [_value(node, i) for i in range(len(node))]
+    return {key: _value(node, key) for key in node}
+
+
+def _value(node: Any, key: Any) -> Any:
+    from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        return plain(node[key])
+    except (InterpolationToMissingValueError, MissingMandatoryValue):
+        return MISSING
+    except OmegaConfBaseException as error:
+        name = node._get_full_key(key)
+        raise UserError(
+            f"{name} cannot be resolved: {str(error).splitlines()[0]}; see the ${{…}} in its value"
+        ) from error
 
 
 def provenance(cfg: Any) -> dict[str, Any]:

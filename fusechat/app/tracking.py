@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json
+from fusechat.app.session import plain
 
 SUMMARIES = {"validation/bits_per_byte": "min", "validation/loss": "min", "train/tokens_per_second": "max"}
 Made = tuple[str, Path]  # kind (distributions, aligned, target, merged) and folder
@@ -29,10 +30,8 @@ def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
     csv = CSVLogger(cfg.paths.logs, name=name, version=f"from_step_{resumed_at}")
     if cfg.logger.kind == "csv":
         return [csv]
-    if not cfg.logger.offline and not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
-        raise UserError(
-            "logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline"
-        )
+    if not cfg.logger.offline:
+        check_account()
     from lightning.pytorch.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -40,7 +39,7 @@ def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
     keys = {"extract": "source.name", "align": "source.name", "train": "run_name", "merge": "merge.method"}
     own = OmegaConf.select(cfg, keys[cfg.stage]) if cfg.stage in keys else None
     tags = [cfg.experiment_name, cfg.stage, *([own] if own else []), *cfg.logger.tags]
-    flat: Any = flatten(OmegaConf.to_container(cfg, resolve=True))
+    flat: Any = flatten(plain(cfg))
     wandb = WandbLogger(
         name=name,
         project=cfg.logger.project,
@@ -55,6 +54,14 @@ def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
     for metric, best in SUMMARIES.items():
         wandb.experiment.define_metric(metric, step_metric="trainer/global_step", summary=best)
     return [wandb, csv]
+
+
+def check_account() -> None:
+    """Raises `UserError` where there is no wandb account to log to."""
+    if not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
+        raise UserError(
+            "logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline"
+        )
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

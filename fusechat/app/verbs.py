@@ -66,8 +66,11 @@ def near(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
-def command_line() -> str:
-    """The command that runs now, as it could be typed again: of a sweep, the one job; nothing that is Hydra's own."""
+def command_line(verb: str = "") -> str:
+    """The command that runs now, as it could be typed again: of a sweep, the one job; nothing that is Hydra's own.
+
+    verb: the command's, where it was not started by Hydra.
+    """
     from fusechat.app.hints import config_folders, task_overrides
 
     if "hydra" in sys.modules:
@@ -78,4 +81,4 @@ def command_line() -> str:
             folders = [part for folder in config_folders() for part in ("--config-dir", str(folder))]
             given = [text.replace("\\{", "{").replace("\\}", "}") for text in task_overrides()]  # a sweep escapes
             return f"{typed(job.job.config_name)} {shlex.join([*given, *folders])}".rstrip()
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return typed(verb) if verb else shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

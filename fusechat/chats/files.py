@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import datasets
 
 from fusechat.app.checksums import check_first_use
 from fusechat.app.errors import UserError
+from fusechat.app.schema.values import is_hub_id
+from fusechat.app.texts import json_rows
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
@@ -29,7 +29,7 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
         return datasets.load_from_disk(path)
     if local.exists():
         return _load_files(local, streaming)
-    if local.suffix in LOADERS or path.count("/") != 1:
+    if local.suffix in LOADERS or not is_hub_id(path) or local.parent.exists():
         raise UserError(f"chat.path={path} does not exist; give a file, a directory or a Hub dataset id (owner/name)")
     try:
         return datasets.load_dataset(path, name, split=split, streaming=streaming)
@@ -40,7 +40,7 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
 
 
 def _load_files(path: Path, streaming: bool) -> Any:
-    files = sorted(f for f in path.rglob("*") if f.suffix in LOADERS) if path.is_dir() else [path]
+    files = _files(path)
     if not files or files[0].suffix not in LOADERS:
         raise UserError(f"{path} is not a chat file; expected {', '.join(LOADERS)} or a directory of them")
     kind = LOADERS[files[0].suffix]
@@ -49,8 +49,10 @@ def _load_files(path: Path, streaming: bool) -> Any:
     try:
         return datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming)
     except Exception as error:
-        reason = _broken_line(files) or f"{path} cannot be read as {kind}: {error.__cause__ or error}"
-        raise UserError(reason) from error
+        check_texts(path)
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+        hint = "do all rows have the same columns and types?"
+        raise UserError(f"{path} cannot be read as {kind} ({reason}); {hint}") from error
 
 
 def _taken(stream: Any, path: str) -> datasets.Dataset:
@@ -60,15 +62,14 @@ def _taken(stream: Any, path: str) -> datasets.Dataset:
         raise UserError(f"{path}: the stream broke off: {error.__cause__ or error}") from error
 
 
-def _broken_line(files: Sequence[Path]) -> str | None:
-    for file in files:
+def check_texts(path: Path) -> None:
+    """Raises `UserError` for a file without content, and for the first line that is no UTF-8 or no JSON."""
+    for file in _files(path):
         if file.stat().st_size == 0:
-            return f"{file} is empty; see chat.path"
-        if file.suffix != ".jsonl":
-            continue
-        for number, line in enumerate(file.open(encoding="utf-8", errors="replace"), 1):
-            try:
-                json.loads(line)
-            except json.JSONDecodeError as error:
-                return f"{file}, line {number}: not JSON ({error.msg}); mend or remove the line"
-    return None
+            raise UserError(f"{file} is empty; see chat.path")
+        if LOADERS[file.suffix] == "json":
+            json_rows(file)
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.suffix in LOADERS) if path.is_dir() else [path]

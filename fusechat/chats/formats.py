@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import datasets
 
 from fusechat.app.errors import UserError
 from fusechat.app.registry import Family
-from fusechat.chats.files import read_rows
+from fusechat.chats.files import check_texts, read_rows
 from fusechat.chats.render import Message
 
 Row = Mapping[str, Any]
+LOG = logging.getLogger(__name__)
 FORMATS = Family("chat.format", needs=None)
 COLUMNS = {"id", "messages", "tag"}  # of what `load_chats` returns
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"} | {
@@ -98,11 +100,25 @@ def load_chats(
     found = _format_of(set(raw.column_names), format, where)
     convert = FORMATS[found].function
 
+    silent = []  # chats in which the assistant has no text
+
     def normal(row: Row, index: int) -> dict[str, Any]:
         turns = _checked(convert, row, f"{where}, chat {index}")
+        if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
+            silent.append(index)
         return {"id": chat_id(turns), "messages": turns, "tag": str(row.get(tag) or "")}
 
-    return raw.map(normal, with_indices=True, remove_columns=raw.column_names, load_from_cache_file=False), found
+    try:
+        rows = raw.map(normal, with_indices=True, remove_columns=raw.column_names, load_from_cache_file=False)
+    except UnicodeDecodeError as error:
+        if Path(where).exists():
+            check_texts(Path(where))
+        raise UserError(f"{where}: not UTF-8 ({error})") from error
+    if len(silent) == len(rows):
+        raise UserError(f"{where}: the assistant has no text in any of {len(rows)} chats; see chat.format")
+    if silent:
+        LOG.warning("%s: the assistant has no text in %d of %d chats", where, len(silent), len(rows))
+    return rows, found
 
 
 def _format_of(columns: set[str], format: str | None, where: str) -> str:
@@ -127,8 +143,10 @@ def _checked(convert: Callable[[Row], list[Message]], row: Row, where: str) -> l
         turns = [{"role": ROLES[turn["role"]], "content": _text(turn["content"])} for turn in convert(row)]
     except KeyError as error:
         raise UserError(f"{where}: unknown role or key {error}; roles are {', '.join(ROLES)}") from error
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise UserError(f"{where}: a turn is not a role with a text ({error})") from error
+    except UnicodeDecodeError:
+        raise  # told with its line
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     if not turns:
@@ -138,8 +156,11 @@ def _checked(convert: Callable[[Row], list[Message]], row: Row, where: str) -> l
 
 def _text(content: Any) -> str:
     """A message's text; a list of text parts, as chat APIs have it, is joined."""
-    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
-        return "".join(part["text"] for part in content)
-    if content is None or isinstance(content, str):
-        return content or ""
-    raise TypeError(f"content is {type(content).__name__} with more than text")
+    match content:
+        case None:
+            return ""
+        case str():
+            return content
+        case [*parts] if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+            return "".join(part["text"] for part in parts)
+    raise TypeError(f"its content is a {type(content).__name__} of more than text")

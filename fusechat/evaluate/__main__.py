@@ -12,7 +12,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fusechat.app.command import entry, imported, label, plain, provenance
-from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json
 from fusechat.app.tracking import log_made, wandb_run
 
@@ -21,12 +20,8 @@ def run(cfg: DictConfig) -> float | None:
     """Writes ``output_file`` by the evaluation of ``evaluation.kind``. Returns its first metric, if it has one."""
     from fusechat.evaluate.places import place
     from fusechat.evaluate.stage import evaluate_by
-    from fusechat.models.load import may_be_model
 
     model = str(cfg.model)
-    if not may_be_model(model):
-        hint = f"e.g. python -m fusechat.evaluate model={cfg.paths.experiment}/targets/NAME"
-        raise UserError(f"model={cfg.model} is not a model directory or Hub id; {hint}")
     settings = {key: value for key, value in plain(cfg.evaluation).items() if key != "file"}
     output = place(Path(cfg.output_file), model, str(cfg.paths.experiment))
     given: dict[str, Any] = {"seed": cfg.seed, "overwrite": cfg.overwrite, "record": provenance(cfg)}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from fusechat.app.checksums import check_first_use
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import file_hash, sealed_line, whole_lines, write_durably
+from fusechat.app.texts import json_rows
 from fusechat.app.trainer import seed_everything
 from fusechat.chats.render import Message
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Work
@@ -84,18 +85,18 @@ def load_questions(path: Path, kind: str) -> list[Question]:
             f"evaluation.questions={path} does not exist; download the question file of {kind} and name it here"
         )
     check_first_use(path)
-    text = path.read_text(encoding="utf-8")
-    lines = [text] if text.lstrip().startswith("[") else [line for line in text.split("\n") if line.strip()]
-    try:
-        read = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    found = read[0] if text.lstrip().startswith("[") else read
+    found, _ = json_rows(path)
+    if not found:
+        raise UserError(f"{path} holds no questions; name the question file of {kind}")
     needed = {"mt_bench": {"question_id", "turns"}, "alpaca_eval": {"instruction"}}[kind]
     for number, question in enumerate(found, 1):
         if not isinstance(question, dict) or not needed <= set(question):
             raise UserError(f"{path}, question {number}: expected the keys {', '.join(sorted(needed))} of {kind}")
-    return list(found)
+        texts = question["turns"] if kind == "mt_bench" else [question["instruction"]]
+        if not (isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts)):
+            said = "turns: a list of questions" if kind == "mt_bench" else "instruction: a text"
+            raise UserError(f"{path}, question {number}: expected {said}, found {texts!r:.60}")
+    return found
 
 
 def mt_bench_records(questions: Sequence[Question], generate: Generate, model_id: str) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,8 @@ from fusechat.app import checksums
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import fingerprint, read_json, stage_fingerprint, write_durably, write_json, write_lines
 from fusechat.app.places import writing
+from fusechat.app.settings import check
+from fusechat.app.surroundings import check_place
 from fusechat.evaluate import answers as _answers  # noqa: F401  these three register their kinds
 from fusechat.evaluate import chats as _chats  # noqa: F401
 from fusechat.evaluate import harness as _harness  # noqa: F401
@@ -104,10 +106,10 @@ def _evaluate(
     record: Mapping[str, Any],
     imports: Mapping[str, str] | None,
 ) -> tuple[Mapping[str, Any], bool]:
-    from fusechat.models.load import may_be_model, model_identity
+    from fusechat.models.load import model_identity
 
-    if not may_be_model(path):
-        raise UserError(f"model={path} is not a model directory or Hub id")
+    check_place(path, "model")
+    check("evaluation", **settings)
     kind = EVALUATIONS[settings["kind"]]
     work: Work = kind.function(Job(path, output.stem, settings, seed))
     deciding = {key: value for key, value in settings.items() if key != "device" or value is None}  # not where it ran

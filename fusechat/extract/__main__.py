@@ -36,6 +36,7 @@ def _extract(cfg: DictConfig) -> None:
     reading = {key: chat[key] for key in ("split", "name", "limit", "streaming", "format")}
     chats, found = load_chats(chat["path"], **reading)
     LOG.info("%s: %d chats (%s) from %s", source["name"], len(chats), found, chat["path"])
+    _warn_of_tests(cfg, chats)
     if chat["template"] == "pivot":
         pivot = load_tokenizer(
             cfg.pivot.path, revision=cfg.pivot.revision, trust_remote_code=cfg.pivot.trust_remote_code
@@ -54,6 +55,21 @@ def _extract(cfg: DictConfig) -> None:
         imports=imported(cfg),
         when_made=lambda manifest: _follow(cfg, manifest),
     )
+
+
+def _warn_of_tests(cfg: DictConfig, chats: Any) -> None:
+    """Says how many questions of the experiment's test chats are among the chats; Hub ids are not fetched for it."""
+    from fusechat.chats.formats import load_chats
+    from fusechat.chats.overlap import shared_questions
+
+    options = plain(cfg.evaluation)
+    path = str(options.get("chats"))
+    if options["kind"] != "chats" or not Path(path).is_file():
+        return
+    tests, _ = load_chats(path, split=options["split"], limit=options["limit"])
+    if count := shared_questions(chats["messages"], tests["messages"]):
+        told = "%d of %d questions of evaluation.chats=%s are among the chats: what is measured on them is no test"
+        LOG.warning(told, count, len(tests), path)
 
 
 def _follow(cfg: DictConfig, manifest: dict[str, Any]) -> None:

@@ -63,6 +63,15 @@ def sampled(logits: Tensor, gold: Tensor, keep: Keep, generator: torch.Generator
     return TopK(ids.gather(-1, order), shares.gather(-1, order).log(), _at(logprobs, gold))
 
 
+def entries_of(kind: str, keep: Keep) -> int:
+    """About how many entries are kept at a position.
+
+    A store has about so many bytes for each byte of the chats: four of these are a token, two tokens of three are the
+    assistant's, and an entry has six bytes.
+    """
+    return keep.draws if "generator" in KINDS[kind].needs else keep.top_k
+
+
 def largest(values: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
     """`torch.topk` along the last dimension, several times faster on wide rows. values [N, V] -> values, ids [N, k].
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import datasets
 
-from fusechat.app import outputs
-from fusechat.app.errors import UserError, one_of
+from fusechat.app import outputs, settings
+from fusechat.app.errors import UserError
 from fusechat.app.places import writes
+from fusechat.app.surroundings import check_room
 from fusechat.chats.formats import load_chats
 from fusechat.chats.render import ChatRenderer, renderer_for
-from fusechat.extract.kinds import KINDS, Keep
+from fusechat.extract.kinds import KINDS, Keep, entries_of
 from fusechat.extract.processes import share
 from fusechat.extract.progress import progress
 from fusechat.extract.shards import Shards, Source, bad_of, check_bad
@@ -72,12 +73,14 @@ def extract(
     decides nothing of its content. Raises `UserError` for unusable models, chats or settings, and for a store of other
     settings at ``output_dir`` unless ``overwrite``.
     """
-    one_of(logprobs, ("float16", "uint8"), "store.logprobs")
     devices = devices_of(**{**ONE_PROCESS, **(trainer or {})}, key="extract.trainer")
     more = {"draws": "by content"} if "generator" in KINDS[kind].needs else {}
     more |= {"load_in": load_in} if load_in else {}
     amount = {"kind": kind, "top_k": top_k, "top_p": top_p, "draws": draws}
     amount |= {"tokens_per_batch": tokens_per_batch, "rows_per_shard": rows_per_shard}
+    settings.check("extract", **amount, max_bad_fraction=max_bad_fraction)
+    settings.check("chat", template=template, max_length=max_length, end_of_turn=end_of_turn)
+    settings.check("store", logprobs=logprobs)
     tokenizer = models.load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     keep = _keep(len(tokenizer), top_k, top_p, draws)
     if template == "pivot" and isinstance(pivot, str):
@@ -101,6 +104,7 @@ def extract(
     output = Path(output_dir)
     if held := store.finished(output, mark, overwrite=overwrite):
         return held
+    check_room(output, rows.data.nbytes * entries_of(kind, keep), "the store")
     writer = store.StoreWriter(output, mark, -(-len(rows) // rows_per_shard), stage="extract", overwrite=overwrite)
     loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     loading |= {"attn_implementation": attn_implementation, "device_map": device_map, "load_in": load_in}
@@ -139,13 +143,9 @@ def extract(
 
 
 def _keep(vocab_size: int, top_k: int, top_p: float, draws: int) -> Keep:
-    """`Keep`, after a look at its numbers."""
-    if not 1 <= top_k <= vocab_size:
+    """`Keep`, after a look at the vocabulary."""
+    if top_k > vocab_size:
         raise UserError(f"extract.top_k={top_k}: expected 1 to {vocab_size}, the model's vocabulary")
-    if not 0 < top_p <= 1:
-        raise UserError(f"extract.top_p={top_p}: expected a probability mass above 0, at most 1")
-    if draws < 1:
-        raise UserError(f"extract.draws={draws}: expected at least 1")
     return Keep(vocab_size, top_k, top_p, draws)
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 from fusechat.app import checksums
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json, whole_directory, write_json
+from fusechat.app.settings import check
 from fusechat.fusion.module import merged_adapters
 from fusechat.fusion.sharding import whole_weights
 from fusechat.fusion.stopping import StopOnSignal
@@ -115,6 +116,9 @@ class Callbacks:
     early_stopping: int | None = None
     progress_bar: bool = True
     keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        check("callbacks", **vars(self))
 
 
 class Checkpoints(ModelCheckpoint):

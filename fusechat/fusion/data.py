@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fusechat.app import settings
 from fusechat.app.errors import UserError
 from fusechat.chats.formats import in_validation
 from fusechat.chats.padding import pad
@@ -49,6 +50,9 @@ class Data:
     num_workers: int = 0
     bucket: int = 16
     max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        settings.check("data", **vars(self))
 
 
 @dataclass

@@ -7,12 +7,14 @@ Shapes: N positions, K kept entries, B sequences. Spare entries have id 0 and p 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from fusechat.app.errors import UserError, one_of
+from fusechat.app import settings
 from fusechat.app.registry import Family
+from fusechat.app.schema.values import MissingMass
 
 LOSSES = Family("loss.kind", needs=("ranked", "conditional", "rest"))
 """D(p, log p, log q), each [N, K], -> [N]; differentiable in log q. Spare entries have p = q = 0 and finite logarithms.
@@ -21,8 +23,7 @@ Needs: ``ranked``: entries are compared by rank, largest first, and ids do not c
 of ``missing_mass=renormalize``, where p has no mass on other tokens: q is renormalised over the kept ids too; all other
 tokens are one more outcome, of p = 0.
 """
-MISSING = ("renormalize", "tail", "zero")
-SCHEDULES = ("hard", "hard_and_decay", "soft")
+MISSING = get_args(MissingMass)
 TINY = 1e-12  # the least probability of all other tokens together
 SMALLEST = 1.2e-38  # the least normal number in fp32
 ABSENT = -1e4  # log-probability of a spare entry: exp(ABSENT) = 0 and 0 * ABSENT = 0, where 0 * -inf were NaN
@@ -69,7 +70,7 @@ class FusionLoss:
     flattens the teacher alone, as released; student_temperature the student. lm_weight: λ; 1 is plain SFT. schedule: λ
     is constant (``hard``), grows to 1 (``hard_and_decay``) or is 1 - reward (``soft``). chunked: logits are never held
     whole.
-    Raises `UserError` for unknown names and λ outside [0, 1].
+    Raises `UserError` for unknown names and values out of range.
     """
 
     kind: str = "ce"
@@ -81,11 +82,8 @@ class FusionLoss:
     chunked: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lm_weight <= 1:
-            raise UserError(f"loss.lm_weight={self.lm_weight} is outside [0, 1]; 1 is plain SFT, 0 fusion alone")
         LOSSES[self.kind]
-        one_of(self.schedule, SCHEDULES, "loss.schedule")
-        one_of(self.missing_mass, MISSING, "loss.missing_mass")
+        settings.check("loss", **vars(self))
 
     @property
     def ranked(self) -> bool:

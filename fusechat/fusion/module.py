@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from fusechat.app import settings
 from fusechat.app.errors import UserError
 from fusechat.fusion.data import FusionBatch
 from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
@@ -33,6 +34,9 @@ class Optimizer:
     weight_decay: float = 0.0
     warmup_ratio: float = 0.03
     schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        settings.check("optimizer", **vars(self))
 
 
 def with_adapters(model: Any, lora: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusechat.app.errors import one_of
+from fusechat.app import settings
 from fusechat.app.registry import Family
 from fusechat.stores.distributions import merge_duplicates
 
@@ -21,7 +21,6 @@ RULES = Family("fusion.rule", needs=("sources", "one"))
 Needs: ``sources``: there is something to fuse; without it training is plain SFT (λ = 1). ``one``: weights are one-hot,
 and the distribution of one model is taken as it is rather than a mixture of all.
 """
-LEVELS, METRICS, EMPTY = ("sequence", "token"), ("bits_per_byte", "nats_per_token"), ("skip", "pivot")
 
 
 MIN_CE = "the model of lowest cross entropy speaks for the sequence (published)"
@@ -74,9 +73,7 @@ class FusionRule:
 
     def __post_init__(self) -> None:
         RULES[self.rule]
-        one_of(self.level, LEVELS, "fusion.level")
-        one_of(self.metric, METRICS, "fusion.metric")
-        one_of(self.empty, EMPTY, "fusion.empty")
+        settings.check("fusion", **vars(self))
 
     @property
     def needs_sources(self) -> bool:

@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fusechat.app import settings
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import RECORD, fingerprint, read_json, settled
 from fusechat.app.places import writes
 from fusechat.app.trainer import TIMEOUT, quiet_trainer, seed_everything
 from fusechat.fusion.callbacks import Callbacks, SavePretrained, is_whole, latest_checkpoint, make_callbacks, step_of
+from fusechat.fusion.checks import check_checkpoint, check_maps, check_target_room, check_tokens
 from fusechat.fusion.data import Data, FusionDataModule, open_stores
 from fusechat.fusion.failures import Explained
 from fusechat.fusion.fingerprint import earlier_fingerprint, settings_fingerprint
@@ -89,7 +91,10 @@ def train(
     rule, loss, optimizer = rule or FusionRule(), loss or FusionLoss(), optimizer or Optimizer()
     data, callbacks, output = data or Data(shuffle_seed=seed), callbacks or Callbacks(), Path(output_dir)
     lora, trainer = {**LORA, **(lora or {})}, {**TRAINER, **(trainer or {})}
+    settings.check("lora", **lora)
+    settings.check("trainer", **trainer)
     stores = open_stores(Path(pivot_store), [Path(path) for path in aligned.values()], remedies)
+    check_maps(stores, loss)
     own = read_chats(validation) if validation is not None else None
     if "accumulate_grad_batches" in trainer:
         raise UserError("trainer.accumulate_grad_batches follows from data.global_batch and data.batch_size; set those")
@@ -124,6 +129,8 @@ def train(
 
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = models.load_tokenizer(str(pivot), **source)
+    check_tokens(stores, tokenizer, str(pivot), (*remedies, "python -m fusechat.extract source=pivot")[0])
+    check_target_room(output, Path(pivot), lora)
     seed_everything(seed)
     datamodule = FusionDataModule(
         stores,
@@ -186,9 +193,10 @@ def metric_of(held: Mapping[str, Any]) -> float | None:
 
 def _checkpoint(folder: Path, resume: str | None) -> str | None:
     """``last``: where an earlier run of the same settings stopped, if it did."""
-    if resume is not None and resume != "last" and Path(resume).exists():
-        is_whole(Path(resume))
     if resume != "last":
+        if resume:
+            check_checkpoint(resume)
+            is_whole(Path(resume))
         return resume
     if found := latest_checkpoint(folder):
         LOG.info("resuming %s", found)

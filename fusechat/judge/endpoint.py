@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.settings import check
 from fusechat.judge.files import Turns
 
 if TYPE_CHECKING:
@@ -96,8 +97,8 @@ class Judge:
         wait: float,
         tries: int,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise UserError(f"judge.base_url={base_url} is no address; expected http(s)://HOST/v1")
+        check("judge", base_url=base_url, model=model, temperature=temperature, max_tokens=max_tokens)
+        check("judge", retries=retries, wait=wait, tries=tries)
         import httpx
 
         headers = {"Authorization": f"Bearer {key}"} if key else {}

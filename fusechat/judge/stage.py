@@ -11,6 +11,7 @@ from typing import Any
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import fingerprint, sealed_line, settled, stamp, whole_lines, write_json
 from fusechat.app.places import writes
+from fusechat.app.settings import check as check_settings
 from fusechat.judge.endpoint import Judge, Task, judge_all, tasks
 from fusechat.judge.files import asked_of, read_answers, read_questions
 
@@ -47,6 +48,7 @@ def judge(
     429, 5xx and broken connections; tries: questions asked again where a judgement holds no grade; max_bad_fraction:
     of judgements without one. A result of the same prompts and judge is kept; others are refused unless ``overwrite``.
     """
+    check_settings("judge", repeats=repeats, parallel=parallel, max_bad_fraction=max_bad_fraction)
     todo = plan(answers, baseline, questions, repeats)
     asked = {"base_url": base_url, "model": model, "repeats": repeats}
     asked |= {"temperature": temperature, "max_tokens": max_tokens}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusechat.app.errors import UserError, one_of
+from fusechat.app.errors import UserError
 from fusechat.app.outputs import stage_fingerprint
 from fusechat.app.registry import Member
+from fusechat.app.settings import check
 from fusechat.merging.family import settings_of, total_of
 from fusechat.merging.methods import METHODS
-from fusechat.models.checkpoints import bytes_of
 from fusechat.models.devices import device_of
 from fusechat.models.load import model_identity
 
@@ -30,33 +29,6 @@ def device_named(device: str) -> str:
     if device == "auto":
         return "cpu"
     raise UserError(f"merge.device={device}: merging needs cpu or cuda; set merge.device=cpu")
-
-
-RANGES = {  # setting -> what is allowed, in words and as a test; `NaN` passes none
-    "density": ("in (0, 1]", lambda value: 0 < value <= 1),
-    "gamma": ("in [0, 1)", lambda value: 0 <= value < 1),
-    "epsilon": ("in [0, 1)", lambda value: 0 <= value < 1),
-    "temperature": ("above 0", lambda value: 0 < value < math.inf),
-    "t": ("in [0, 1]", lambda value: 0 <= value <= 1),
-}
-
-
-def _check_range(method: str, key: str, value: Any) -> None:
-    """Raises `UserError` for numbers that are out of the range of a setting of ours, and not finite for any."""
-    words, fits = RANGES.get(key, ("finite", lambda number: not isinstance(number, float) or math.isfinite(number)))
-    for number in value if isinstance(value, (list, tuple)) else [value]:
-        numeric = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if (key in RANGES and not numeric) or (numeric and not fits(number)):
-            raise UserError(f"merge.{key}={value}: {number!r} is not a number {words} (merge={method})")
-
-
-def _check_pattern(i: int, pattern: Mapping[str, Any]) -> None:
-    if "match" not in pattern or not (pattern.get("weights") or pattern.get("keep") == "pivot"):
-        raise UserError(f"merge.patterns[{i}]={dict(pattern)} needs match and weights, or match and keep: pivot")
-    try:
-        re.compile(pattern["match"])
-    except (re.error, TypeError) as error:
-        raise UserError(f"merge.patterns[{i}].match={pattern['match']!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -94,6 +66,7 @@ class Recipe:
         object.__setattr__(
             self, "settings", settings_of(self.member, self.settings)
         )  # complete: they are the fingerprint
+        check("merge", **{key: getattr(self, key) for key in (*COMMON, "device")} | dict(self.settings))
         object.__setattr__(self, "device", device_named(self.device))
         self._check_numbers()
         self._check_paths()
@@ -159,21 +132,15 @@ class Recipe:
                 raise UserError(f"merge.{key} has {len(values)} values for {count} targets; give one for each")
             if key.endswith("weights") and values:
                 self._check_weights(key, values)
-        for key, value in self.settings.items():
-            _check_range(self.method, key, value)
         for i, pattern in enumerate(self.patterns):
-            _check_pattern(i, pattern)
-        if self.dtype:
-            one_of(self.dtype, ("float32", "bfloat16", "float16"), "merge.dtype")
-        bytes_of(self.max_shard_size)
+            if "match" not in pattern or not (pattern.get("weights") or pattern.get("keep") == "pivot"):
+                told = f"merge.patterns[{i}]={dict(pattern)}"
+                raise UserError(f"{told} needs match and weights, or match and keep: pivot")
 
     def _check_weights(self, key: str, weights: Sequence[float]) -> None:
         taken = self.member.needs & ({"weights", "variation"} if key.startswith("patterns") else {"weights"})
         if not taken:
             raise UserError(f"merge.{key} is given, but merge={self.method} takes no weights; remove it")
-        for weight in weights:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise UserError(f"merge.{key}={list(weights)}: {weight!r} is no finite number; give one per target")
         if self.settings.get("normalize"):
             total_of(weights)
 

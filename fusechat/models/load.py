@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat.app.errors import UserError, one_of
+from fusechat.app import settings
+from fusechat.app.errors import UserError
+from fusechat.app.surroundings import check_place
+from fusechat.models.checks import check_complete, check_finite
 from fusechat.models.gguf import given, is_gguf, load_gguf
 from fusechat.models.whole import check_model
 
@@ -19,23 +23,15 @@ if TYPE_CHECKING:
 
 CONTENT = {".safetensors", ".bin", ".model", ".json", ".jinja"}  # files that decide what a model is
 UNREADABLE = (OSError, ValueError, ImportError, struct.error, LookupError)  # the last two: GGUF files cut short
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 SMALL = 64 << 20  # bytes: weight files up to this are hashed whole, larger ones by samples
-
-
-def may_be_model(path: str) -> bool:
-    """Whether a path is that of a directory or a GGUF file, or looks like a Hub id."""
-    return path.count("/") == 1 or Path(path).is_dir() or is_gguf(path)
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A tokenizer by directory, GGUF file or Hub id. Raises `UserError` where there is none."""
     from transformers import AutoTokenizer
 
-    if not may_be_model(path):
-        raise UserError(
-            f"no tokenizer at {path!r}: no such directory; see pivot.path and source.path "
-            "(experiment=tiny: python -m fusechat.tiny)"
-        )
+    check_place(path)
     check_model(path, weights=False)
     try:
         place, named = given(path)
@@ -61,12 +57,14 @@ def load_model(
     there, unless a device_map says otherwise. Raises `UserError` with the reason.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    check_place(path)
+    settings.check("source", dtype=dtype, load_in=load_in, attn_implementation=attn_implementation)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "device_map": device_map}
     options = {key: value for key, value in options.items() if value}  # None is no default of transformers
     if load_in:
-        one_of(load_in, ("8bit", "4bit"), "source.load_in")
         quantized = BitsAndBytesConfig(load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit")
         options["quantization_config"] = quantized
         if device and not device_map:
@@ -74,11 +72,19 @@ def load_model(
     options |= {"dtype": getattr(torch, dtype), "revision": revision, "trust_remote_code": trust_remote_code}
     check_model(path)
     try:
-        read = load_gguf if is_gguf(path) else AutoModelForCausalLM.from_pretrained
         with torch.device("cpu"):  # transformers takes the device of a block around it for a device_map
-            model: PreTrainedModel = read(path, **options)
-    except UNREADABLE as error:
+            if is_gguf(path):
+                model = load_gguf(path, **options)
+            else:
+                model, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+                check_complete(loading, path)
+    except torch.OutOfMemoryError:
+        raise
+    except (*UNREADABLE, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"the model {path!r} cannot be loaded: {_reason(error)}") from error
+    check_finite(model, path)
     return model if device is None or device_map or load_in else model.to(device)
 
 
@@ -140,6 +146,8 @@ def _samples(file: Path) -> Sequence[bytes]:
 
 def _reason(error: BaseException) -> str:
     """The first line of what transformers says, with the key to turn where it wants to run a stranger's code."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its tensors have other shapes than its config.json says; give the config.json that belongs to it"
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if "trust_remote_code" not in str(error):
         return line

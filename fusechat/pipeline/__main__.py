@@ -15,11 +15,14 @@ import sys
 import time
 from collections.abc import Sequence
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from fusechat.app import door
 from fusechat.app.command import PARENT, entry
 from fusechat.app.errors import HELD, UserError
-from fusechat.app.hints import config_folders, task_overrides
+from fusechat.app.hints import config_folders, task_overrides, with_near_names
 from fusechat.app.session import Ended
 from fusechat.app.verbs import VERBS, module_of, near, typed
 
@@ -41,6 +44,7 @@ def run(cfg: DictConfig) -> None:
     _alone()
     own, options = _given()
     lines = [str(line) for line in OmegaConf.to_container(cfg.pipeline.steps, resolve=False)]  # type: ignore[union-attr]
+    check(lines, own)
     steps = [job for line in lines for job in jobs(line, ranks=cfg.trainer.devices != 1)]
     started = time.perf_counter()
     for number, (verb, overrides) in enumerate(steps, 1):
@@ -55,10 +59,30 @@ def run(cfg: DictConfig) -> None:
 
 def parse(line: str) -> Step:
     """``train source=a,b`` -> verb and overrides. Raises `UserError` for an unknown verb."""
-    verb, *overrides = shlex.split(line)
+    try:
+        verb, *overrides = shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"pipeline.steps: {line!r} cannot be read ({error}); close its quotes") from error
     if verb not in STEPS:
         raise UserError(f"pipeline.steps: {verb!r} is no stage; use one of: {', '.join(STEPS)}{near(verb, STEPS)}")
     return verb, overrides
+
+
+def check(lines: Sequence[str], own: Sequence[str]) -> None:
+    """Raises `UserError` that names the step where the config of one of its jobs is wrong. own: what all are given."""
+    from hydra import compose
+
+    checked = set()
+    for number, line in enumerate(lines, 1):
+        for verb, overrides in expand(line):
+            settings = (verb, *(override for override in overrides if not override.startswith("model=")))
+            if settings in checked:  # composing takes a sixth of a second, and any path may be a model's
+                continue
+            checked.add(settings)
+            try:
+                door.check_config(compose(verb, [*own, *overrides]), config_folders())
+            except (UserError, HydraException, OmegaConfBaseException) as error:
+                raise UserError(f"step {number} ({line.strip()}): {with_near_names(error)}") from error
 
 
 def jobs(line: str, ranks: bool) -> list[Step]:

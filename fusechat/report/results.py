@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ORDER = {"models": 0, "targets": 1, "merged": 2}
 KIND = {"models": "pivot and sources", "targets": "targets", "merged": "merged models"}
+BASELINE = "targets-sft_1"  # as the pipelines name plain SFT
 LOWER_IS_BETTER = ("bits_per_byte", "nats_per_token")
 
 
@@ -91,15 +92,20 @@ def ordered(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (ORDER.get(row["kind"], 3), sign * row["metrics"][metric]["all"]["value"]))
 
 
-def comparisons(rows: Sequence[dict[str, Any]], baseline: str, metric: str) -> pd.DataFrame:
+def comparisons(rows: Sequence[dict[str, Any]], baseline: str | None, metric: str) -> pd.DataFrame:
     """Every model against the baseline, paired on the same samples.
 
     Columns: model, kind, against, metric, difference, low and high of its 95 % interval, p, and the verdict: better,
-    worse or within noise. baseline: an evaluation's name; the first one where there is none of that name.
+    worse or within noise. baseline: an evaluation's name; None is `BASELINE`, or the first where there is none of that
+    name. Raises `UserError` for a name that is not there.
     """
     import pandas as pd
 
-    base = next((row for row in rows if row["name"] == baseline), rows[0])
+    base = next((row for row in rows if row["name"] == (baseline or BASELINE)), None)
+    if base is None and baseline:
+        names = ", ".join(row["name"] for row in rows)
+        raise UserError(f"report.baseline={baseline!r} is in no evaluation; use one of: {names}")
+    base = base or rows[0]
     others = [row for row in rows if row is not base and row["tests"] == base["tests"]]
     out = []
     for row in others:

@@ -37,14 +37,14 @@ def report(
     output_dir: str | Path,
     *,
     metric: str = "bits_per_byte",
-    baseline: str = "",
+    baseline: str | None = None,
     title: str = "results",
     hint: str = EVALUATE,
     made_by: str = "",
 ) -> Report:
     """Writes results.csv, results.md, figures with a CSV each, and index.html about everything under the folders.
 
-    metric: sorts the table and is compared with the evaluation ``baseline`` (the first one where that is missing),
+    metric: sorts the table and is compared with the evaluation ``baseline`` (see `results.comparisons`),
     paired on the same samples. hint: the command that makes an evaluation, for the `UserError` where there is none.
     made_by: the command, shown at the page's end.
     """
@@ -61,7 +61,7 @@ def is_report(folder: Path) -> bool:
 
 
 def _report(
-    places: Sequence[Path], output: Path, metric: str, baseline: str, title: str, hint: str, made_by: str
+    places: Sequence[Path], output: Path, metric: str, baseline: str | None, title: str, hint: str, made_by: str
 ) -> Report:
     from fusechat.report.conclusion import conclusion
     from fusechat.report.page import page

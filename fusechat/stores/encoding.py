@@ -14,7 +14,6 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 UINT8_STEP = 0.05  # nats per level: total variation error <= step / 4 = 0.0125, range 12.75 nats
 INSIDE, MORE = 255, 254  # codes of `encode_steps`
-LOGPROBS = ("float16", "uint8")  # how log-probabilities may be stored
 
 
 def narrowest(largest: int) -> npt.DTypeLike:

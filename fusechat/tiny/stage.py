@@ -13,6 +13,7 @@ from fusechat.app.checksums import check_first_use
 from fusechat.app.locks import held
 from fusechat.app.outputs import RECORD, fingerprint, read_json, tidy, whole_directory, write_durably, write_json
 from fusechat.app.places import check_owner, stage_of, writing
+from fusechat.app.settings import check
 from fusechat.app.trainer import quiet_trainer, seed_everything
 from fusechat.models.whole import write_record
 from fusechat.tiny.chats import World, generate
@@ -47,6 +48,8 @@ def make(
     batch_size, lr: of every model and its training. trainer: options of Lightning's Trainer. A model that these
     made is kept; one of other settings is trained again in its place without asking.
     """
+    check("tiny", wrong_fraction=wrong_fraction, width=width, layers=layers, heads=heads, batch_size=batch_size, lr=lr)
+    check("tiny", models=models, fusion_chats=fusion_chats, test_chats=test_chats, train_chats=train_chats)
     counts = {"fusion_chats": fusion_chats, "test_chats": test_chats, "train_chats": train_chats}
     tiny: dict[str, Any] = {**counts, "models": models}
     tiny |= {"wrong_fraction": wrong_fraction, "width": width, "layers": layers, "heads": heads}

@@ -220,6 +220,7 @@ def test_the_command_that_mends_it_names_the_experiment_it_was_given(tmp_path: P
         "experiment_name=mine",
         f"paths.root={tmp_path}",
         "source=nh2_solar",
+        "logger=csv",
     ]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=100)
     assert (

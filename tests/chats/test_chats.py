@@ -264,7 +264,7 @@ def written(path: Path, text: str) -> str:
         (
             "x.jsonl",
             '{"messages": [{"role": "user", "content": [{"type": "image", "text": ""}]}]}\n',
-            "content is list with more than text",
+            "its content is a list of more than text",
         ),
         ("x.txt", "hello", "is not a chat file; expected .json"),
     ],
@@ -276,10 +276,11 @@ def test_bad_files(name: str, text: str, message: str, tmp_path: Path) -> None:
 
 def test_text_parts_are_joined(tmp_path: Path) -> None:
     parts = (
-        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}]}\n'
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}'
+        ', {"role": "assistant", "content": "a"}]}\n'
     )
     chats, _ = load_chats(written(tmp_path / "x.jsonl", parts))
-    assert chats[0]["messages"] == [{"role": "user", "content": "qr"}]
+    assert chats[0]["messages"][0] == {"role": "user", "content": "qr"}
 
 
 def test_streams_are_read_to_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

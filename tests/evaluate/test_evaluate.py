@@ -61,7 +61,7 @@ def test_evaluate_writes_skips_and_resumes(fresh: Mini, monkeypatch: pytest.Monk
 
 
 def test_unknown_model(mini: Mini) -> None:
-    with pytest.raises(UserError, match=r"model=None is not a model directory"):
+    with pytest.raises(UserError, match=r"model is missing; run: python -m fusechat\.evaluate model=DIR"):
         mini.run("evaluate")
 
 

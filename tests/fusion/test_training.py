@@ -242,7 +242,7 @@ def test_own_chats_validate_and_all_others_train(fresh: Mini) -> None:
 def test_validation_chats_without_an_answer_are_refused(fresh: Mini, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps({"messages": [{"role": "user", "content": "Who?"}]}) + "\n")
-    with pytest.raises(UserError, match=r"validation\.path holds no chat with an assistant's answer; give chats as in"):
+    with pytest.raises(UserError, match=r"validation\.path=.*: the assistant has no text in any of 1 chats"):
         fresh.run("train", "source=a", f"validation.path={chats}")
     with pytest.raises(UserError, match=r"validation\.path=.*missing\.jsonl: "):
         fresh.run("train", "source=a", "validation.path=missing.jsonl")
@@ -444,7 +444,7 @@ def half_alpha(p, log_p, log_q):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["loss.lm_weight=1.5"], r"loss\.lm_weight=1\.5 is outside \[0, 1\]"),
+        (["loss.lm_weight=1.5"], r"loss\.lm_weight=1\.5: expected a number from 0 to 1"),
         (["loss.schedule=up"], r"loss\.schedule='up' is unknown; use one of: hard, hard_and_decay, soft"),
         (["loss.kind=mse"], r"loss\.kind='mse' is unknown"),
         (["fusion.rule=best"], r"fusion\.rule='best' is unknown"),
@@ -453,7 +453,7 @@ def half_alpha(p, log_p, log_q):
             r"aligned/zz does not exist; make it with: python -m fusechat\.align experiment=tiny source=zz",
         ),
         (["data.max_tokens=8"], r"a chat of \d+ tokens exceeds 8"),
-        (["validation.path=null", "data.validation_fraction=1.0"], "leaves no chat with a response to train on"),
+        (["validation.path=null", "data.validation_fraction=1.0"], "expected a number from 0 to below 1"),
         (["pivot.path=/nowhere"], "/nowhere"),
     ],
 )

@@ -163,7 +163,7 @@ def test_nobody_there(tmp_path: Path) -> None:
     with Judge("http://127.0.0.1:9/v1", "m", None, **options) as ask, pytest.raises(UserError, match=failed):
         ask(Task("1/1/0", "1/1", "", [("q", "a")]))
     assert ask.client.is_closed
-    with pytest.raises(UserError, match=r"judge\.base_url=localhost:9/v1 is no address; expected http\(s\)://HOST/v1"):
+    with pytest.raises(UserError, match=r"judge\.base_url='localhost:9/v1': expected an address, http"):
         Judge("localhost:9/v1", "m", None, **options)
 
 

@@ -79,7 +79,9 @@ def test_extraction_of_a_file_is_that_of_the_directory(folder: Path, mini: Mini)
     for name in ("model", "model.gguf"):
         mini.run("extract", "source.name=x", f"source.path={folder}/{name}", f"output_dir={folder}/of-{name}")
     stores = [DistributionStore(folder / f"of-{name}") for name in ("model", "model.gguf")]
-    assert [e["xxh3_128"] for e in stores[0].manifest["shards"]] == [e["xxh3_128"] for e in stores[1].manifest["shards"]]
+    assert [e["xxh3_128"] for e in stores[0].manifest["shards"]] == [
+        e["xxh3_128"] for e in stores[1].manifest["shards"]
+    ]
     assert stores[0].manifest["tokenizer"] == stores[1].manifest["tokenizer"]
 
 
@@ -118,7 +120,7 @@ def test_a_file_is_evaluated(folder: Path, mini: Mini) -> None:
 def test_bad_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is quantized already; set source\.load_in=null"):
         load_model(f"{folder}/packed.gguf", load_in="8bit")
-    with pytest.raises(UserError, match=r"no tokenizer at '/nowhere/x\.gguf'"):
+    with pytest.raises(UserError, match=r"^/nowhere/x\.gguf does not exist; expected a model's directory, a GGUF file"):
         load_tokenizer("/nowhere/x.gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(12))
     with pytest.raises(UserError, match=r"no tokenizer at .*broken\.gguf"):

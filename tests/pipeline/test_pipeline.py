@@ -135,10 +135,8 @@ def test_errors_are_one_line_with_a_remedy(tmp_path: Path) -> None:
     done = run("train.py", "source=a", f"paths.root={tmp_path}")
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
-    assert (
-        "does not exist; make it with: python -m fusechat.extract experiment=tiny source=pivot"
-        in done.stdout + done.stderr
-    )
+    told = "world/models/pivot does not exist; expected a model's directory, a GGUF file or a Hub id (owner/name); make it with: "
+    assert told + "python -m fusechat.tiny" in done.stderr
 
 
 def test_traceback_when_asked_for(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_dry_run_shows_and_sends_nothing(fresh: Mini, capsys: pytest.CaptureFi
     publication = publish_from_python(path, "owner/name", experiment=fresh.experiment)
     assert publication.address is None
     assert str(publication) in shown
-    with pytest.raises(UserError, match=r"repo=name is no Hub id; write owner/name"):
+    with pytest.raises(UserError, match=r"repo='name': expected a Hub id, owner/name"):
         fresh.run("publish", f"model={path}", "repo=name")
     (path / "config.json").unlink()
     with pytest.raises(

@@ -98,7 +98,7 @@ def test_results_of_different_tests_are_refused(fresh: Mini, capsys: pytest.Capt
     (fresh.root / "cut.json").write_text('{"metrics": ')
     with pytest.raises(UserError, match=r"cut\.json is half-written or not JSON; remove it and evaluate again"):
         fresh.run("compare", f"first={whole}", f"second={fresh.root}/cut.json")
-    with pytest.raises(UserError, match=r"second=None is no result file"):
+    with pytest.raises(UserError, match=r"second is missing; run: python -m fusechat\.compare second=B\.json"):
         fresh.run("compare", f"first={whole}")
 
 

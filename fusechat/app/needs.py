@@ -1,0 +1,90 @@
+"""What each command must be given, what excludes each other, and the optional packages that settings ask for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fusechat.app.errors import UserError
+from fusechat.app.verbs import command_line
+
+Values = Mapping[str, Any]  # dotted key -> value; keys without a value are absent
+NEEDS = {  # verb -> keys without which it cannot begin
+    "tiny": ("tiny.models",),
+    "extract": ("source.name", "source.path", "chat.path"),
+    "preview": ("pivot.path", "chat.path"),
+    "align": ("source.name",),
+    "train": ("pivot.path",),
+    "merge": ("pivot.path",),
+    "merge_search": ("pivot.path", "chat.path"),
+    "evaluate": ("model",),
+    "compare": ("first", "second"),
+    "judge": ("answers", "judge.base_url", "judge.model"),
+    "publish": ("model", "repo"),
+    "pipeline": ("pipeline.steps",),
+}
+QUESTIONS = {"chats": "evaluation.chats", "mt_bench": "evaluation.questions", "alpaca_eval": "evaluation.questions"}
+EXAMPLES = {"source.name": "NAME", "chat.path": "FILE", "evaluation.chats": "FILE", "evaluation.questions": "FILE"}
+EXAMPLES |= {"answers": "FILE", "judge.base_url": "http://HOST/v1", "judge.model": "NAME", "repo": "owner/name"}
+EXAMPLES |= {"first": "A.json", "second": "B.json"}
+GROUPS = {"tiny.models": "experiment=tiny", "pipeline.steps": "experiment=NAME"}  # keys that an experiment brings
+PACKAGES = {  # key -> verbs that heed it, module, how it is installed
+    "lora.enabled": (("train",), "peft", "'fusechat[lora]'"),
+    "source.device_map": (("extract",), "accelerate", "'fusechat[large]'"),
+    "source.load_in": (("extract",), "bitsandbytes", "bitsandbytes"),
+    "pivot.load_in": (("train",), "bitsandbytes", "bitsandbytes"),
+    "evaluation.device_map": (("evaluate",), "accelerate", "'fusechat[large]'"),
+    "search.device_map": (("merge_search",), "accelerate", "'fusechat[large]'"),
+}
+
+
+def check(verb: str, values: Values) -> None:
+    """Raises `UserError` for what is missing (all at once), for what excludes each other, and for absent packages."""
+    if missing := [key for key in needed(verb, values) if values.get(key) in (None, {}, [])]:
+        give = " ".join(GROUPS.get(key) or f"{key}={EXAMPLES.get(key, 'DIR')}" for key in missing)
+        are = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{', '.join(missing)} {are} missing; run: {command_line(verb)} {give}")
+    for fault in [*excluding(verb, values), *lacking(verb, values)]:
+        raise UserError(fault)
+
+
+def needed(verb: str, values: Values) -> list[str]:
+    """The keys that a command needs with these settings."""
+    keys = [*NEEDS.get(verb, ())]
+    if verb == "extract" and values.get("chat.template") == "pivot":
+        keys.append("pivot.path")
+    if verb == "evaluate" and (asked := QUESTIONS.get(str(values.get("evaluation.kind")))):
+        keys.append(asked)
+    return keys
+
+
+def excluding(verb: str, values: Values) -> Iterator[str]:
+    """Settings that cannot go together."""
+    if verb == "train" and values.get("trainer.max_epochs") == -1 and values.get("trainer.max_steps") == -1:
+        yield "trainer.max_epochs=-1 and trainer.max_steps=-1 together never end; give one of them"
+    if verb == "train" and values.get("callbacks.early_stopping") and not held_out(values):
+        yield (
+            f"callbacks.early_stopping={values['callbacks.early_stopping']} looks at held-out chats and "
+            "data.validation_fraction=0 holds out none; give e.g. data.validation_fraction=0.05"
+        )
+    if verb == "merge" and values.get("target") and values.get("merge.method") != "compress":
+        yield f"target={values['target']} is for merge=compress; a merge takes targets='[DIR,DIR]'"
+
+
+def held_out(values: Values) -> bool:
+    """Whether a training has chats to validate with."""
+    return bool(values.get("data.validation_fraction") or values.get("validation.path"))
+
+
+def lacking(verb: str, values: Values) -> Iterator[str]:
+    """Settings whose package is not installed."""
+    asked = [(key, module, extra) for key, (verbs, module, extra) in PACKAGES.items() if verb in verbs]
+    if values.get("evaluation.kind") == "lm_eval" and verb == "evaluate":
+        asked.append(("evaluation.kind", "lm_eval", "'fusechat[eval]'"))
+    for section in ("pivot", "source"):
+        if values.get(f"{section}.attn_implementation") == "flash_attention_2" and verb in ("extract", "train"):
+            asked.append((f"{section}.attn_implementation", "flash_attn", "flash-attn"))
+    for key, module, extra in asked:
+        if values.get(key) and importlib.util.find_spec(module) is None:
+            yield f"{key}={values[key]} needs {module}: pip install {extra}"

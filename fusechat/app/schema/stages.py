@@ -1,0 +1,191 @@
+"""Sections of the config that belong to a stage each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Len, Predicate
+
+from fusechat.app.schema.values import (
+    Address,
+    Count,
+    DeviceMap,
+    Dtype,
+    Finite,
+    Fraction,
+    Label,
+    Logprobs,
+    Name,
+    Natural,
+    NonNegative,
+    Path,
+    Place,
+    Portion,
+    Positive,
+    Regex,
+    Says,
+    Scalar,
+    Section,
+    Share,
+    Size,
+    Template,
+    Texts,
+    Tokens,
+    are_distinct,
+)
+
+
+class Tiny(Section, total=False):
+    fusion_chats: Count
+    test_chats: Count
+    validation_chats: Natural
+    train_chats: Count
+    wrong_fraction: Share
+    width: Count
+    layers: Count
+    heads: Count
+    batch_size: Count
+    lr: Positive
+    models: Mapping[str, TinyModel]
+
+
+class TinyModel(Section, total=False):
+    kind: Literal["llama", "gpt_neox", "qwen2", "mixtral"]
+    vocab_size: Annotated[int, Ge(300)]
+    steps: Count
+    mixture: Mapping[str, NonNegative] | None
+
+
+class Pipeline(Section, total=False):
+    steps: Annotated[Sequence[str], Len(1), Says("a list of commands, e.g. [tiny,'extract source=a,b']")]
+
+
+class Placement(Section, total=False):
+    accelerator: Place
+    devices: Count | Literal["auto"]
+
+
+class Extract(Section, total=False):
+    kind: str
+    top_k: Count
+    top_p: Portion
+    draws: Count
+    tokens_per_batch: Count
+    rows_per_shard: Count
+    max_bad_fraction: Share
+    trainer: Placement
+
+
+class Store(Section, total=False):
+    logprobs: Logprobs
+
+
+class TokenMap(Section, total=False):
+    name: str
+
+
+class Alignment(Section, total=False):
+    sequence: str
+    unmatched: Literal["gold", "skip"]
+    num_proc: Count
+
+
+class Pattern(Section, total=False):
+    match: Regex
+    weights: Sequence[Finite]
+    keep: Literal["pivot"]
+
+
+class Merge(Section, total=False):
+    """Keys of every method of ours."""
+
+    name: Name
+    method: str
+    weights: Annotated[Sequence[Finite], Len(1)] | None
+    patterns: Sequence[Pattern]
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+    max_shard_size: Size
+    dry_run: bool
+    device: Place
+    density: Portion | Annotated[Sequence[Portion], Len(1)]
+    gamma: Fraction | Annotated[Sequence[Fraction], Len(1)]
+    epsilon: Fraction
+    scale: Finite
+    normalize: bool
+    consensual: bool
+    filter_wise: bool
+    select: Literal["weights", "deltas"]
+    t: Share
+    granularity: Literal["model", "layer", "module", "matrix", "parameter"]
+    variation: Literal["square", "abs"]
+    weighting: Literal["share", "softmax"]
+    temperature: Positive
+    allow_unchanged: bool
+    ratio: Positive
+    calibration: Finite
+
+
+class Search(Section, total=False):
+    trials: Count
+    device: Place
+    device_map: DeviceMap
+    folder: Path
+    batch_size: Count
+    methods: Annotated[Sequence[str], Len(1), Predicate(are_distinct), Says("a list of merge methods, each once")]
+    space: Mapping[str, Mapping[str, Annotated[Sequence[Scalar], Len(1)]]]
+
+
+class Evaluation(Section, total=False):
+    kind: str
+    file: Path
+    chats: Path
+    questions: Path
+    split: str
+    limit: Count | None
+    template: Template
+    max_length: Tokens
+    generate: bool
+    max_new_tokens: Count
+    batch_size: Count | Literal["auto"]
+    dtype: Dtype
+    device_map: DeviceMap
+    trust_remote_code: bool
+    temperature: NonNegative
+    tasks: Texts
+    include_path: Path | None
+    num_fewshot: Natural | None
+    apply_chat_template: bool
+    device: Place | None
+
+
+class Report(Section, total=False):
+    metric: str
+    published: Path | None
+    baseline: str | None
+
+
+class Preview(Section, total=False):
+    show: Natural
+    count: Count | None
+
+
+class Judge(Section, total=False):
+    base_url: Address
+    model: Label
+    key_env: str
+    repeats: Count
+    temperature: NonNegative
+    max_tokens: Count
+    parallel: Count
+    retries: Natural
+    wait: NonNegative
+    tries: Count
+    max_bad_fraction: Share
+    suffix: str
+
+
+class Publish(Section, total=False):
+    dry_run: bool
+    private: bool
+    message: str

@@ -1,0 +1,23 @@
+"""Whether the questions of a test set occur among the chats that models learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from fusechat.chats.render import Message
+
+Question = tuple[str, ...]  # what the user has said up to an answer
+
+
+def shared_questions(chats: Iterable[Sequence[Message]], tests: Iterable[Sequence[Message]]) -> int:
+    """How many tests ask what a chat asks too: the user's turns up to the last, white space and case apart."""
+    asked = {question for chat in chats for question in _questions(chat)}
+    return sum(bool(last) and last[-1] in asked for last in (list(_questions(test)) for test in tests))
+
+
+def _questions(chat: Sequence[Message]) -> Iterator[Question]:
+    said: Question = ()
+    for turn in chat:
+        if turn["role"] == "user":
+            said = (*said, " ".join(turn["content"].split()).casefold())
+            yield said

@@ -1,0 +1,57 @@
+"""What a training's inputs must be: of one tokenizer, a checkpoint where one is named; and room for what comes."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusechat.app.errors import UserError
+from fusechat.app.surroundings import check_room
+from fusechat.fusion.losses import FusionLoss
+from fusechat.models.checkpoints import LazyCheckpoint
+from fusechat.models.load import tokenizer_identity
+from fusechat.stores.store import DistributionStore
+
+BYTES = 4  # of a weight in the export, and of each of a checkpoint's three numbers for it (AdamW)
+
+
+def check_tokens(stores: Sequence[DistributionStore], tokenizer: Any, pivot: str, remedy: str) -> None:
+    """Raises `UserError` where the pivot's distributions were extracted with another tokenizer than the pivot has now.
+
+    stores: the pivot's first. remedy: the command that extracts them.
+    """
+    manifest, now = stores[0].manifest, tokenizer_identity(tokenizer)
+    if manifest["tokenizer"] != now:
+        before = f"{manifest['path']} ({manifest['tokenizer']})"
+        raise UserError(
+            f"pivot.path={pivot} has another vocabulary or chat template ({now}) than {stores[0].path} was made with: "
+            f"{before}; set pivot.path, or run: {remedy} overwrite=true"
+        )
+
+
+def check_maps(stores: Sequence[DistributionStore], loss: FusionLoss) -> None:
+    """Raises `UserError` where a store holds probabilities by rank alone and the loss compares ids."""
+    for store in stores[1:]:
+        if store.manifest.get("token_map") == "uld" and not loss.ranked:
+            raise UserError(
+                f"{store.path} was aligned with token_map=uld: its probabilities have ranks and no tokens, and "
+                f"loss.kind={loss.kind} compares tokens; use loss=uld, or align with another token_map"
+            )
+
+
+def check_checkpoint(path: str) -> None:
+    """Raises `UserError` where ``ckpt_path`` names no checkpoint; a folder may be a sharded one."""
+    place = Path(path)
+    if not place.exists() or (place.is_file() and not zipfile.is_zipfile(place)):
+        what = "is no checkpoint" if place.exists() else "does not exist"
+        raise UserError(f"ckpt_path={path} {what}; give a .ckpt of this training, or ckpt_path=last or null")
+
+
+def check_target_room(output: Path, pivot: Path, lora: Mapping[str, Any]) -> None:
+    """`check_room` for a target of a local pivot and, unless adapters are trained, two checkpoints on the way."""
+    if not pivot.is_dir():
+        return
+    weights = sum(info.bytes // info.dtype.itemsize for info in LazyCheckpoint(pivot).infos.values())
+    check_room(output, weights * BYTES * (1 if lora["enabled"] else 1 + 2 * 3), "training")
