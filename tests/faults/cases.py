@@ -115,7 +115,8 @@ def all_faults(world: World, prepared: Prepared, part: int = 0, parts: int = 1) 
 
 def limited(world: World, prepared: Prepared, share: float) -> Case:
     """No file may grow beyond a share of the largest that the stage leaves (RLIMIT_FSIZE)."""
-    largest = max((world.copies / "after" / path).stat().st_size for path in prepared.wanted)
+    made = [path for path in prepared.wanted if not (world.copies / prepared.stage.name / path).exists()]
+    largest = max(((world.copies / "after" / path).stat().st_size for path in made), default=1)
     size = int(largest * share)
     world.restore(prepared.stage.name)
     pid = world.start(prepared.stage, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
