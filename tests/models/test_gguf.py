@@ -79,7 +79,9 @@ def test_extraction_of_a_file_is_that_of_the_directory(folder: Path, mini: Mini)
     for name in ("model", "model.gguf"):
         mini.run("extract", "source.name=x", f"source.path={folder}/{name}", f"output_dir={folder}/of-{name}")
     stores = [DistributionStore(folder / f"of-{name}") for name in ("model", "model.gguf")]
-    assert [e["xxh3_128"] for e in stores[0].manifest["shards"]] == [e["xxh3_128"] for e in stores[1].manifest["shards"]]
+    assert [e["xxh3_128"] for e in stores[0].manifest["shards"]] == [
+        e["xxh3_128"] for e in stores[1].manifest["shards"]
+    ]
     assert stores[0].manifest["tokenizer"] == stores[1].manifest["tokenizer"]
 
 
