@@ -73,7 +73,7 @@ def check_size(path: Path, expected: Entry, remedy: str = AGAIN) -> None:
         raise UserError(f"{path} is damaged ({expected['bytes']} bytes expected, {size} found); {remedy}")
 
 
-def check_first_use(path: Path, found: str | None = None) -> None:
+def check_first_use(path: Path, remedy: str = FIRST_USE, *, found: str | None = None) -> None:
     """Compares a file that carries no checksum with what it was when it was first used, if nobody wrote it since.
 
     found: its hash, where that is known. Raises `UserError` where the content changed, size and time did not.
@@ -82,7 +82,7 @@ def check_first_use(path: Path, found: str | None = None) -> None:
     before = remembered.held(now.path)
     found = found or digest(path)
     if before is not None and (before.bytes, before.mtime_ns) == (now.bytes, now.mtime_ns):
-        compare(path, found, before.xxh3_128, FIRST_USE)
+        compare(path, found, before.xxh3_128, remedy)
     else:
         remembered.keep(replace(now, xxh3_128=found))
 

@@ -47,12 +47,15 @@ def _load_files(path: Path, streaming: bool) -> Any:
     for file in files:
         check_first_use(file)
     try:
-        return datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming)
+        found = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming)
     except Exception as error:
         check_texts(path)
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         hint = "do all rows have the same columns and types?"
         raise UserError(f"{path} cannot be read as {kind} ({reason}); {hint}") from error
+    for cached in [] if streaming else found.cache_files:
+        check_first_use(Path(cached["filename"]), "remove it: it is made again from the chats")
+    return found
 
 
 def _taken(stream: Any, path: str) -> datasets.Dataset:

@@ -78,7 +78,7 @@ def judge(file: Path, found: str) -> None:
     if file.name in listed:
         compare(file, found, listed[file.name][ALGORITHM], remedy)
     else:
-        checksums.check_first_use(file, found)
+        checksums.check_first_use(file, found=found)
 
 
 def _entries(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def finished(output: Path, mark: str, *, overwrite: bool) -> dict[str, Any] | No
     """
     new = output.with_name(f".{output.name}.new")
     if overwrite and (manifest := read_manifest(new)) and manifest["fingerprint"] == mark:
+        for record in new.glob("shard-*.json"):
+            record.unlink()
         replace(output.resolve(), new)
         return manifest
     found = settled(output / MANIFEST, mark, what="store", keep="output_dir=DIR", overwrite=overwrite)

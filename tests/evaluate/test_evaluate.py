@@ -11,6 +11,7 @@ from transformers import AddedToken, GenerationConfig
 from fusechat.app.errors import UserError
 from fusechat.chats.render import ChatRenderer
 from fusechat.evaluate import generation, perplexity
+from fusechat.models.whole import accept
 from tests.conftest import Mini
 
 
@@ -125,9 +126,11 @@ def test_other_stop_tokens_are_another_result(fresh: Mini) -> None:
 
     model = fresh.experiment / "world/models/b"
     GenerationConfig(eos_token_id=[3, 4]).save_pretrained(model)
+    accept(model)
     found = Job(str(model), "b", {}, 0).stops()["stops"]
     assert {3, 4} < set(found)
     (model / "generation_config.json").unlink()
+    accept(model)
     assert Job(str(model), "b", {}, 0).stops() == {}
 
 

@@ -26,21 +26,22 @@ FLIPS = 1000
 SHARES = (0.02, 0.2, 0.5, 0.8)  # of what a stage writes, before there is no room
 
 
-def work(folder: Path, part: int, parts: int, flips: int, stages: list[str], every: int) -> None:
+def work(folder: Path, part: int, parts: int, given: argparse.Namespace) -> None:
     """One process: its share of the boundaries and flips of every stage, a line a case."""
+    flips, stages, every, way, shares = given.flips, given.stages, given.every, given.way, given.shares
     warm_up()
     gc.collect()
     gc.freeze()  # forked processes leave these objects' memory shared
     world, draw = World(folder / str(part)), random.Random(part)
     chosen = [stage for stage in STAGES if stage.disturbed and (not stages or stage.name in stages)]
     with (folder / f"{part}.jsonl").open("w") as file:
-        for prepared in prepare(world, stages):
+        for prepared in prepare(world, stages, way):
             count = flips // parts // len(chosen) + 1 if prepared.stage.name != "tiny" else 0
             cases = [all_faults(world, prepared, part * every, parts * every)]
             cases.append(damaged(world, prepared, draw) for _ in range(count))
             if part == parts - 1:
-                cases.append(limited(world, prepared, share) for share in SHARES)
-                cases.append(full(world, prepared, share) for share in SHARES if may_mount(folder / "mounted"))
+                cases.append(limited(world, prepared, share) for share in shares)
+                cases.append(full(world, prepared, share) for share in shares if may_mount(folder / "mounted"))
             for case in (case for source in cases for case in source):
                 file.write(json.dumps(asdict(case)) + "\n")
                 file.flush()
@@ -55,14 +56,15 @@ def main() -> int:
     parser.add_argument("--flips", type=int, default=FLIPS, help="bytes changed on the disk")
     parser.add_argument("--every", type=int, default=1, help="disturb every n-th boundary")
     parser.add_argument("--stages", nargs="*", default=[], help="some stages alone")
+    parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of what a stage writes: then no room")
+    parser.add_argument("--way", choices=("strace", "hooks"), default="strace" if possible() else "hooks")
     parser.add_argument("--page", type=Path, help="where the page is written")
     given = parser.parse_args()
     if given.part is not None:
-        work(given.folder, given.part, given.processes, given.flips, given.stages, given.every)
+        work(given.folder, given.part, given.processes, given)
         return 0
-    if not possible():
-        print("error: strace must be there and may attach to processes (apt-get install strace)", file=sys.stderr)
-        return 1
+    if given.way == "hooks":
+        print("strace is not there or may not attach: boundaries are Python's audit events alone", file=sys.stderr)
     started, memory = time.perf_counter(), "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="faults-", dir=memory) as name:
         folder = Path(name)
@@ -75,7 +77,7 @@ def main() -> int:
         print(case)
     print(page.summary(cases, time.perf_counter() - started))
     if given.page:
-        given.page.write_text(page.page(cases))
+        given.page.write_text(page.page(cases, given.way, given.every))
     return int(any(failed) or bool(page.wrong(cases)))
 
 

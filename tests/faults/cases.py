@@ -11,10 +11,14 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from tests.faults import hooks, trace
 from tests.faults.stages import STAGES, Stage, World, exit_code
-from tests.faults.trace import FAULTS, Boundary, boundaries, disturbed
+from tests.faults.trace import FAULTS, Boundary
 
+SAID = 16 << 10  # bytes: what a stage prints is a file too
+WAYS: dict[str, Any] = {"strace": trace, "hooks": hooks}
 FOLDED = re.compile(r"\d{3,}(?=\.tmp)|(?<=-)\d+(?=\.tmp)")  # process ids in temporary names
 
 
@@ -38,7 +42,7 @@ class Case:
 class Prepared:
     """A stage with its boundaries, the files that it reads, and the files there are when it has ended undisturbed.
 
-    grown: bytes that it adds.
+    grown: bytes that it adds; way: how boundaries are found and struck.
     """
 
     stage: Stage
@@ -46,10 +50,11 @@ class Prepared:
     read: Sequence[str]
     wanted: dict[str, str]
     grown: int
+    way: str
     seen: dict[str, tuple[bool, str]] = field(default_factory=dict)  # state after a fault -> came it to the same?
 
 
-def prepare(world: World, names: Sequence[str] = ()) -> Iterator[Prepared]:
+def prepare(world: World, names: Sequence[str] = (), way: str = "strace") -> Iterator[Prepared]:
     """Runs the stages in order, each once undisturbed and once traced; gives those that are to be disturbed."""
     for stage in STAGES:
         world.keep(stage.name)
@@ -61,11 +66,11 @@ def prepare(world: World, names: Sequence[str] = ()) -> Iterator[Prepared]:
             world.keep("after")
             grown = _size(world.copies / "after") - _size(world.copies / stage.name)
             world.restore(stage.name)
-            found, read, others = boundaries(world, stage, world.output.with_name("trace"))
+            found, read, others = WAYS[way].boundaries(world, stage, world.output.with_name("trace"))
             assert world.files() == wanted, f"{stage.name}: two undisturbed runs differ"
             assert not others, f"{stage.name}: other threads write {others[:3]}"
             mine = [b for b in found if not aside(b.path)]
-            yield Prepared(stage, mine, [path for path in read if not aside(path)], wanted, grown)
+            yield Prepared(stage, mine, [path for path in read if not aside(path)], wanted, grown, way)
             world.restore(stage.name)
         code = world.run(stage)
         assert code == 0, f"{stage.name}: {world.said()[-3000:]}"
@@ -85,7 +90,7 @@ def struck(world: World, prepared: Prepared, boundary: Boundary, fault: str) -> 
     """A fault, then the same command again."""
     stage = prepared.stage
     world.restore(stage.name)
-    code, met = disturbed(world, stage, world.output.with_name("trace"), boundary, fault)
+    code, met = WAYS[prepared.way].disturbed(world, stage, world.output.with_name("trace"), boundary, fault)
     said = world.said()
     told = fault == "SIGKILL" or code == 0 or (code == 1 and "Traceback" not in said)
     state = str(sorted((FOLDED.sub("N", path), content) for path, content in world.files().items()))
@@ -115,8 +120,9 @@ def all_faults(world: World, prepared: Prepared, part: int = 0, parts: int = 1) 
 
 def limited(world: World, prepared: Prepared, share: float) -> Case:
     """No file may grow beyond a share of the largest that the stage leaves (RLIMIT_FSIZE)."""
-    largest = max((world.copies / "after" / path).stat().st_size for path in prepared.wanted)
-    size = int(largest * share)
+    made = [path for path in prepared.wanted if not (world.copies / prepared.stage.name / path).exists()]
+    largest = max(((world.copies / "after" / path).stat().st_size for path in made), default=1)
+    size = max(SAID, int(largest * share))
     world.restore(prepared.stage.name)
     pid = world.start(prepared.stage, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     code = exit_code(os.waitpid(pid, 0)[1])

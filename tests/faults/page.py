@@ -10,9 +10,9 @@ from tests.faults.trace import FAULTS
 TEXT = """# Reliability
 
 Made by `make faults` ({faults} faults, {flips} changed bytes). Every stage runs on a very small world, once undisturbed
-under strace; each of its calls that changes a file (open, write, fsync, rename, unlink, mkdir, …, of Python, torch,
-safetensors and Arrow alike) is a boundary. Then it runs again and again, and at each boundary the process is killed
-(SIGKILL) or the call fails (ENOSPC, EIO, EDQUOT). After each fault the same command is run again: it must end with the
+under {way}; each of its calls that changes a file (open, write, fsync, rename, unlink, mkdir, …, of Python, torch,
+safetensors and Arrow alike) is a boundary. Then it runs again and again, and at {each} the process is
+killed (SIGKILL) or the call fails (ENOSPC, EIO, EDQUOT). After each fault the same command is run again: it must end with the
 same bytes in the same files, and no other file may be left.
 
 Below: how many faults were struck, and of how many the repeated command came to the same files.
@@ -45,7 +45,7 @@ def summary(cases: Sequence[Case], seconds: float) -> str:
     return f"{len(cases)} cases in {seconds:.0f} s, {len(wrong(cases))} wrong, {unmet} faults met another file"
 
 
-def page(cases: Sequence[Case]) -> str:
+def page(cases: Sequence[Case], way: str, every: int = 1) -> str:
     """The page."""
     faults = [case for case in cases if case.fault in FAULTS]
     room = [case for case in cases if case.fault in ("full disk", "RLIMIT_FSIZE")]
@@ -53,6 +53,8 @@ def page(cases: Sequence[Case]) -> str:
     errors = [case for case in faults if case.fault != "SIGKILL"]
     told = f"{sum(case.told for case in errors)} of {len(errors)}"
     return TEXT.format(
+        way="strace" if way == "strace" else "Python's audit hooks",
+        each="each boundary" if every == 1 else f"every {every}th boundary",
         faults=len(faults),
         flips=len(flips),
         table=_table(faults, ["boundaries", *FAULTS]),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json, write_json
 from fusechat.stores import encoding
-from fusechat.stores.store import DistributionStore, StoreWriter, list_column
+from fusechat.stores.store import DistributionStore, StoreWriter, finished, list_column
 
 
 @given(st.integers(0, 10**6), st.integers(2, 12))
@@ -133,3 +133,36 @@ def test_any_number_of_shards_needs_few_mappings_and_no_open_file(
     store.row(2, "ids")
     assert len([line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]) <= 2
     assert not [file for file in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(file)]
+
+
+def test_a_kill_before_the_records_of_a_replacing_store_went(tmp_path: Path) -> None:
+    for path, mark in ((tmp_path / "out", "old"), (tmp_path / ".out.new", "new")):
+        writer = StoreWriter(path, mark, 1)
+        writer.write(0, table(), {})
+        record = (path / "shard-00000.json").read_bytes()
+        writer.finish()
+    (tmp_path / ".out.new/shard-00000.json").write_bytes(record)
+    assert (finished(tmp_path / "out", "new", overwrite=True) or {})["fingerprint"] == "new"
+    assert not (tmp_path / ".out.new").exists()
+    assert not list((tmp_path / "out").glob("shard-*.json"))
+    assert len(DistributionStore(tmp_path / "out")) == 2
+
+
+def test_a_damaged_truncated_or_missing_shard_is_one_line(tmp_path: Path) -> None:
+    StoreWriter(tmp_path, "mark", 1).write(0, table(), {})
+    StoreWriter(tmp_path, "mark", 1).finish()
+    shard = next(tmp_path.glob("*.arrow"))
+    data = shard.read_bytes()
+    for content, message in (
+        (
+            data[:50] + b"x" + data[51:],
+            r"damaged or half-written \(xxh3_128 .* expected, .* found\); run: make overwrite",
+        ),
+        (data[:-8], rf"damaged \({len(data)} bytes expected, {len(data) - 8} found\); run: make overwrite=true"),
+    ):
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            DistributionStore(tmp_path, "make").column("nats")
+    shard.unlink()
+    with pytest.raises(UserError, match="arrow is missing; run: make overwrite=true"):
+        DistributionStore(tmp_path, "make").row(0, "ids")
