@@ -41,6 +41,10 @@ class ValidationChats(DistributionStore):
         """A whole scalar column."""
         return self.scalars[name]
 
+    def text(self, index: int, name: str) -> str:
+        """A text column of one chat."""
+        return str(self.scalars[name][index])
+
     def row(self, index: int, *columns: str) -> tuple[Array, ...]:
         """The named list columns of one chat."""
         chat = self.rendered[index]
