@@ -108,7 +108,9 @@ def phases(root: Path) -> list[list[Any]]:
     timed("nothing yet: the imports", dict)
     stores = timed("open three stores", lambda: open_stores(root / "pivot", [root / "aligned/a", root / "aligned/b"]))
     options: dict[str, Any] = {"max_tokens": 2048, "vocab_size": len(pair[0]), "pad_token_id": 0}
-    data = timed("check and split", lambda: FusionDataModule(stores, Data(global_batch=128, batch_size=8), **options))
+    settings = Data(global_batch=128, batch_size=8)
+    what = "check, checksums included, and split"
+    data = timed(what, lambda: FusionDataModule(stores, settings, **options))
     data.trainer = SimpleNamespace(global_rank=0, world_size=1)
     draw = timed("plan an epoch", lambda: next(iter(data.train_dataloader().plan)))
     timed("first batch", lambda: data.rows[draw])
