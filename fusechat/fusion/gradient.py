@@ -25,6 +25,7 @@ from fusechat.fusion.losses import FusionLoss
 from fusechat.models.heads import chunk_rows
 
 CHUNK_ELEMENTS = 1 << 22  # logits held at a time on a CPU: 16 MiB, for its caches
+BLOCK = 1 << 14  # rows of ∂L/∂W in one product on a card: it lies in memory in fp32 before it is added
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total += _summed(left, right)
+        for part, rows in zip(torch.split(total, BLOCK), torch.split(left, BLOCK), strict=True):
+            part += _summed(rows, right)
 
 
 def _summed(left: Tensor, right: Tensor) -> Tensor:

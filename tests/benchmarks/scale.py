@@ -101,15 +101,17 @@ def phases(root: Path) -> list[list[Any]]:
 
     def resumed() -> Any:
         again = data.train_dataloader()
-        again.plan.epoch, again.plan.start = 1, len(again.plan) // 2
+        again.plan.epoch, again.plan.start = 1, again.plan.optimizer_steps // 2
         return next(iter(again.plan))
 
     pair, written = tokenizers(), StoreWriter(root / "out", "out", 1)
     timed("nothing yet: the imports", dict)
     stores = timed("open three stores", lambda: open_stores(root / "pivot", [root / "aligned/a", root / "aligned/b"]))
     options: dict[str, Any] = {"max_tokens": 2048, "vocab_size": len(pair[0]), "pad_token_id": 0}
-    data = timed("check and split", lambda: FusionDataModule(stores, Data(num_workers=0), **options))
-    data.trainer = SimpleNamespace(accumulate_grad_batches=16, global_rank=0, world_size=1)
+    settings = Data(global_batch=128, batch_size=8)
+    what = "check, checksums included, and split"
+    data = timed(what, lambda: FusionDataModule(stores, settings, **options))
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1)
     draw = timed("plan an epoch", lambda: next(iter(data.train_dataloader().plan)))
     timed("first batch", lambda: data.rows[draw])
     timed("resume in mid-epoch", resumed)
@@ -125,7 +127,7 @@ def phases(root: Path) -> list[list[Any]]:
 
 def worker_memory(data: FusionDataModule) -> tuple[float, float]:
     """Megabytes of one worker: what it has read or changed itself, of these anonymous."""
-    data.settings = Data(num_workers=1)
+    data.settings = Data(global_batch=128, batch_size=8, num_workers=1)
     batches = iter(data.train_dataloader())
     for _ in range(BATCHES):
         next(batches)

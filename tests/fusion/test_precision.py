@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusechat.app.errors import UserError
 from fusechat.app.trainer import quiet_trainer
-from fusechat.fusion import LOSSES, FusionLoss
+from fusechat.fusion import LOSSES, FusionLoss, gradient
 from fusechat.fusion.data import Draw
 from fusechat.fusion.gradient import Targets, fused_loss
 from fusechat.fusion.precision import weights_dtype
@@ -195,3 +195,13 @@ def test_a_rank_without_chats_trains_on_nothing(mini: Mini) -> None:
     total.backward()
     assert total.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+
+
+def test_a_product_in_blocks_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a card does, where operands are narrower than their sum; a CPU has no such product and gets a stand-in."""
+    monkeypatch.setattr(gradient, "_summed", lambda left, right: left.float() @ right.float())
+    monkeypatch.setattr(gradient, "BLOCK", 3)
+    left, right = torch.randn(5, 8).bfloat16().t(), torch.randn(5, 4).bfloat16()
+    total = torch.ones(8, 4)
+    gradient._add_product(total, left, right)
+    assert torch.allclose(total, 1 + left.float() @ right.float(), atol=1e-6)

@@ -27,6 +27,7 @@ from fusechat.fusion import train as fuse
 from fusechat.fusion.data import Data, Draw, FusionBatch, FusionRows, Plan, open_stores
 from fusechat.fusion.module import FusionModule
 from fusechat.models.load import model_identity
+from fusechat.models.whole import write_record
 from tests.conftest import ROOT, Mini
 from tests.spoiling import replaced, spoil
 
@@ -280,7 +281,7 @@ def test_every_option_trains(options: list[str], fresh: Mini) -> None:
 
 def test_uld_trains_on_unmapped_distributions(fresh: Mini) -> None:
     fresh.run("align", "source=b", "token_map=uld", "overwrite=true")
-    fresh.run("train", "source=b", "loss.kind=uld", "fusion.include_pivot=false")
+    fresh.run("train", "source=b", "loss.kind=uld", "fusion.include_pivot=false", "validation.path=null")
     record = json.loads((fresh.experiment / "targets/b/fusechat.json").read_text())
     assert record["wins"]["all"] == {"b": 1.0}
     assert 0 < record["metrics"]["validation/fusion"] <= 2, "the distance of two distributions"
@@ -361,7 +362,9 @@ def test_train_needs_no_config(fresh: Mini) -> None:
     )
     record = json.loads((place / "targets/mine/fusechat.json").read_text())
     assert (record["note"], record["metrics"]["validation/bits_per_byte"]) == ("by hand", value)
-    fresh.run("train", "source=a", "run_name=theirs", "trainer.max_steps=2", "data.shuffle_seed=1")
+    fresh.run(
+        "train", "source=a", "run_name=theirs", "trainer.max_steps=2", "data.shuffle_seed=1", "validation.path=null"
+    )
     assert equal(weights(fresh, "mine"), weights(fresh, "theirs")), "the command does the same"
     theirs = json.loads((place / "targets/theirs/fusechat.json").read_text())
     assert theirs["fingerprint"] == record["fingerprint"]
@@ -378,7 +381,7 @@ def test_a_target_from_before_global_batch_is_kept(fresh: Mini) -> None:
     parts, config = earlier_parts(fresh, record)
     fresh_mark = record["fingerprint"]
     record |= {"config": config, "fingerprint": fingerprint(**parts)}
-    path.write_text(json.dumps(record))
+    write_record(path.parent, record)
     before = (path.parent / "model.safetensors").stat().st_mtime_ns
     fresh.run("train", "source=a", *SAME)
     assert (path.parent / "model.safetensors").stat().st_mtime_ns == before
@@ -386,7 +389,7 @@ def test_a_target_from_before_global_batch_is_kept(fresh: Mini) -> None:
     for other in ("data.global_batch=4", "trainer.max_steps=3", "data.bucket=1"):
         with pytest.raises(UserError, match="made with other settings"):
             fresh.run("train", "source=a", *SAME, other)
-    path.write_text(json.dumps(record | {"config": config | {"trainer": config["trainer"] | {"devices": 2}}}))
+    write_record(path.parent, record | {"config": config | {"trainer": config["trainer"] | {"devices": 2}}})
     with pytest.raises(
         UserError, match=r"does not say how many chats made a step: 8 on each of trainer\.devices=2; add"
     ):
@@ -430,7 +433,7 @@ def half_alpha(p, log_p, log_q):
     return 4 * (1 - (0.5 * (log_p + log_q)).exp().sum(-1))
 """
     (tmp_path / "losses_of_mine.py").write_text(source)
-    options = ["source=a", "loss.kind=half_alpha", "trainer.max_steps=2"]
+    options = ["source=a", "loss.kind=half_alpha", "trainer.max_steps=2", "validation.path=null"]
     with pytest.raises(UserError, match=r"loss\.kind='half_alpha' is unknown; use one of: ce, forward_kl"):
         fresh.run("train", *options)
     fresh.run("train", *options, "imports=[losses_of_mine]")
