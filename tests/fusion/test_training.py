@@ -358,6 +358,7 @@ def test_train_needs_no_config(fresh: Mini) -> None:
         data=Data(global_batch=8, shuffle_seed=1),
         trainer={"max_steps": 2, "max_epochs": -1},
         max_length=256,
+        validation=place / "world/chats/validation.jsonl",
         record={"note": "by hand"},
     )
     record = json.loads((place / "targets/mine/fusechat.json").read_text())
