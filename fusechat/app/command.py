@@ -59,6 +59,7 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
         @functools.wraps(run)
         def job(cfg: DictConfig) -> Any:
             _note()
+            session.log_to_stderr()
             several = HydraConfig.get().mode == RunMode.MULTIRUN
             try:
                 with _environment(HYDRA_FULL_ERROR=os.environ.get(TRACEBACK, "0")):  # as given, for child processes

@@ -71,6 +71,13 @@ def session() -> Iterator[None]:
                 wandb.finish()
 
 
+def log_to_stderr() -> None:
+    """What is told goes to stderr, so that stdout holds results alone; Hydra's own handlers write to stdout."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)
+
+
 def plain(node: Any) -> Any:
     """A config node as plain Python containers, resolved; anything else as it is.
 

@@ -152,7 +152,7 @@ def test_traceback_when_asked_for(tmp_path: Path) -> None:
         (["experiment=tinny"], "did you mean tiny"),
         (
             ["merge=linear", "merge.granularity=layer"],
-            "has no key 'merge.granularity'; merge=linear knows: dry_run, dtype, max_shard_size, name, normalize",
+            "has no key 'merge.granularity'; merge=linear knows: device, dry_run, dtype, max_shard_size, name, normalize",
         ),
         (["+fusion=min"], "did you mean min_ce"),
     ],
