@@ -45,7 +45,7 @@ def search(
         import optuna
     except ImportError as error:
         raise UserError("a search needs optuna: pip install 'fusechat[sweep]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     known = Trials(score, folder, output_dir)
     known.check_output(overwrite)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import html
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -76,9 +75,9 @@ def _figure(picture: Picture) -> str:
 
 
 def _footer(made_by: str) -> str:
-    made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    """What made the page; not when, so that the same results give the same page."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return f"Made {made} with {html.escape(versions)}" + (f" by <code>{html.escape(made_by)}</code>" if made_by else "")
+    return f"Made with {html.escape(versions)}" + (f" by <code>{html.escape(made_by)}</code>" if made_by else "")
 
 
 def _cell(line: Any, column: str) -> str:

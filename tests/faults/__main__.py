@@ -37,7 +37,7 @@ def work(folder: Path, part: int, parts: int, given: argparse.Namespace) -> None
     with (folder / f"{part}.jsonl").open("w") as file:
         for prepared in prepare(world, stages, way):
             count = flips // parts // len(chosen) + 1 if prepared.stage.name != "tiny" else 0
-            cases = [all_faults(world, prepared, part * every, parts * every)]
+            cases = [all_faults(world, prepared, every, part, parts)]
             cases.append(damaged(world, prepared, draw) for _ in range(count))
             if part == parts - 1:
                 cases.append(limited(world, prepared, share) for share in shares)
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="internal: where the processes meet")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--flips", type=int, default=FLIPS, help="bytes changed on the disk")
-    parser.add_argument("--every", type=int, default=1, help="disturb every n-th boundary")
+    parser.add_argument("--every", type=int, default=1, help="disturb one in so many boundaries")
     parser.add_argument("--stages", nargs="*", default=[], help="some stages alone")
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of what a stage writes: then no room")
     parser.add_argument("--way", choices=("strace", "hooks"), default="strace" if possible() else "hooks")

@@ -111,11 +111,12 @@ def repeated(world: World, prepared: Prepared) -> tuple[bool, str]:
     return not differing, ", ".join(differing[:3])
 
 
-def all_faults(world: World, prepared: Prepared, part: int = 0, parts: int = 1) -> Iterator[Case]:
-    """Every fault at every part-th boundary."""
-    for boundary in prepared.boundaries[part::parts]:
+def all_faults(world: World, prepared: Prepared, every: int, part: int = 0, parts: int = 1) -> Iterator[Case]:
+    """Every fault at one in ``every`` boundaries, drawn at random; of these, one process's part."""
+    chosen = sorted(random.Random(0).sample(range(len(prepared.boundaries)), -(-len(prepared.boundaries) // every)))
+    for number in chosen[part::parts]:
         for fault in FAULTS:
-            yield struck(world, prepared, boundary, fault)
+            yield struck(world, prepared, prepared.boundaries[number], fault)
 
 
 def limited(world: World, prepared: Prepared, share: float) -> Case:

@@ -54,7 +54,7 @@ def page(cases: Sequence[Case], way: str, every: int = 1) -> str:
     told = f"{sum(case.told for case in errors)} of {len(errors)}"
     return TEXT.format(
         way="strace" if way == "strace" else "Python's audit hooks",
-        each="each boundary" if every == 1 else f"every {every}th boundary",
+        each="each boundary" if every == 1 else f"one in {every} of them, drawn at random,",
         faults=len(faults),
         flips=len(flips),
         table=_table(faults, ["boundaries", *FAULTS]),
