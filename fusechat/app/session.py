@@ -103,9 +103,9 @@ def _value(node: Any, key: Any) -> Any:
     except (InterpolationToMissingValueError, MissingMandatoryValue):
         return MISSING
     except OmegaConfBaseException as error:
-        name = node._get_full_key(key)
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{name} cannot be resolved: {str(error).splitlines()[0]}; see the ${{…}} in its value"
+            f"{node._get_full_key(key)} cannot be resolved: {reason}; see the ${{…}} in it", code=2
         ) from error
 
 

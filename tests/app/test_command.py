@@ -37,7 +37,11 @@ def run(folder: Path, *overrides: str) -> "tuple[int, list[str]]":
         (["frist=a"], 2, "error: the config has no key 'frist'; did you mean first"),
         (["experiment=tinny"], 2, "error: In 'compare': Could not find 'experiment/tinny'"),
         (["first=${nope}"], 2, "Interpolation key 'nope' not found"),
-        (["first=/nope"], 1, "first=/nope is no result file; give one that python -m fusechat.evaluate has written"),
+        (
+            ["first=/nope", "second=/nope"],
+            1,
+            "first=/nope is no result file; give one that python -m fusechat.evaluate has written",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(overrides: list[str], code: int, said: str, tmp_path: Path) -> None:
@@ -47,12 +51,12 @@ def test_a_mistake_is_one_line(overrides: list[str], code: int, said: str, tmp_p
 
 
 def test_a_sweep_repeats_the_causes_at_its_end(tmp_path: Path) -> None:
-    code, lines = run(tmp_path, "-m", "first=/nope,/nada", "output_file='${paths.root}/x'")
+    code, lines = run(tmp_path, "-m", "first=/nope,/nada", "second=/nope", "output_file='${paths.root}/x'")
     assert code == 1
     assert lines[-3:] == [
         "2 job(s) failed:",
         *(
-            f"  first={name} output_file='${{paths.root}}/x' paths.root={tmp_path}/runs: first={name} is no result file; "
+            f"  first={name} second=/nope output_file='${{paths.root}}/x' paths.root={tmp_path}/runs: first={name} is no result file; "
             "give one that python -m fusechat.evaluate has written"
             for name in ("/nope", "/nada")
         ),
@@ -84,8 +88,8 @@ def test_where_another_process_holds_the_output(tmp_path: Path, results: list[st
 )
 def test_signals(number: signal.Signals, code: int, word: str, tmp_path: Path, results: list[str]) -> None:
     with held(tmp_path / "c.csv"), start(tmp_path, *results, "wait=true") as process:
-        assert process.stdout is not None
-        assert "waiting: " in process.stdout.readline()
+        assert process.stderr is not None
+        assert "waiting: " in process.stderr.readline()
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (code, f"{word}; the same command goes on from what is whole\n")
