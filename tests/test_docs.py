@@ -136,6 +136,8 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     for family in (LOSSES, METHODS):
         monkeypatch.setattr(family, "_members", dict(family._members))
+    for name in ("my_methods", "my_losses"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
 

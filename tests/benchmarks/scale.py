@@ -27,6 +27,7 @@ from fusechat.align.stage import link_shards
 from fusechat.chats.render import ChatRenderer
 from fusechat.extract import writer as columns
 from fusechat.fusion.data import Data, FusionDataModule, open_stores
+from fusechat.models.load import tokenizer_identity
 from fusechat.stores.distributions import TopK
 from fusechat.stores.store import DistributionStore, StoreWriter
 from fusechat.tiny.models import make_tokenizer
@@ -62,6 +63,7 @@ def write(
         ids = pa.array([f"{row:016x}" for row in range(index * per_shard, (index + 1) * per_shard)])
         writer.write(index, shard.set_column(place, "id", ids), statistics)
     fixed = {"vocab_size": len(tokenizer), "special_ids": [], "chats": "c", "offsets": True}
+    fixed |= {"tokenizer": tokenizer_identity(tokenizer), "path": tokenizer.name_or_path}
     writer.finish(**fixed | about)
     return DistributionStore(path)
 

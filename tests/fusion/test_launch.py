@@ -42,8 +42,8 @@ def test_a_sweep_of_two_ranks_runs_every_job_once(fresh: Mini) -> None:
     command = [sys.executable, "train.py", "-m", *fresh.base, "source=a,b", "trainer=fsdp", "trainer.devices=2", *STEPS]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    saved = re.findall(r"saved .*/targets/(\w+)", done.stdout)
-    assert saved == ["a", "b"], done.stdout
+    saved = re.findall(r"saved .*/targets/(\w+)", done.stderr)
+    assert saved == ["a", "b"], done.stderr
     alike(fresh, "b", "b")
 
 

@@ -363,9 +363,7 @@ def test_train_needs_no_config(fresh: Mini) -> None:
     )
     record = json.loads((place / "targets/mine/fusechat.json").read_text())
     assert (record["note"], record["metrics"]["validation/bits_per_byte"]) == ("by hand", value)
-    fresh.run(
-        "train", "source=a", "run_name=theirs", "trainer.max_steps=2", "data.shuffle_seed=1", "validation.path=null"
-    )
+    fresh.run("train", "source=a", "run_name=theirs", "trainer.max_steps=2", "data.shuffle_seed=1")
     assert equal(weights(fresh, "mine"), weights(fresh, "theirs")), "the command does the same"
     theirs = json.loads((place / "targets/theirs/fusechat.json").read_text())
     assert theirs["fingerprint"] == record["fingerprint"]

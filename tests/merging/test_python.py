@@ -140,6 +140,7 @@ def test_a_method_of_ones_own(models: dict[str, Path], tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(METHODS, "_members", dict(METHODS._members))  # the method leaves with the test
+    monkeypatch.delitem(sys.modules, "my_methods", raising=False)  # another test's module of that name
     pivot, targets = inputs(models)
     overrides = [f"pivot.path={pivot}", f"targets=[{','.join(map(str, targets))}]", "logger=none", "merge=mine"]
     overrides += ["merge.scale=0.5", "imports=[my_methods]", f"output_dir={tmp_path}/mine", f"paths.root={tmp_path}"]
