@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError
-from fusechat.app.session import WHOLE, Ended
+from fusechat.app.session import WHOLE, Ended, log_to_stderr
 from fusechat.app.threads import count
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def _main(job: str) -> None:
     content = json.loads(Path(job).read_text())
     if content["logging"]:
         logging.config.dictConfig(content["logging"])
+        log_to_stderr()
     if rank():
         logging.getLogger().setLevel(logging.WARNING)
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers heeds it too
