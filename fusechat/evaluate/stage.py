@@ -117,10 +117,11 @@ def _evaluate(
     mark = fingerprint(mark=mark, **work.inputs)
     about = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path, "fingerprint": mark}
     held = None if overwrite else _held(output, about, work)
+    part = output.with_suffix(f".{mark}.part")
     if held is not None:
+        part.unlink(missing_ok=True)  # a run that was killed at its very end has left it
         LOG.info("skip: %s is evaluated already (%s, fingerprint %s)", path, output, mark)
         return held, False
-    part = output.with_suffix(f".{mark}.part")
     found = _measured(work, part, settings)
     if work.answers:
         _write_answers(output, found["samples"], work, about)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fusechat.app.errors import UserError, one_of
-from fusechat.app.outputs import read_json, write_json
+from fusechat.app.outputs import read_json, tidy, write_json
 from fusechat.merging.dense import linear
 from fusechat.merging.family import METHODS, Parts, Weights
 from fusechat.merging.groups import GRANULARITIES, group_of
@@ -136,6 +136,7 @@ def change_of_target(inputs: Inputs, j: int, key: str) -> dict[str, Change]:
     Raises `UserError` for NaN or inf.
     """
     file = inputs.targets[j].path / CACHE
+    tidy(file)  # of a killed merge; one that goes on in another process measures again next time
     held = read_json(file) if file.exists() else {}
     if key in held:
         return {name: Change(*entry) for name, entry in held[key].items()}
