@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusechat.stores.store import DistributionStore, StoreWriter
+from fusechat.stores.store import DistributionStore
+from fusechat.stores.writer import StoreWriter
 
 
 def spoil(path: Path, change: Callable[[pa.Table], pa.Table], **about: Any) -> None:

@@ -77,7 +77,7 @@ def test_nothing_of_others_is_replaced(
 
 
 def test_a_store_is_replaced_when_the_new_one_is_whole(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusechat.stores.store import StoreWriter
+    from fusechat.stores.writer import StoreWriter
 
     folder, again = fresh.experiment / "distributions/a", ("extract", "source=a", "extract.top_k=4", "overwrite=true")
     before, write = contents(folder), StoreWriter.write

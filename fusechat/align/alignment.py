@@ -21,7 +21,8 @@ from fusechat.app.registry import import_modules
 from fusechat.stores import common
 from fusechat.stores.encoding import Array, decode_logprobs, encode_counts, encode_logprobs, narrowest
 from fusechat.stores.kinds import KINDS, NONE
-from fusechat.stores.store import DistributionStore, StoreWriter, list_column
+from fusechat.stores.store import DistributionStore
+from fusechat.stores.writer import StoreWriter, list_column
 
 Result = TypeVar("Result")
 

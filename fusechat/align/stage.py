@@ -23,7 +23,8 @@ from fusechat.app.places import writes
 from fusechat.app.settings import check
 from fusechat.models.load import load_tokenizer
 from fusechat.stores.kinds import KINDS, SAME
-from fusechat.stores.store import DistributionStore, StoreWriter, finished, is_store
+from fusechat.stores.store import DistributionStore
+from fusechat.stores.writer import StoreWriter, finished, is_store
 
 LOG = logging.getLogger(__name__)
 WITHOUT_OFFSETS = "dtw"  # aligns what a slow tokenizer has rendered

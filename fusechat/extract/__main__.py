@@ -20,7 +20,7 @@ LOG = logging.getLogger(__name__)
 
 def run(cfg: DictConfig) -> None:
     """Extracts ``cfg.source`` over ``cfg.chat`` into ``output_dir``; goes on where an earlier run stopped."""
-    from fusechat.stores.store import is_store
+    from fusechat.stores.writer import is_store
 
     reads = (cfg.source.path, cfg.chat.path, cfg.pivot.path)
     with writing(Path(cfg.output_dir), "extract", reads=reads, known=is_store):  # before the chats are read

@@ -18,7 +18,7 @@ from fusechat.extract.extractor import Extractor
 from fusechat.extract.kinds import Keep
 from fusechat.extract.processes import Tell
 from fusechat.models import load as models
-from fusechat.stores.store import StoreWriter
+from fusechat.stores.writer import StoreWriter
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from fusechat.extract.shards import Shards, Source, bad_of, check_bad
 from fusechat.extract.summary import summary
 from fusechat.models import load as models
 from fusechat.models.devices import devices_of
-from fusechat.stores import store
+from fusechat.stores.store import FORMAT
+from fusechat.stores.writer import StoreWriter, finished, is_store
 
 LOG = logging.getLogger(__name__)
 ONE_PROCESS = {"accelerator": "auto", "devices": 1}
 
 
-@writes("extract", reads=("model", "chats", "pivot"), known=store.is_store)
+@writes("extract", reads=("model", "chats", "pivot"), known=is_store)
 def extract(
     model: str,
     chats: str | Path | datasets.Dataset,
@@ -97,15 +98,15 @@ def extract(
         max_length=max_length,
         end_of_turn=end_of_turn,
         extract=amount,
-        store={"logprobs": logprobs, "format": store.FORMAT},
+        store={"logprobs": logprobs, "format": FORMAT},
         dtype=dtype,
         **more,
     )
     output = Path(output_dir)
-    if held := store.finished(output, mark, overwrite=overwrite):
+    if held := finished(output, mark, overwrite=overwrite):
         return held
     check_room(output, rows.data.nbytes * entries_of(kind, keep), "the store")
-    writer = store.StoreWriter(output, mark, -(-len(rows) // rows_per_shard), stage="extract", overwrite=overwrite)
+    writer = StoreWriter(output, mark, -(-len(rows) // rows_per_shard), stage="extract", overwrite=overwrite)
     loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     loading |= {"attn_implementation": attn_implementation, "device_map": device_map, "load_in": load_in}
     whole = {index: entry for index in range(writer.total) if (entry := writer.done(index))}

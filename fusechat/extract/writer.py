@@ -12,7 +12,7 @@ import torch
 from fusechat.chats.render import Rendered
 from fusechat.stores.distributions import TopK
 from fusechat.stores.encoding import encode_counts, encode_logprobs, encode_runs, encode_steps, narrowest
-from fusechat.stores.store import list_column
+from fusechat.stores.writer import list_column
 
 Row = dict[str, Any]
 SCALARS = {"nats": pa.float64(), "bytes": pa.int32(), "tokens": pa.int32(), "end": pa.int32()}

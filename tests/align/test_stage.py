@@ -17,7 +17,8 @@ from fusechat.align.sequence import SEQUENCES
 from fusechat.app.errors import UserError
 from fusechat.stores.encoding import decode_logprobs
 from fusechat.stores.kinds import KINDS, NONE, SAME
-from fusechat.stores.store import DistributionStore, StoreWriter, list_column
+from fusechat.stores.store import DistributionStore
+from fusechat.stores.writer import StoreWriter, list_column
 from tests.conftest import ROOT, Mini
 from tests.spoiling import replaced, spoil
 

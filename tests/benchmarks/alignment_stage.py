@@ -17,7 +17,8 @@ from fusechat.align.stage import token_texts
 from fusechat.chats.render import PLAIN_TEMPLATE, ChatRenderer
 from fusechat.extract import writer as columns
 from fusechat.stores.distributions import TopK
-from fusechat.stores.store import DistributionStore, StoreWriter
+from fusechat.stores.store import DistributionStore
+from fusechat.stores.writer import StoreWriter
 from tests.benchmarks import tokenizers
 from tests.benchmarks.measure import table
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from fusechat.fusion.data import Draw, FusionRows
 from fusechat.stores.encoding import encode_logprobs
-from fusechat.stores.store import DistributionStore, StoreWriter, list_column
+from fusechat.stores.store import DistributionStore
+from fusechat.stores.writer import StoreWriter, list_column
 from tests.benchmarks.measure import table
 
 CHATS, TOKENS, K, V = 400, 512, 10, 32_000

@@ -29,7 +29,8 @@ from fusechat.extract import writer as columns
 from fusechat.fusion.data import Data, FusionDataModule, open_stores
 from fusechat.models.load import tokenizer_identity
 from fusechat.stores.distributions import TopK
-from fusechat.stores.store import DistributionStore, StoreWriter
+from fusechat.stores.store import DistributionStore
+from fusechat.stores.writer import StoreWriter
 from fusechat.tiny.models import make_tokenizer
 from tests.benchmarks.measure import resident, table
 

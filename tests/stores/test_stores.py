@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json, write_json
 from fusechat.stores import encoding
-from fusechat.stores.store import DistributionStore, StoreWriter, finished, list_column
+from fusechat.stores.store import DistributionStore
+from fusechat.stores.writer import StoreWriter, finished, list_column
 
 
 @given(st.integers(0, 10**6), st.integers(2, 12))
