@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from fusechat.app.checksums import check_first_use
 from fusechat.app.outputs import read_json
 from fusechat.report import figures, frames
+from fusechat.report.comparisons import POOLED
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BETTER = "Blue circles lie on the better side of the line with their whole interval, orange squares on the worse side, "
+MARKS = "Blue circles lie on the better side of the line with their whole interval, orange squares on the worse side, "
+MARKS += "grey diamonds are within noise. "
 CAPTIONS = {
-    "comparisons": BETTER + "grey diamonds are within noise. Paired bootstrap over the same test chats, 2,000 draws.",
+    "comparisons_pooled": MARKS + "Mean over the test sets of the difference on each, with Student's interval.",
+    "comparisons": MARKS + "Paired bootstrap over the same test chats, 2,000 draws.",
     "skills": "Share of answers that match the reference exactly, by the test chats' tag; Wilson's 95 % intervals.",
     "training": "One column a run; grey: the other runs, for comparison. Losses are those of single optimizer steps.",
     "wins": "Share of the response tokens at which each model gave the fused distribution, by the chats' tag. MinCE "
@@ -55,10 +58,7 @@ def _found(
 ) -> Iterator[tuple[str, str, pd.DataFrame, Callable[[pd.DataFrame], Any]]]:
     """Name, title, rows and figure."""
     targets = records(folders, "targets/*/fusechat.json")
-    if len(comparisons):
-        unit = str(comparisons["metric"].iloc[0]).replace("_", " ")
-        title = f"Against {comparisons['against'].iloc[0]}"
-        yield "comparisons", title, comparisons, lambda found: figures.forest(found, unit)
+    yield from _forests(comparisons)
     yield "skills", "By skill", frames.skills(rows), figures.skills
     curves = {name: curve for folder in folders for name, curve in training_curves(folder).items()}
     yield "training", "Training", frames.training(curves, list(figures.QUANTITIES)), figures.training
@@ -69,6 +69,19 @@ def _found(
         if made.get("weights"):
             table = frames.merge_weights(made["weights"], made["targets"])
             yield f"merge_weights_{name}", f"Merge weights: {name}", table, figures.merge_weights
+
+
+def _forests(
+    comparisons: pd.DataFrame,
+) -> Iterator[tuple[str, str, pd.DataFrame, Callable[[pd.DataFrame], Any]]]:
+    """A forest plot a test set, the pooled one first."""
+    places = comparisons["experiment"].unique() if len(comparisons) else []
+    for n, place in enumerate(places):
+        part = comparisons[comparisons["experiment"] == place]
+        unit = str(part["metric"].iloc[0]).replace("_", " ")
+        title = f"Against {part['against'].iloc[0]}" + (f": {place}" if len(places) > 1 else "")
+        name = "comparisons" if len(places) == 1 else f"comparisons_{n or POOLED}"
+        yield name, title, part, lambda found, unit=unit: figures.forest(found, unit)  # type: ignore[misc]
 
 
 def _drawn(name: str, title: str, table: pd.DataFrame, figure: Callable[[pd.DataFrame], Any], output: Path) -> Picture:

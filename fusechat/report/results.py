@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 ORDER = {"models": 0, "targets": 1, "merged": 2}
 KIND = {"models": "pivot and sources", "targets": "targets", "merged": "merged models"}
-BASELINE = "targets-sft_1"  # as the pipelines name plain SFT
 LOWER_IS_BETTER = ("bits_per_byte", "nats_per_token")
 
 
@@ -90,35 +89,6 @@ def ordered(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
         raise UserError(f"report.metric={metric!r} is in no evaluation; use one of: {', '.join(known)}")
     sign = -1 if metric in LOWER_IS_BETTER else 1
     return sorted(rows, key=lambda row: (ORDER.get(row["kind"], 3), sign * row["metrics"][metric]["all"]["value"]))
-
-
-def comparisons(rows: Sequence[dict[str, Any]], baseline: str | None, metric: str) -> pd.DataFrame:
-    """Every model against the baseline, paired on the same samples.
-
-    Columns: model, kind, against, metric, difference, low and high of its 95 % interval, p, and the verdict: better,
-    worse or within noise. baseline: an evaluation's name; None is `BASELINE`, or the first where there is none of that
-    name. Raises `UserError` for a name that is not there.
-    """
-    import pandas as pd
-
-    base = next((row for row in rows if row["name"] == (baseline or BASELINE)), None)
-    if base is None and baseline:
-        names = ", ".join(row["name"] for row in rows)
-        raise UserError(f"report.baseline={baseline!r} is in no evaluation; use one of: {names}")
-    base = base or rows[0]
-    others = [row for row in rows if row is not base and row["tests"] == base["tests"]]
-    out = []
-    for row in others:
-        found = compare(base["samples"], row["samples"], metric)
-        gained = (found["difference"] < 0) == (metric in LOWER_IS_BETTER)
-        verdict = "within noise" if found["low"] <= 0 <= found["high"] else "better" if gained else "worse"
-        named = {
-            "model": short(row["name"]),
-            "kind": KIND.get(row["kind"], "other models"),
-            "against": short(base["name"]),
-        }
-        out.append({**named, "metric": metric, **found, "verdict": verdict})
-    return pd.DataFrame(out).round(4)
 
 
 def markdown(frame: pd.DataFrame) -> str:

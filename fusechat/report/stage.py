@@ -44,7 +44,7 @@ def report(
 ) -> Report:
     """Writes results.csv, results.md, figures with a CSV each, and index.html about everything under the folders.
 
-    metric: sorts the table and is compared with the evaluation ``baseline`` (see `results.comparisons`),
+    metric: sorts the table and is compared with the evaluation ``baseline`` (see `comparisons.comparisons`),
     paired on the same samples. hint: the command that makes an evaluation, for the `UserError` where there is none.
     made_by: the command, shown at the page's end.
     """
@@ -63,6 +63,7 @@ def is_report(folder: Path) -> bool:
 def _report(
     places: Sequence[Path], output: Path, metric: str, baseline: str | None, title: str, hint: str, made_by: str
 ) -> Report:
+    from fusechat.report.comparisons import comparisons
     from fusechat.report.conclusion import conclusion
     from fusechat.report.page import page
     from fusechat.report.pictures import draw
@@ -72,16 +73,16 @@ def _report(
     if not rows:
         raise UserError(f"{places[0]} holds no evaluations; make one with: {hint}")
     rows = results.ordered(rows, metric)
-    table, comparisons = table_of(rows), results.comparisons(rows, baseline, metric)
+    table, compared = table_of(rows), comparisons(rows, baseline, metric)
     with whole_directory(output, overwrite=True) as directory:
         table.to_csv(directory / "results.csv", index=False)
         (directory / "results.md").write_text(results.markdown(table))
-        pictures = draw(places, rows, comparisons, directory)
-        said = conclusion(comparisons)
+        pictures = draw(places, rows, compared, directory)
+        said = conclusion(compared)
         (directory / "index.html").write_text(page(title, said, table, pictures, made_by), encoding="utf-8")
         write_json(directory / RECORD, {"stage": "report"})
     drawn = [replace(picture, path=output / picture.path.name) for picture in pictures]
-    return Report(table, comparisons, said, drawn, output / "index.html")
+    return Report(table, compared, said, drawn, output / "index.html")
 
 
 def is_comparison(file: Path) -> bool:

@@ -65,5 +65,21 @@ def compare(first: Sequence[Sample], second: Sequence[Sample], name: str, seed: 
     }
 
 
+def mean_of(runs: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """Several models' samples as one model's: every number is their mean, chat by chat.
+
+    Raises `UserError` for different test sets.
+    """
+    if any([s["id"] for s in run] != [s["id"] for s in runs[0]] for run in runs):
+        raise UserError("the baseline's runs are of different test sets; evaluate them with the same evaluation.chats")
+    return [_mean(together) for together in zip(*runs, strict=True)]
+
+
+def _mean(samples: Sequence[Sample]) -> Sample:
+    first = samples[0]
+    numbers = [key for key, value in first.items() if isinstance(value, (int, float)) and key != "id"]
+    return {**first, **{key: float(np.mean([s[key] for s in samples])) for key in numbers}}
+
+
 def _picks(count: int, seed: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, count, (DRAWS, count))

@@ -13,6 +13,7 @@ import pytest
 from fusechat.app.errors import UserError
 from fusechat.report import compare as compare_files
 from fusechat.report import frames, report, results
+from fusechat.report.comparisons import comparisons
 from fusechat.report.conclusion import conclusion
 from fusechat.report.statistics import compare, interval, metric_names
 from fusechat.report.table import table_of
@@ -141,7 +142,9 @@ def test_the_conclusion_is_computed() -> None:
             "verdict": "within noise",
         },
     ]
-    frame = pd.DataFrame([row | {"against": "target sft", "metric": "bits_per_byte"} for row in rows])
+    frame = pd.DataFrame(
+        [row | {"against": "target sft", "metric": "bits_per_byte", "experiment": "e"} for row in rows]
+    )
     assert conclusion(frame) == (
         "Targets against target sft: 1 better, 1 worse, 0 within noise; the best of them, target a, lies 0.0200 below it "
         "in bits per byte (95 % interval of the difference -0.0300 to -0.0100, picked on these very chats). "
@@ -153,13 +156,52 @@ def test_the_conclusion_is_computed() -> None:
 @pytest.mark.parametrize(("metric", "shift", "verdict"), [("bits_per_byte", 0.3, "worse"), ("accuracy", 0.3, "better")])
 def test_a_verdict_knows_which_way_is_better(metric: str, shift: float, verdict: str) -> None:
     rows = [
-        {"name": name, "kind": "targets", "tests": "t", "samples": samples(0)} for name in ("targets-a", "targets-b")
+        {"name": name, "kind": "targets", "tests": "t", "folder": "f", "samples": samples(0)}
+        for name in ("targets-a", "targets-b")
     ]
     for sample in rows[1]["samples"]:
         sample["nats"] += shift
         sample["correct"] = True
-    (found,) = results.comparisons(rows, "targets-a", metric).to_dict("records")
+    (found,) = comparisons(rows, "targets-a", metric).to_dict("records")
     assert (found["model"], found["against"], found["verdict"]) == ("target b", "target a", verdict)
+
+
+def evaluated(name: str, tests: int, nats: float) -> dict[str, Any]:
+    """An evaluation of a test set of its own, each chat of so many nats more than the chat's own."""
+    chats = [sample | {"nats": sample["nats"] + nats, "id": f"{tests}-{n}"} for n, sample in enumerate(samples(tests))]
+    return {"name": name, "kind": name.split("-")[0], "tests": str(tests), "folder": f"seed{tests}", "samples": chats}
+
+
+def test_several_runs_of_the_baseline_are_their_mean() -> None:
+    rows = [evaluated(f"targets-{name}", 0, nats) for name, nats in (("a", 0.0), ("sft_1", 0.3), ("sft_2", 0.7))]
+    found = comparisons(rows, None, "bits_per_byte").set_index("model")
+    assert set(found["against"]) == {"target sft_* (mean of 2)"}
+    middle = comparisons([rows[0], evaluated("targets-sft", 0, 0.5)], None, "bits_per_byte").set_index("model")
+    numbers = ["difference", "low", "high", "p"]
+    assert found.loc["target a", numbers].tolist() == pytest.approx(middle.loc["target a", numbers].tolist(), abs=1e-4)
+    own = found.loc[["target sft_1", "target sft_2"]]
+    assert set(own["kind"]) == {"baseline, run by run"}
+    assert own["difference"].sum() == pytest.approx(0, abs=1e-3)
+    assert "against target sft_* (mean of 2): 1 better, 0 worse, 0 within noise" in conclusion(found.reset_index())
+
+
+def test_seeds_are_pooled_by_their_differences() -> None:
+    """Student's interval by its formula: mean ± t s / √n, t = 4.30265 for two degrees of freedom."""
+    rows = [evaluated("targets-sft", seed, 0.5) for seed in range(3)]
+    rows += [evaluated("targets-a", seed, 0.1 * seed) for seed in range(3)]
+    rows += [evaluated("targets-lonely", 1, 0.0)]
+    found = comparisons(rows, None, "bits_per_byte")
+    each = found[(found["model"] == "target a") & (found["experiment"] != "pooled")]
+    assert each["experiment"].tolist() == ["seed0", "seed1", "seed2"]
+    (pooled,) = found[found["experiment"] == "pooled"].to_dict("records")
+    differences = each["difference"].to_numpy()
+    half = 4.30265 * differences.std(ddof=1) / math.sqrt(3)
+    assert pooled["model"] == "target a", "the others are not on every test set"
+    assert pooled["difference"] == pytest.approx(differences.mean(), abs=1e-4)
+    assert (pooled["low"], pooled["high"]) == pytest.approx(
+        (differences.mean() - half, differences.mean() + half), abs=3e-4
+    )
+    assert conclusion(found).count("target a") == 1
 
 
 def test_skills_have_wilsons_intervals() -> None:
