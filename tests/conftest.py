@@ -98,14 +98,19 @@ class Mini:
 
     def __init__(self, root: Path, *overrides: str) -> None:
         self.root = root
-        self.base = [*MINI, f"paths.root={root}", *overrides]
+        self.base = ["experiment=tiny", *MINI, f"paths.root={root}", *overrides]
         self.experiment = root / "tiny" / "seed0"
 
     def run(self, name: str, *overrides: str) -> Any:
-        return run_entry(name, [*self.base, *overrides])
+        return run_entry(name, self.all(*overrides))
 
     def cfg(self, name: str, *overrides: str) -> Any:
-        return composed(name, [*self.base, *overrides])
+        return composed(name, self.all(*overrides))
+
+    def all(self, *overrides: str) -> list[str]:
+        """What is given to a command: of the experiment `tiny` unless another is named."""
+        other = any(override.startswith("experiment=") for override in overrides)
+        return [*self.base[other:], *overrides]
 
 
 @pytest.fixture(scope="session")

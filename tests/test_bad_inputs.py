@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -102,7 +103,7 @@ GIVEN = {
 def checked(verb: str, root: Path, *overrides: str) -> None:
     """What a command does before it begins."""
     given = [part.format(root=root) for part in GIVEN.get(verb, [])]
-    places = [f"paths.root={root}/runs", f"pivot.path={root}", f"source.path={root}", "logger=csv"]
+    places = ["experiment=tiny", f"paths.root={root}/runs", f"pivot.path={root}", f"source.path={root}", "logger=csv"]
     door.check_surroundings(door.check_config(composed(verb, [*places, *given, *overrides])))
 
 
@@ -320,6 +321,29 @@ def test_test_questions_among_the_chats_are_told(mini: Mini, tmp_path: Path, cap
     assert "3 of 4 questions of evaluation.chats=" in caplog.text
 
 
+def test_no_experiment_is_taken_unless_it_is_named(tmp_path: Path) -> None:
+    """What is missing is said at once, all of it, with the shortest command that would do."""
+    expected = {
+        "extract": "source.name, source.path, chat.path, pivot.path are missing; run: fusechat extract source.name=NAME ",
+        "train": "pivot.path, source.name are missing; run: fusechat train pivot.path=DIR source.name=NAME",
+        "train fusion=sft": "pivot.path is missing; run: fusechat train fusion=sft pivot.path=DIR",
+        "merge": "pivot.path, targets are missing; run: fusechat merge pivot.path=DIR targets='[DIR,DIR]'",
+        "merge merge=compress": "pivot.path, target are missing; run: fusechat merge merge=compress pivot.path=DIR target=DIR",
+        "evaluate": "model, evaluation.chats are missing; run: fusechat evaluate model=DIR evaluation.chats=FILE",
+        "pipeline": "pipeline.steps is missing; run: fusechat pipeline experiment=NAME",
+        "align source.name=a pivot.path=DIR chat.path=FILE": "make it with: fusechat extract pivot.path=DIR chat.path=FILE "
+        "source=pivot",
+    }
+    for command, message in expected.items():
+        run = [sys.executable, "-m", "fusechat", *command.split()]
+        done = subprocess.run(
+            run, cwd=tmp_path, text=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert message in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing is written, no run is opened"
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
@@ -334,7 +358,8 @@ def test_test_questions_among_the_chats_are_told(mini: Mini, tmp_path: Path, cap
 def test_a_pipeline_checks_every_step_first(steps: str, message: str, tmp_path: Path) -> None:
     import re
 
-    command = [sys.executable, "-m", "fusechat.pipeline", f"pipeline.steps={steps}", f"paths.root={tmp_path}"]
+    command = [sys.executable, "-m", "fusechat.pipeline", "experiment=tiny", f"pipeline.steps={steps}"]
+    command.append(f"paths.root={tmp_path}")
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     told = done.stdout + done.stderr
     assert done.returncode == 1 and re.search(message, told) and "Traceback" not in told

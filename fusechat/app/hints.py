@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 from fusechat.app.registry import CONF
 from fusechat.app.verbs import near
 
+SHARED = r"(pivot|chat|paths|format|experiment_name|seed)\b"  # overrides that all commands of an experiment share
+
 
 def with_near_names(error: Exception) -> str:
     """The message of hydra's error, with the names that come near the unknown one."""
@@ -58,7 +60,15 @@ def config_folders() -> list[Path]:
 
 
 def experiment_of(cfg: Any) -> str:
-    """``experiment=…`` for the commands in messages: the config's file, another name and ``--config-dir`` if given."""
-    chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else cfg.experiment_name
+    """What makes a command in a message about this experiment: ``experiment=…`` or what stands for it, and folders.
+
+    Without an experiment's file that is what was typed of the pivot, the chats, the paths and the name.
+    """
+    folders = "".join(f" --config-dir {folder}" for folder in config_folders())
+    if not HydraConfig.initialized():
+        return f"experiment={cfg.experiment_name}{folders}"
+    chosen = HydraConfig.get().runtime.choices.get("experiment")
+    if chosen is None:
+        return " ".join(typed for typed in task_overrides() if re.match(SHARED, typed)) + folders
     own = "" if chosen == cfg.experiment_name else f" experiment_name={cfg.experiment_name}"
-    return f"experiment={chosen}{own}" + "".join(f" --config-dir {folder}" for folder in config_folders())
+    return f"experiment={chosen}{own}{folders}"

@@ -17,7 +17,7 @@ NEEDS = {  # verb -> keys without which it cannot begin
     "align": ("source.name",),
     "train": ("pivot.path",),
     "merge": ("pivot.path",),
-    "merge_search": ("pivot.path", "chat.path"),
+    "merge_search": ("pivot.path", "targets", "chat.path"),
     "evaluate": ("model",),
     "compare": ("first", "second"),
     "judge": ("answers", "judge.base_url", "judge.model"),
@@ -29,6 +29,7 @@ EXAMPLES = {"source.name": "NAME", "chat.path": "FILE", "evaluation.chats": "FIL
 EXAMPLES |= {"answers": "FILE", "judge.base_url": "http://HOST/v1", "judge.model": "NAME", "repo": "owner/name"}
 EXAMPLES |= {"first": "A.json", "second": "B.json"}
 GROUPS = {"tiny.models": "experiment=tiny", "pipeline.steps": "experiment=NAME"}  # keys that an experiment brings
+GROUPS |= {"targets": "targets='[DIR,DIR]'"}
 PACKAGES = {  # key -> verbs that heed it, module, how it is installed
     "lora.enabled": (("train",), "peft", "'fusechat[lora]'"),
     "source.device_map": (("extract",), "accelerate", "'fusechat[large]'"),
@@ -54,6 +55,10 @@ def needed(verb: str, values: Values) -> list[str]:
     keys = [*NEEDS.get(verb, ())]
     if verb == "extract" and values.get("chat.template") == "pivot":
         keys.append("pivot.path")
+    if verb == "train" and values.get("sources") == [None] and values.get("fusion.rule") != "sft":
+        keys.append("source.name")
+    if verb == "merge":
+        keys.append("target" if values.get("merge.method") == "compress" else "targets")
     if verb == "evaluate" and (asked := QUESTIONS.get(str(values.get("evaluation.kind")))):
         keys.append(asked)
     return keys

@@ -118,7 +118,7 @@ def test_every_mistake_is_told(place: tuple[str, ...], kind: Any) -> None:
 
 @pytest.mark.parametrize("verb", sorted(VERB_OF_KEYS))
 def test_every_key_of_a_command_has_a_type_that_its_value_fits(verb: str) -> None:
-    cfg = composed(verb, GIVEN.get(verb, []))
+    cfg = composed(verb, ["experiment=tiny", *GIVEN.get(verb, [])])
     held = door.check_config(cfg)
     assert held["stage"] == verb
     tree = plain(cfg)
