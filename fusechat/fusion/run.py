@@ -111,7 +111,19 @@ def train(
         validation=_own_chats(validation),
         imports=imports,
     )
-    callbacks = callbacks or Callbacks()
+    beside: dict[str, Any] = {"resume": resume, "logger": logger, "record": record, "remedies": remedies}
+    return _made(training, output, callbacks or Callbacks(), overwrite, launch, beside)
+
+
+def _made(
+    training: Training,
+    output: Path,
+    callbacks: Callbacks,
+    overwrite: bool,
+    launch: Callable[[int], None] | None,
+    beside: Mapping[str, Any],
+) -> float | None:
+    """The metric of the target: of the one that is there, of the one that ranks have made, or it is made here."""
     mark, checkpoints = training.mark_of(output / RECORD), training.checkpoints(output)
     held = settled(output / RECORD, mark, what="target", keep="run_name=NAME", overwrite=overwrite)
     if held is not None:
@@ -124,7 +136,7 @@ def train(
     if launch is not None and ranks:
         launch(ranks)
         return metric_of(read_json(output / RECORD))
-    return fit(training, output, callbacks, resume=resume, logger=logger, record=record, remedies=remedies)
+    return fit(training, output, callbacks, **beside)
 
 
 def _own_chats(validation: str | Path | None) -> Any:
