@@ -19,7 +19,6 @@ from tests.benchmarks.measure import table
 from tests.conftest import MINI, ROOT
 
 REPEATS = 5
-WORLD = ["extract source=pivot", "extract source=a", "align source=pivot", "align source=a"]
 
 
 def commands(root: Path) -> dict[str, list[str]]:
