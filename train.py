@@ -21,9 +21,7 @@ def run(cfg: DictConfig) -> float | None:
     from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer, train
 
     rule, experiment, output = FusionRule(**plain(cfg.fusion)), Path(cfg.paths.experiment), Path(cfg.output_dir)
-    sources = list(cfg.sources) if rule.needs_sources else []
-    if rule.needs_sources and (None in sources or not sources):
-        raise UserError("no source takes part in the fusion; name one with source=NAME, or set fusion=sft")
+    sources = _sources(cfg) if rule.needs_sources else []
     pivot_store, aligned = experiment / "distributions/pivot", {s: experiment / "aligned" / s for s in sources}
     stage = experiment_of(cfg)
     pivot = {key: value for key, value in plain(cfg.pivot).items() if key not in ("name", "path")}
@@ -60,6 +58,12 @@ def run(cfg: DictConfig) -> float | None:
         inputs = [("distributions", pivot_store), *(("aligned", path) for path in aligned.values())]
         log_made(cfg, tracker, ("target", output), inputs)
     return value
+
+
+def _sources(cfg: DictConfig) -> list[str]:
+    if None in cfg.sources or not cfg.sources:
+        raise UserError("no source takes part in the fusion; name one with source=NAME, or set fusion=sft")
+    return list(cfg.sources)
 
 
 main = entry("train")(run)

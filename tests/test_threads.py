@@ -133,7 +133,7 @@ def ragged() -> projection.Ragged:
 
 POSITIONS, TABLE = np.array([0, 1]), np.array([0, 1, 2])
 KERNELS: dict[str, Callable[[], object]] = {
-    "_histogram": lambda: most_varying(Slices(torch.zeros(1 << 19), [torch.rand(1 << 19) for _ in range(2)]), 0.5),
+    "count_scores": lambda: most_varying(Slices(torch.zeros(1 << 19), [torch.rand(1 << 19) for _ in range(2)]), 0.5),
     "_nearest": lambda: nearest.nearest([f"{n}a" for n in range(500)], [f"{n}b" for n in range(500)]),
     "_warp": lambda: sequence.dtw(["ab", "c"], ["a", "bc"]),
     "_match": lambda: sequence.align_offsets(np.array([0, 2, 3]), np.array([0, 1, 3])),

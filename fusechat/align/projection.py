@@ -111,10 +111,7 @@ def _gold_path(pivot, source, match, source_gold):  # type: ignore[no-untyped-de
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _project(starts, ids, probs, gold_probs, match, table, gold, chain, pivot_size, unmatched_gold, drawn):  # type: ignore[no-untyped-def]
-    n = len(match)
-    room = 0
-    for i in range(n):
-        room += starts[match[i] + 1] - starts[match[i]] + 1 if match[i] >= 0 else 1
+    n, room = len(match), _room(starts, match)
     counts, gold_out = np.zeros(n, np.int64), np.empty(n, np.float32)
     out_ids, out = np.empty(room, np.int64), np.empty(room, np.float32)
     end = 0
@@ -151,6 +148,16 @@ def _project(starts, ids, probs, gold_probs, match, table, gold, chain, pivot_si
         known = chained + beside
         gold_out[i] = known if known > 0 else _tail_share(out, begin, end, pivot_size)
     return counts, out_ids[:end], out[:end], gold_out
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _room(starts, match):  # type: ignore[no-untyped-def]
+    """The most entries that the positions can have: those of their partners, and a gold token each."""
+    room = len(match)
+    for j in match:
+        if j >= 0:
+            room += starts[j + 1] - starts[j]
+    return room
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]

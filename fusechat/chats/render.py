@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fusechat.app.errors import UserError
 from fusechat.chats import slow_tokenizers
+from fusechat.chats.turns import Turns
 
 Ints = npt.NDArray[np.int64]
 Spans = list[tuple[int, int, int]]
@@ -131,39 +132,17 @@ class ChatRenderer:
         truncated: bool,
         torn: bool = False,
     ) -> Rendered:
-        """Marks the tokens that hold an assistant's text, turn by turn, and counts the bytes before each."""
-        starts, ends = _increasing(offsets)
-        at_byte, covered = _bytes_before(text), int(ends[-1]) - torn if len(ends) else 0
-        inside = np.insert((ends[1:] == ends[:-1]) | (offsets[1:, 0] < ends[:-1]), 0, True)  # adds no whole character
-        mask, before = np.zeros(len(ids), bool), np.full(len(ids), -1, np.int64)
-        turn_start = n_bytes = cut = 0
-        contents = hashlib.sha256()
+        """Marks the tokens that hold an assistant's text, turn by turn."""
+        turns, contents = Turns(text, offsets, torn), hashlib.sha256()
         for first, end in [(first, end) for index, first, end in spans if chat[index]["role"] == "assistant"]:
-            length = int(at_byte[end] - at_byte[first])
             contents.update(text[first:end].encode())
-            begin, stop = int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(starts, end))
-            if begin < stop:  # tokens [begin, stop) touch the content
-                mask[begin:stop] = True
-                before[begin] = turn_start
-                before[begin + 1 : stop] = (
-                    turn_start + at_byte[np.clip(ends[begin : stop - 1], first, end)] - at_byte[first]
-                )
-                seen = max(first, min(end, covered))
-                cut = turn_start + int(at_byte[seen] - at_byte[first])
-                n_bytes += max(0, int(at_byte[seen] - at_byte[first if begin else _first_predicted(ends, inside, end)]))
-            beyond = int(np.searchsorted(ends, end, side="right"))
-            close = self._closing(ids, offsets, text, beyond, end) if self.end_of_turn else None
-            if close is not None:
-                mask[close] = True
-                before[close] = turn_start + length
-                cut = turn_start + length + 1
-            turn_start += length + 1
-        positions = np.flatnonzero(mask[1:])
-        boundaries = np.where(inside[positions + 1], -1, before[positions + 1])
-        last = (-1 if torn else cut) if truncated else turn_start
-        return Rendered(
-            text, ids, offsets, mask, positions, boundaries, last, n_bytes, contents.hexdigest()[:8], truncated
-        )
+            close = self._closing(ids, offsets, text, turns.after(end), end) if self.end_of_turn else None
+            turns.add(first, end, close)
+        positions = np.flatnonzero(turns.mask[1:])
+        boundaries = np.where(turns.inside[positions + 1], -1, turns.before[positions + 1])
+        last = (-1 if torn else turns.reached) if truncated else turns.total
+        found = positions, boundaries, last, turns.n_bytes, contents.hexdigest()[:8], truncated
+        return Rendered(text, ids, offsets, turns.mask, *found)
 
     def _closing(self, ids: Ints, offsets: Ints, text: str, at: int, end: int) -> int | None:
         """Index of the special token that closes the turn: the first one after the content, white space allowed."""
@@ -198,30 +177,6 @@ class ChatRenderer:
             raise UserError(
                 f"the chat template of {self.host.name_or_path!r} fails: {error}; see chat.template"
             ) from error
-
-
-def _increasing(offsets: Ints) -> tuple[Ints, Ints]:
-    """First and end characters of the tokens so that neither ever decreases, which tokenizers do not promise.
-
-    A token starts at most where the one before it ends: what lies between two tokens belongs to the later one.
-    """
-    starts, ends = offsets[:, 0].copy(), np.maximum.accumulate(offsets[:, 1])
-    starts[1:] = np.minimum(starts[1:], ends[:-1])
-    return np.maximum.accumulate(starts), ends
-
-
-def _bytes_before(text: str) -> Ints:
-    """How many UTF-8 bytes lie before each character of a text, and in all, [characters + 1]."""
-    if text.isascii():
-        return np.arange(len(text) + 1)
-    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    return np.concatenate([[0], np.cumsum(1 + (code > 0x7F) + (code > 0x7FF) + (code > 0xFFFF), dtype=np.int64)])
-
-
-def _first_predicted(ends: Ints, inside: npt.NDArray[np.bool_], end: int) -> int:
-    """The first character of a text that is predicted, of a turn that ends at ``end``: nothing predicts token 0."""
-    fresh = np.flatnonzero(~inside)
-    return min(end, int(ends[fresh[0] - 1])) if len(fresh) else end
 
 
 def _content_end(text: str, start: int, content: str, following: str, last: bool) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +84,15 @@ def extract(
     settings.check("store", logprobs=logprobs)
     tokenizer = models.load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     keep = _keep(len(tokenizer), top_k, top_p, draws)
-    if template == "pivot" and isinstance(pivot, str):
-        pivot = models.load_tokenizer(pivot)
+    pivot = models.load_tokenizer(pivot) if template == "pivot" and isinstance(pivot, str) else pivot
     renderer = renderer_for(tokenizer, pivot, template, max_length, end_of_turn)
     rows, _ = load_chats(chats)
     chats_mark = outputs.fingerprint(ids=list(rows["id"]))
-    mark = outputs.stage_fingerprint(
-        imports,
-        model=models.model_identity(model, revision),
-        tokenizer=models.tokenizer_identity(tokenizer),
-        chats=chats_mark,
-        template=renderer.template,
-        max_length=max_length,
-        end_of_turn=end_of_turn,
-        extract=amount,
-        store={"logprobs": logprobs, "format": FORMAT},
-        dtype=dtype,
-        **more,
-    )
+    about = _about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=chats_mark)
+    identity, store = models.model_identity(model, revision), {"logprobs": logprobs, "format": FORMAT}
+    deciding = {key: about[key] for key in ("tokenizer", "chats", "template", "max_length", "end_of_turn")}
+    deciding |= {"model": identity, "extract": amount, "store": store, "dtype": dtype, **more}
+    mark = outputs.stage_fingerprint(imports, **deciding)
     output = Path(output_dir)
     if held := finished(output, mark, overwrite=overwrite):
         return held
@@ -125,14 +116,9 @@ def extract(
         bad=bad_of(whole.values()),
         imports=list(imports or {}),
     )
-    if whole:
-        LOG.info("going on after %d whole shards of %d", len(whole), writer.total)
-    left = [index for index in range(writer.total) if index not in whole]
-    with progress(len(rows), sum(entry["rows"] for entry in whole.values())) as tell:
-        share(shards, left, [None] if device_map else devices, tell)
-    check_bad(bad_of(writer.recorded()), len(rows), max_bad_fraction)  # all processes' together
+    _fill(shards, whole, [None] if device_map else devices)
     manifest = writer.finish(
-        **_about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=chats_mark),
+        **about,
         extract={**amount, "max_bad_fraction": max_bad_fraction},
         drawn="generator" in KINDS[kind].needs,
         logprobs=logprobs,
@@ -141,6 +127,17 @@ def extract(
     if when_made:
         when_made(manifest)
     return manifest
+
+
+def _fill(shards: Shards, whole: Mapping[int, Any], devices: Sequence[Any]) -> None:
+    """Makes the shards that are not whole yet. Raises `UserError` for too many bad chats, all processes' together."""
+    writer, total = shards.writer, len(shards.chats)
+    if whole:
+        LOG.info("going on after %d whole shards of %d", len(whole), writer.total)
+    left = [index for index in range(writer.total) if index not in whole]
+    with progress(total, sum(entry["rows"] for entry in whole.values())) as tell:
+        share(shards, left, devices, tell)
+    check_bad(bad_of(writer.recorded()), total, shards.max_bad_fraction)
 
 
 def _keep(vocab_size: int, top_k: int, top_p: float, draws: int) -> Keep:

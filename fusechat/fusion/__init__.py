@@ -9,16 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusechat.fusion.callbacks import Callbacks
-    from fusechat.fusion.data import Data
     from fusechat.fusion.losses import LOSSES, FusionLoss
-    from fusechat.fusion.module import Optimizer
+    from fusechat.fusion.options import Callbacks, Data, Optimizer
     from fusechat.fusion.rules import RULES, FusionRule
     from fusechat.fusion.run import train
 
 __all__ = ["LOSSES", "RULES", "Callbacks", "Data", "FusionLoss", "FusionRule", "Optimizer", "train"]
-HOMES = {"LOSSES": "losses", "FusionLoss": "losses", "RULES": "rules", "FusionRule": "rules", "Data": "data"}
-HOMES |= {"Optimizer": "module", "Callbacks": "callbacks", "train": "run"}
+HOMES = {"LOSSES": "losses", "FusionLoss": "losses", "RULES": "rules", "FusionRule": "rules"}
+HOMES |= {"Callbacks": "options", "Data": "options", "Optimizer": "options", "train": "run"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from fusechat.app import checksums
-from fusechat.app.errors import UserError
-from fusechat.app.outputs import read_json, whole_directory, write_json
-from fusechat.app.settings import check
-from fusechat.fusion.module import merged_adapters
+from fusechat.app.outputs import whole_directory, write_json
+from fusechat.fusion.adapters import merged_adapters
+from fusechat.fusion.checkpoints import list_of
+from fusechat.fusion.options import Callbacks
 from fusechat.fusion.sharding import whole_weights
 from fusechat.fusion.stopping import StopOnSignal
 
@@ -106,35 +104,20 @@ class SavePretrained:
         LOG.info("saved %s", self.output_dir)
 
 
-@dataclass(frozen=True)
-class Callbacks:
-    """What goes on beside training. checkpoint_every_n_steps: None: at the end of an epoch alone; early_stopping:
-    validations without improvement before training stops; keep_checkpoints: of a finished run too.
-    """
-
-    checkpoint_every_n_steps: int | None = 100
-    early_stopping: int | None = None
-    progress_bar: bool = True
-    keep_checkpoints: bool = False
-
-    def __post_init__(self) -> None:
-        check("callbacks", **vars(self))
-
-
 class Checkpoints(ModelCheckpoint):
-    """Checkpoints with a list of their files' checksums beside each; a resume compares them (`latest_checkpoint`)."""
+    """Checkpoints with a list of their files' checksums beside each; a resume compares them (`checkpoints`)."""
 
     def _save_checkpoint(self, trainer: lightning.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             place = Path(filepath)
             files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
-            write_json(_list_of(place), {str(f.relative_to(place.parent)): checksums.entry(f) for f in files})
+            write_json(list_of(place), {str(f.relative_to(place.parent)): checksums.entry(f) for f in files})
 
     def _remove_checkpoint(self, trainer: lightning.Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            _list_of(Path(filepath)).unlink(missing_ok=True)
+            list_of(Path(filepath)).unlink(missing_ok=True)
 
 
 def make_callbacks(settings: Callbacks, checkpoints: Path, logged: bool) -> list[Callback]:
@@ -158,39 +141,3 @@ def make_callbacks(settings: Callbacks, checkpoints: Path, logged: bool) -> list
     if settings.progress_bar:
         found.append(RichProgressBar(leave=False))
     return found
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole; one cut short by a kill is passed over.
-
-    Raises `UserError` where it is not what was saved.
-    """
-    found = sorted(directory.glob("*.ckpt"), key=step_of, reverse=True)
-    return next((file for file in found if is_whole(file)), None)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was not cut short. Raises `UserError` where it is not what was saved.
-
-    One without a list (killed in between, or older) is compared with the CRCs of its own.
-    """
-    listed, remedy = _list_of(checkpoint), f"remove {checkpoint} and run the same command again"
-    if listed.exists():
-        for name, expected in read_json(listed).items():
-            checksums.check(checkpoint.parent / name, expected, remedy)
-        return True
-    if not zipfile.is_zipfile(checkpoint):
-        return False
-    with zipfile.ZipFile(checkpoint) as file:
-        if bad := file.testzip():
-            raise UserError(f"{checkpoint} is damaged (the CRC of {bad} differs); {remedy}")
-    return True
-
-
-def _list_of(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + ".json")
-
-
-def step_of(checkpoint: Path | str | None) -> int:
-    """The optimizer step that a checkpoint's name tells."""
-    return int("".join(c for c in Path(checkpoint).stem if c.isdigit()) or 0) if checkpoint else 0

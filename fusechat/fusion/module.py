@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning
@@ -12,50 +12,18 @@ import torch
 import transformers
 from torch import Tensor
 
-from fusechat.app import settings
 from fusechat.app.errors import UserError
-from fusechat.fusion.data import FusionBatch
+from fusechat.fusion.adapters import with_adapters
+from fusechat.fusion.batches import FusionBatch
 from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
 from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.options import Optimizer
 from fusechat.fusion.ranks import gathered, generators, set_generators
 from fusechat.fusion.rules import FusionRule, cross_entropy
 from fusechat.fusion.sharding import shard, within
 from fusechat.models import load as models
 from fusechat.models.heads import OutputHead
 from fusechat.stores.units import bits_per_byte
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """AdamW, published values. schedule: any name of `transformers.get_scheduler`; warmup_ratio: share of the steps."""
-
-    lr: float = 5e-6
-    betas: Sequence[float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.03
-    schedule: str = "cosine"
-
-    def __post_init__(self) -> None:
-        settings.check("optimizer", **vars(self))
-
-
-def with_adapters(model: Any, lora: Mapping[str, Any]) -> Any:
-    """The model with low-rank adapters in fp32, which alone are trained."""
-    import peft
-
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
-
-
-def merged_adapters(
-    path: str, loading: Mapping[str, Any], lora: Mapping[str, Any], adapters: Mapping[str, Tensor]
-) -> Any:
-    """The pivot, loaded once more in fp32 at least, with trained adapters added to its weights: W + B A scale."""
-    exact = torch.promote_types(getattr(torch, loading["dtype"]), torch.float32)
-    loading = {**loading, "dtype": str(exact).removeprefix("torch."), "load_in": None}
-    model = with_adapters(models.load_model(path, **loading), lora)
-    unknown = model.load_state_dict(adapters, strict=False).unexpected_keys
-    assert not unknown, unknown
-    return model.merge_and_unload()
 
 
 class FusionModule(lightning.LightningModule):

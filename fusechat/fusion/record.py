@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusechat.app.outputs import stamp
-from fusechat.fusion.data import FusionDataModule
-from fusechat.fusion.module import FusionModule
+from fusechat.fusion.training import Training
 from fusechat.models.cards import command_line, write_card
 from fusechat.models.whole import write_record
+
+if TYPE_CHECKING:
+    from fusechat.fusion.data import FusionDataModule
+    from fusechat.fusion.module import FusionModule
+
+METRIC = "validation/bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,8 @@ class Description:
     @classmethod
     def of(
         cls,
-        mark: str,
+        training: Training,
         name: str,
-        pivot: str,
-        sources: Sequence[str],
         module: FusionModule,
         data: FusionDataModule,
         tokenizer: Any,
@@ -38,14 +41,15 @@ class Description:
     ) -> Description:
         """From the objects of a training that is about to begin."""
         fused = f"A fusion target (rule {module.rule.rule}, lambda {module.loss.lm_weight})."
-        about: dict[str, Any] = {**stamp(mark), "stage": "train", "name": name, "sources": list(sources)}
-        stores = [store.fingerprint for store in data.stores]
+        about: dict[str, Any] = {**stamp(training.mark), "stage": "train", "name": name}
+        sources, stores = training.sources, [store.fingerprint for store in training.stores]
+        about["sources"] = list(sources)
         about["stores"] = dict(zip(["pivot", *sources], stores, strict=True))
         about["coverage"] = dict(zip(sources, data.coverage(), strict=True))
         return cls(
             tokenizer,
             fused if module.rule.needs_sources else "Supervised fine-tuning alone.",
-            {"pivot": pivot} | {f"source {n + 1}": source for n, source in enumerate(sources)},
+            {"pivot": training.pivot} | {f"source {n + 1}": source for n, source in enumerate(sources)},
             about,
             record or {},
         )
@@ -67,3 +71,9 @@ class Description:
 def measured(trainer: Any) -> dict[str, float]:
     """The metrics of the trainer's last loop."""
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def metric_of(held: Mapping[str, Any]) -> float | None:
+    """The validation bits per byte that a target's record tells."""
+    value = held.get("metrics", {}).get(METRIC)
+    return None if value is None else float(value)

@@ -16,7 +16,7 @@ from fusechat.merging.groups import group_of
 from fusechat.merging.inputs import Inputs
 from fusechat.merging.recipe import Recipe
 from fusechat.merging.varm import GroupWeights
-from fusechat.models.checkpoints import CheckpointWriter, bytes_of
+from fusechat.models.shards import CheckpointWriter, bytes_of
 
 VECTORS_IN_COLUMNS = re.compile(r"\.\d+\.|head|embed_out")  # matrices of blocks and heads; embeddings are what is left
 AHEAD = 2  # parameters that are read ahead

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fusechat.fusion.data import Draw, FusionRows
+from fusechat.fusion.batches import FusionRows
+from fusechat.fusion.plan import Draw
 from fusechat.stores.encoding import encode_logprobs
 from fusechat.stores.store import DistributionStore
 from fusechat.stores.writer import StoreWriter, list_column

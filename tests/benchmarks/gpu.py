@@ -22,7 +22,7 @@ from fusechat.extract.kinds import Keep
 from fusechat.fusion.gradient import Targets, fused_loss
 from fusechat.fusion.losses import FusionLoss
 from fusechat.merging.run import merge
-from fusechat.models.checkpoints import CheckpointWriter
+from fusechat.models.shards import CheckpointWriter
 from tests.benchmarks import experiment, step
 from tests.benchmarks.card import CARD, Sizes, cost
 from tests.benchmarks.measure import table

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fusechat.models.checkpoints import CheckpointWriter
+from fusechat.models.shards import CheckpointWriter
 from tests.benchmarks.measure import table
 
 METHODS = [

@@ -26,7 +26,9 @@ from fusechat.align.maps import em
 from fusechat.align.stage import link_shards
 from fusechat.chats.render import ChatRenderer
 from fusechat.extract import writer as columns
-from fusechat.fusion.data import Data, FusionDataModule, open_stores
+from fusechat.fusion.data import FusionDataModule
+from fusechat.fusion.inputs import open_stores
+from fusechat.fusion.options import Data
 from fusechat.models.load import tokenizer_identity
 from fusechat.stores.distributions import TopK
 from fusechat.stores.store import DistributionStore

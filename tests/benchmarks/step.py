@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusechat.fusion.data import FusionBatch
+from fusechat.fusion.batches import FusionBatch
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.module import FusionModule
 from fusechat.models.heads import OutputHead

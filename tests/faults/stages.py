@@ -91,7 +91,15 @@ def warm_up() -> None:
         getattr(importlib.import_module("transformers"), module)
     for module in {VERBS[stage.verb] for stage in STAGES}:
         importlib.import_module(module)
-    for module in ("extract.stage", "align.stage", "fusion.run", "merging.run", "evaluate.stage", "tiny.stage"):
+    for module in (
+        "extract.stage",
+        "align.stage",
+        "fusion.run",
+        "fusion.fit",
+        "merging.run",
+        "evaluate.stage",
+        "tiny.stage",
+    ):
         importlib.import_module(f"fusechat.{module}")
 
 

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
-from fusechat.fusion import Callbacks, FusionLoss, Optimizer, train
-from fusechat.fusion.data import Data
+from fusechat.fusion import Callbacks, Data, FusionLoss, Optimizer, train
 from fusechat.fusion.module import FusionModule
 
 

@@ -13,8 +13,8 @@ from fusechat.app import needs
 from fusechat.app.errors import UserError
 from fusechat.app.trainer import quiet_trainer
 from fusechat.fusion import LOSSES, FusionLoss, gradient
-from fusechat.fusion.data import Draw
 from fusechat.fusion.gradient import Targets, fused_loss
+from fusechat.fusion.plan import Draw
 from fusechat.fusion.precision import weights_dtype
 from fusechat.models.load import load_model
 from tests.conftest import Mini

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from fusechat.fusion.data import Plan
+from fusechat.fusion.plan import Plan
 from tests.conftest import Mini
 from tests.fusion.group import CASES, CLIP, DROPOUT, RESUMED, rank, run
 from tests.fusion.test_training import distance

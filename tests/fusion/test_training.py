@@ -24,8 +24,11 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import fingerprint
 from fusechat.fusion import LOSSES, FusionLoss, FusionRule, Optimizer
 from fusechat.fusion import train as fuse
-from fusechat.fusion.data import Data, Draw, FusionBatch, FusionRows, Plan, open_stores
+from fusechat.fusion.batches import FusionBatch, FusionRows
+from fusechat.fusion.inputs import open_stores
 from fusechat.fusion.module import FusionModule
+from fusechat.fusion.options import Data
+from fusechat.fusion.plan import Draw, Plan
 from fusechat.models.load import model_identity
 from fusechat.models.whole import write_record
 from tests.conftest import ROOT, Mini
@@ -161,7 +164,7 @@ def test_kill_and_resume_is_bit_for_bit(fresh: Mini) -> None:
 
 
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
-    from fusechat.fusion.callbacks import latest_checkpoint
+    from fusechat.fusion.checkpoints import latest_checkpoint
 
     torch.save({"a": 1}, tmp_path / "step=5.ckpt")
     (tmp_path / "step=10.ckpt").write_bytes((tmp_path / "step=5.ckpt").read_bytes()[:-50])

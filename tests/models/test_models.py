@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import whole_directory
-from fusechat.models.checkpoints import CheckpointWriter, LazyCheckpoint, bytes_of
+from fusechat.models.checkpoints import LazyCheckpoint
 from fusechat.models.heads import chunk_rows
+from fusechat.models.shards import CheckpointWriter, bytes_of
 
 
 def tensors() -> dict[str, torch.Tensor]:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusechat.fusion.data import Draw, FusionRows
+from fusechat.fusion.batches import FusionRows
+from fusechat.fusion.plan import Draw
 from fusechat.fusion.rules import cross_entropy
 from fusechat.stores.common import compared, same_range, spent
 from fusechat.stores.store import DistributionStore

@@ -1,0 +1,58 @@
+"""A training's settings, as values that are checked when they are made. Nothing heavy is imported for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fusechat.app import settings
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, in which order. global_batch: chats of an optimizer step; batch_size: at most so many at a
+    time on a device, None: all of its part; validation_fraction: chats held out by content hash and split_seed;
+    shuffle_seed: the order; bucket: steps sorted by length together, 1: none; num_workers: DataLoader processes;
+    max_tokens: longer chats are an error, None: the caller's ``max_length`` decides.
+    """
+
+    global_batch: int = 8
+    batch_size: int | None = None
+    validation_fraction: float = 0.05
+    split_seed: int = 0
+    shuffle_seed: int = 0
+    num_workers: int = 0
+    bucket: int = 16
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        settings.check("data", **vars(self))
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW, published values. schedule: any name of `transformers.get_scheduler`; warmup_ratio: share of the steps."""
+
+    lr: float = 5e-6
+    betas: Sequence[float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        settings.check("optimizer", **vars(self))
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What goes on beside training. checkpoint_every_n_steps: None: at the end of an epoch alone; early_stopping:
+    validations without improvement before training stops; keep_checkpoints: of a finished run too.
+    """
+
+    checkpoint_every_n_steps: int | None = 100
+    early_stopping: int | None = None
+    progress_bar: bool = True
+    keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        settings.check("callbacks", **vars(self))

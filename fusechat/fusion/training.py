@@ -1,0 +1,75 @@
+"""What a training is: its inputs and settings, and the fingerprint that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fusechat.app.outputs import fingerprint
+from fusechat.fusion.fingerprint import earlier_fingerprint, settings_fingerprint
+from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.options import Data, Optimizer
+from fusechat.fusion.rules import FusionRule
+from fusechat.models.load import model_identity
+from fusechat.stores.store import DistributionStore
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `fusechat.fusion.train` has been given, checked. stores: the pivot's first, then one for each of sources.
+
+    dtype: what weights are held in. validation: chats of one's own, a `datasets.Dataset`.
+    """
+
+    pivot: str
+    sources: Sequence[str]
+    stores: Sequence[DistributionStore]
+    rule: FusionRule
+    loss: FusionLoss
+    optimizer: Optimizer
+    data: Data
+    lora: Mapping[str, Any]
+    trainer: Mapping[str, Any]
+    dtype: str
+    revision: str | None
+    trust_remote_code: bool
+    attn_implementation: str | None
+    load_in: str | None
+    gradient_checkpointing: bool
+    max_length: int
+    seed: int
+    validation: Any
+    imports: Mapping[str, str] | None
+
+    @cached_property
+    def parts(self) -> dict[str, Any]:
+        """All that decides the target, by name."""
+        return {
+            "pivot": model_identity(self.pivot, self.revision),
+            "stores": [store.fingerprint for store in self.stores],
+            "dtype": self.dtype,
+            "fusion": asdict(self.rule),
+            "loss": asdict(self.loss),
+            "optimizer": asdict(self.optimizer),
+            "data": asdict(self.data),
+            "lora": {**self.lora, **({"load_in": self.load_in} if self.load_in else {})},
+            "trainer": self.trainer,
+            "seed": self.seed,
+            **({} if self.validation is None else {"validation": fingerprint(ids=list(self.validation["id"]))}),
+        }
+
+    @cached_property
+    def mark(self) -> str:
+        """The fingerprint of the target."""
+        return settings_fingerprint(self.imports, self.parts)
+
+    def mark_of(self, record: Path) -> str:
+        """The fingerprint of the target, or the one that it has from an earlier version, by its record."""
+        return earlier_fingerprint(record, self.imports, self.parts) or self.mark
+
+    def checkpoints(self, output: Path) -> Path:
+        """The folder of checkpoints while the target is being made."""
+        return output.parent.parent / "checkpoints" / f"{output.name}-{self.mark}"
