@@ -29,7 +29,8 @@ def named(file: Path, entry: Mapping[str, Any]) -> str | None:
     if kept is None or now is None:
         return None
     template = ["the chat template"] if kept.get(TEMPLATE) != now.get(TEMPLATE) else []
-    told = differing(*({key: values[key] for key in values if key != TEMPLATE} for values in (kept, now)), "when made")
+    there, here = ({key: found[key] for key in found if key != TEMPLATE} for found in (kept, now))
+    told = differing(there, here, "when made")
     return "; ".join([f"{file.name}: {told}"] * bool(told) + template) or f"{file.name}: the same values, other bytes"
 
 
