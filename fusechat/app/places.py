@@ -100,6 +100,8 @@ def check_owner(
     choose = _choose(file)
     if not output.exists() or (output.is_dir() and not file and not any(output.iterdir())):
         return
+    if not (output.is_dir() or output.is_file()):  # some can be read without end
+        raise UserError(f"{output} is a device, pipe or socket; {choose}")
     if output.is_dir() == file:
         raise UserError(f"{output} is a {'folder' if file else 'file'}; {choose}")
     owner = stage_of(output)

@@ -1,6 +1,7 @@
 """A stage replaces only its own kind's outputs, never an input; the old one goes when the new one is whole."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,13 @@ def test_a_record_that_is_cut_short_is_named(content: str, record: str, tmp_path
     with pytest.raises(UserError, match=message), writing(tmp_path / "out", "train"):
         pass
     assert (tmp_path / "out" / record).read_text() == content
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_devices_and_pipes_are_no_outputs(file: bool, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a device, pipe or socket; choose another with output_"):
+        check_owner(tmp_path / "pipe", "evaluate", file=file, known=lambda path: bool(path.read_bytes()))
 
 
 def test_a_symbolic_link_in_a_circle(tmp_path: Path) -> None:
