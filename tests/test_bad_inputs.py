@@ -204,6 +204,7 @@ CHAT = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "c
             CHAT.encode() * 2 + CHAT.encode().replace(b"q", b"\xff"),
             r"x\.jsonl, line 3: byte 0xff is no UTF-8; save the",
         ),
+        (CHAT.encode() + b"[" * 100_000, r"x\.jsonl, line 2: not JSON \(maximum recursion depth"),
         (b'{"messages": [{"role": "user", "content": "q"}]}\n' * 2, r"the assistant has no text in any of 2 chats"),
         (b'{"messages": [{"role": "assistant", "content": " "}]}\n', r"the assistant has no text in any of 1 chats"),
         (b'{"messages": ["q", "a"]}\n', r"chat 0: a turn is not a role with a text"),

@@ -88,9 +88,10 @@ def _locked(output: Path) -> SoftFileLock:
 
 def _remove_unfilled(file: Path) -> None:
     """Removes a lock that stays empty: its process was killed between making it and writing its name into it."""
+    began = time.monotonic()  # the file's own time may be another host's, or from before the clock was set
     with suppress(FileNotFoundError):
-        while (status := file.stat()).st_size == 0:
-            if time.time() - status.st_mtime > UNFILLED:
+        while file.stat().st_size == 0:
+            if time.monotonic() - began > UNFILLED:
                 file.unlink()
             time.sleep(0.05)
 

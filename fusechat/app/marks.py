@@ -24,7 +24,7 @@ def fingerprint(**parts: Any) -> Mark:
     """A short hash of everything that decides a stage's output; equal inputs give equal fingerprints."""
     text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)  # no default: an object's repr may hide what differs
     mark = Mark(_hash(text))
-    mark.parts = _flat({"format": FORMAT, **parts})
+    mark.parts = flat({"format": FORMAT, **parts})
     return mark
 
 
@@ -43,8 +43,13 @@ def difference(record: Mapping[str, Any], mark: str) -> str:
     there, now = record.get(PARTS), stamp(mark).get(PARTS)
     if there is None or now is None:
         return f"fingerprint {record.get('fingerprint')}, now {mark}"
+    return differing(there, now)
+
+
+def differing(there: Mapping[str, Any], now: Mapping[str, Any], when: str = "there") -> str:
+    """The keys in which two flat mappings differ, with both values; empty where there are none. when: of the first."""
     keys = [key for key in {**there, **now} if there.get(key, "unset") != now.get(key, "unset")]
-    listed = [f"{key}: {_shown(there, key)} there, {_shown(now, key)} now" for key in keys[:SHOWN]]
+    listed = [f"{key}: {_shown(there, key)} {when}, {_shown(now, key)} now" for key in keys[:SHOWN]]
     return "; ".join([*listed, *([f"and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else [])])
 
 
@@ -52,10 +57,13 @@ def _shown(parts: Mapping[str, Any], key: str) -> str:
     return json.dumps(parts[key], ensure_ascii=False) if key in parts else "unset"
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted names, as JSON would read them again; long values as their hash."""
-    if isinstance(value, Mapping) and value:
-        pairs = (_flat(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items())
+def flat(value: Any, name: str = "", depth: int = 100) -> dict[str, Any]:
+    """Nested mappings as one level of dotted names, as JSON would read them again; long values as their hash.
+
+    depth: of mappings that are taken apart.
+    """
+    if isinstance(value, Mapping) and value and depth:
+        pairs = (flat(inner, f"{name}.{key}" if name else str(key), depth - 1) for key, inner in value.items())
         return {key: inner for pair in pairs for key, inner in pair.items()}
     text = json.dumps(value, sort_keys=True)
     return {name: json.loads(text) if len(text) <= LONG else f"hash {_hash(text)}"}

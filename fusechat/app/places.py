@@ -42,8 +42,8 @@ def writing(
     known: recognises outputs without a record (of earlier versions, or of a form that has no room for one). holds:
     stages whose outputs lie inside this one. Raises `UserError`.
     """
-    place = output.resolve()
     check_inputs(output, reads)
+    place = output.resolve()
     with held(place, _choose(file)) as first:
         if first:
             tidy(place)
@@ -78,7 +78,11 @@ def writes(
 
 def check_inputs(output: Path, reads: Iterable[Any]) -> None:
     """Raises `UserError` where an output is an input, or above or inside one."""
-    place, choose = output.resolve(), "choose another place for the output"
+    choose = "choose another place for the output"
+    try:
+        place = output.resolve()
+    except RuntimeError as error:  # so says pathlib
+        raise UserError(f"{output} is a symbolic link that leads back to itself; {choose}") from error
     for given in paths_in(reads):
         path = given.resolve()
         if place == path:
@@ -96,10 +100,16 @@ def check_owner(
     choose = _choose(file)
     if not output.exists() or (output.is_dir() and not file and not any(output.iterdir())):
         return
+    if not (output.is_dir() or output.is_file()):  # some can be read without end
+        raise UserError(f"{output} is a device, pipe or socket; {choose}")
     if output.is_dir() == file:
         raise UserError(f"{output} is a {'folder' if file else 'file'}; {choose}")
     owner = stage_of(output)
     if owner != stage and not (owner is None and known is not None and known(output)):
+        if owner is None and (record := _unreadable(output)):
+            raise UserError(
+                f"{record} is half-written or not JSON; if {output} is to be made anew, remove it; or {choose}"
+            )
         found = f"what {owner} has made" if owner else "what fusechat has not made"
         raise UserError(f"{output} holds {found}, and {stage} replaces only its own; {choose}")
     for inner in (record.parent for name in (RECORD, MANIFEST) for record in output.glob(f"*/**/{name}")):
@@ -134,6 +144,17 @@ def paths_in(values: Iterable[Any]) -> Iterator[Path]:
             yield from paths_in(value.values())
         elif isinstance(value, (list, tuple)):
             yield from paths_in(value)
+
+
+def _unreadable(output: Path) -> Path | None:
+    """A record that is there and does not say what made its folder, not being JSON."""
+    for record in (output / RECORD, output / MANIFEST):
+        try:
+            if record.is_file():
+                json.loads(record.read_bytes())
+        except ValueError:
+            return record
+    return None
 
 
 def _choose(file: bool) -> str:

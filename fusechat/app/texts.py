@@ -34,7 +34,7 @@ def json_rows(path: Path) -> tuple[list[Any], bool]:
 def _loads(text: str, path: Path, first: int) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line = first + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{path}, line {line}: not JSON ({reason}); mend or remove the line") from error

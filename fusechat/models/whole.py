@@ -14,6 +14,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import RECORD, read_json, write_json
 from fusechat.app.sealed import ALGORITHM, compare
 from fusechat.app.verbs import command_line
+from fusechat.models import changes
 
 LOG = logging.getLogger(__name__)
 OPENED = {".safetensors", ".bin", ".model", ".json", ".jinja", ".txt"}  # endings of files that are opened
@@ -49,20 +50,31 @@ def check_model(path: str | Path, weights: bool = True) -> None:
     if not directory.is_dir():
         return
     listed, remedy = recorded(directory)
-    weights = weights or checksums.accepting()
-    try:
-        for name, expected in listed.items():
-            if weights or Path(name).suffix not in WEIGHTS:
-                checksums.check(directory / name, expected, remedy)
-    except UserError as error:
+    if changed := _changed(directory, listed, remedy, weights or checksums.accepting()):
+        told = f"{directory} was changed since it was made ({'; '.join(changed)})"
         if not checksums.accepting():
-            raise
-        LOG.warning("accepted as it is now: %s", error)
+            raise UserError(f"{told}; {remedy}")
+        LOG.warning("accepted as it is now: %s", told)
         accept(directory)
     foreign = [f for f in sorted(directory.iterdir()) if f.suffix in OPENED and f.name not in {*listed, *OWN}]
     for file in foreign:
         if file.suffix not in WEIGHTS or (weights and _used(file)):
             checksums.check_first_use(file)
+
+
+def _changed(directory: Path, listed: Mapping[str, checksums.Entry], remedy: str, weights: bool) -> list[str]:
+    """What people seem to have edited, file by file. Raises `UserError` for other damage, unless it is to be taken."""
+    changed = []
+    for name, expected in listed.items():
+        try:
+            if weights or Path(name).suffix not in WEIGHTS:
+                checksums.check(directory / name, expected, remedy)
+        except UserError as error:
+            told = changes.named(directory / name, expected)
+            if told is None and not checksums.accepting():
+                raise
+            changed.append(told or str(error).removesuffix(f"; {remedy}"))
+    return changed
 
 
 def recorded(directory: Path) -> tuple[Mapping[str, checksums.Entry], str]:
@@ -83,7 +95,8 @@ def judge(file: Path, found: str) -> None:
 
 def _entries(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     names = [f.name for f in sorted(directory.iterdir()) if f.is_file() and f.name not in OWN and f.name[0] != "."]
-    return {name: checksums.entry(directory / name, known.get(name)) for name in names}
+    files = {name: directory / name for name in names}
+    return {name: checksums.entry(file, known.get(name)) | changes.values(file) for name, file in files.items()}
 
 
 def _used(file: Path) -> bool:

@@ -1,13 +1,14 @@
 """A stage replaces only its own kind's outputs, never an input; the old one goes when the new one is whole."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import replace, tidy, whole_directory
-from fusechat.app.places import check_owner, stage_of, writes, writing
+from fusechat.app.places import check_inputs, check_owner, stage_of, writes, writing
 
 
 def made(folder: Path, stage: str, record: str = "fusechat.json", **about: object) -> Path:
@@ -66,6 +67,32 @@ def test_what_another_has_made_is_never_replaced(what: str, tmp_path: Path) -> N
     with pytest.raises(UserError, match=message), writing(output, "train"):
         pass
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("record", ["fusechat.json", "manifest.json"])
+@pytest.mark.parametrize("content", ["", '{"stage": "tr'])
+def test_a_record_that_is_cut_short_is_named(content: str, record: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / record).write_text(content)
+    message = rf"out/{record} is half-written or not JSON; if \S+/out is to be made anew, remove it; or choose another"
+    with pytest.raises(UserError, match=message), writing(tmp_path / "out", "train"):
+        pass
+    assert (tmp_path / "out" / record).read_text() == content
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_devices_and_pipes_are_no_outputs(file: bool, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a device, pipe or socket; choose another with output_"):
+        check_owner(tmp_path / "pipe", "evaluate", file=file, known=lambda path: bool(path.read_bytes()))
+
+
+def test_a_symbolic_link_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "out")
+    with pytest.raises(UserError, match="out is a symbolic link that leads back to itself; choose another"):
+        check_inputs(tmp_path / "out", [])
+    with pytest.raises(UserError, match="leads back to itself"), writing(tmp_path / "out", "train"):
+        pass
 
 
 def test_what_may_be_written(tmp_path: Path) -> None:

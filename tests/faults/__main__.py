@@ -10,16 +10,18 @@ import gc
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from tests.faults import page
-from tests.faults.cases import Case, all_faults, damaged, full, limited, may_mount, prepare
-from tests.faults.stages import STAGES, World, warm_up
+from tests.faults.cases import Case, Prepared, all_faults, damaged, full, limited, may_mount, prepare
+from tests.faults.stages import World, warm_up
 from tests.faults.trace import possible
 
 FLIPS = 1000
@@ -33,18 +35,23 @@ def work(folder: Path, part: int, parts: int, given: argparse.Namespace) -> None
     gc.collect()
     gc.freeze()  # forked processes leave these objects' memory shared
     world, draw = World(folder / str(part)), random.Random(part)
-    chosen = [stage for stage in STAGES if stage.disturbed and (not stages or stage.name in stages)]
+    ready: list[Prepared] = []
     with (folder / f"{part}.jsonl").open("w") as file:
-        for prepared in prepare(world, stages, way):
-            count = flips // parts // len(chosen) + 1 if prepared.stage.name != "tiny" else 0
-            cases = [all_faults(world, prepared, every, part, parts)]
-            cases.append(damaged(world, prepared, draw) for _ in range(count))
-            if part == parts - 1:
-                cases.append(limited(world, prepared, share) for share in shares)
-                cases.append(full(world, prepared, share) for share in shares if may_mount(folder / "mounted"))
-            for case in (case for source in cases for case in source):
+
+        def write(cases: Iterable[Case]) -> None:
+            for case in cases:
                 file.write(json.dumps(asdict(case)) + "\n")
                 file.flush()
+
+        for prepared in prepare(world, stages, way):
+            ready.append(prepared)
+            write(all_faults(world, prepared, every, given.all, part, parts))
+            if part == parts - 1:
+                write(limited(world, prepared, share) for share in shares)
+                write(full(world, prepared, share) for share in shares if may_mount(folder / "mounted"))
+        pairs = [(prepared, path) for prepared in ready for path in prepared.read]
+        count = flips * (part + 1) // parts - flips * part // parts
+        write(damaged(world, *pair, draw) for pair in draw.choices(pairs, k=count if pairs else 0))
 
 
 def main() -> int:
@@ -55,6 +62,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--flips", type=int, default=FLIPS, help="bytes changed on the disk")
     parser.add_argument("--every", type=int, default=1, help="disturb one in so many boundaries")
+    parser.add_argument("--all", action="store_true", help="every error at every boundary, not one in turn")
     parser.add_argument("--stages", nargs="*", default=[], help="some stages alone")
     parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of what a stage writes: then no room")
     parser.add_argument("--way", choices=("strace", "hooks"), default="strace" if possible() else "hooks")
@@ -75,9 +83,11 @@ def main() -> int:
     cases = [Case(**json.loads(line)) for line in lines]
     for case in page.wrong(cases):
         print(case)
-    print(page.summary(cases, time.perf_counter() - started))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    minutes = (used.ru_utime + used.ru_stime) / 60
+    print(page.summary(cases, time.perf_counter() - started, minutes))
     if given.page:
-        given.page.write_text(page.page(cases, given.way, given.every))
+        given.page.write_text(page.page(cases, given.way, given.every, minutes, given.all))
     return int(any(failed) or bool(page.wrong(cases)))
 
 

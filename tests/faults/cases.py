@@ -61,6 +61,7 @@ def prepare(world: World, names: Sequence[str] = (), way: str = "strace") -> Ite
         if stage.disturbed and (not names or stage.name in names):
             code = world.run(stage)
             assert code == 0, f"{stage.name}: {world.said()[-3000:]}"
+            world.learn()
             wanted = world.files()
             shutil.rmtree(world.copies / "after", ignore_errors=True)
             world.keep("after")
@@ -70,10 +71,16 @@ def prepare(world: World, names: Sequence[str] = (), way: str = "strace") -> Ite
             assert world.files() == wanted, f"{stage.name}: two undisturbed runs differ"
             assert not others, f"{stage.name}: other threads write {others[:3]}"
             mine = [b for b in found if not aside(b.path)]
-            yield Prepared(stage, mine, [path for path in read if not aside(path)], wanted, grown, way)
+            world.restore(stage.name)
+            there = [path for path in read if not aside(path) and _filled(world.root / path)]
+            yield Prepared(stage, mine, there, wanted, grown, way)
             world.restore(stage.name)
         code = world.run(stage)
         assert code == 0, f"{stage.name}: {world.said()[-3000:]}"
+
+
+def _filled(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
 
 
 def _size(folder: Path) -> int:
@@ -111,12 +118,21 @@ def repeated(world: World, prepared: Prepared) -> tuple[bool, str]:
     return not differing, ", ".join(differing[:3])
 
 
-def all_faults(world: World, prepared: Prepared, every: int, part: int = 0, parts: int = 1) -> Iterator[Case]:
-    """Every fault at one in ``every`` boundaries, drawn at random; of these, one process's part."""
+def all_faults(
+    world: World, prepared: Prepared, every: int, whole: bool, part: int = 0, parts: int = 1
+) -> Iterator[Case]:
+    """Faults at one in ``every`` boundaries, drawn at random; of these, one process's part. whole: every error at each."""
     chosen = sorted(random.Random(0).sample(range(len(prepared.boundaries)), -(-len(prepared.boundaries) // every)))
     for number in chosen[part::parts]:
-        for fault in FAULTS:
+        for fault in FAULTS if whole else in_turn(prepared.boundaries, number):
             yield struck(world, prepared, prepared.boundaries[number], fault)
+
+
+def in_turn(boundaries: Sequence[Boundary], number: int) -> list[str]:
+    """SIGKILL and one of the errors, in turn among the boundaries of a call; all of them where these are few."""
+    kill, *errors = FAULTS
+    alike = [index for index, boundary in enumerate(boundaries) if boundary.call == boundaries[number].call]
+    return [kill, errors[alike.index(number) % len(errors)]] if len(alike) >= len(errors) else [*FAULTS]
 
 
 def limited(world: World, prepared: Prepared, share: float) -> Case:
@@ -165,14 +181,13 @@ def _judged(world: World, prepared: Prepared, fault: str, path: str, code: int) 
     return Case(prepared.stage.name, fault, "write", path, code != 0, equal, told, note)
 
 
-def damaged(world: World, prepared: Prepared, draw: random.Random) -> Case:
-    """One byte changed, of one file that the stage reads, its times as before; the command must not take it.
+def damaged(world: World, prepared: Prepared, path: str, draw: random.Random) -> Case:
+    """One byte changed, of a file that the stage reads, its times as before; the command must not take it.
 
     A stage that makes such a file anew, so that all is as it should be, has found the damage too.
     """
     world.restore(prepared.stage.name)
-    present = [path for path in prepared.read if (world.root / path).is_file() and (world.root / path).stat().st_size]
-    file = world.root / draw.choice(present)
+    file = world.root / path
     before, data = file.stat(), bytearray(file.read_bytes())
     at = draw.randrange(len(data))
     data[at] ^= draw.randrange(1, 256)

@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from tests.faults.cases import Case
 from tests.faults.trace import FAULTS
 
+EACH, IN_TURN = (
+    "ENOSPC, EIO, EDQUOT",
+    "ENOSPC, EIO and EDQUOT in turn, each where a stage makes less than three such calls",
+)
 TEXT = """# Reliability
 
-Made by `make faults` ({faults} faults, {flips} changed bytes). Every stage runs on a very small world, once undisturbed
-under {way}; each of its calls that changes a file (open, write, fsync, rename, unlink, mkdir, …, of Python, torch,
+Made by `make faults` ({faults} faults, {flips} changed bytes; {minutes:.0f} minutes of user + system CPU, shared by two
+processes). Every stage runs on a very small world, once undisturbed under {way}; each of its calls that changes a file (open, write, fsync, rename, unlink, mkdir, …, of Python, torch,
 safetensors and Arrow alike) is a boundary. Then it runs again and again, and at {each} the process is
-killed (SIGKILL) or the call fails (ENOSPC, EIO, EDQUOT). After each fault the same command is run again: it must end with the
+killed (SIGKILL), and the call fails ({errors}). After each fault the same command is run again: it must end with the
 same bytes in the same files, and no other file may be left.
 
-Below: how many faults were struck, and of how many the repeated command came to the same files.
+Below: how many faults were struck, and of how many the repeated command came to the same files. {unmet} faults struck the same call
+at another file than was meant.
 
 {table}
 
@@ -39,14 +44,18 @@ def wrong(cases: Sequence[Case]) -> list[Case]:
     return [case for case in cases if not case.equal or not case.told]
 
 
-def summary(cases: Sequence[Case], seconds: float) -> str:
-    """One line."""
-    unmet = sum(not case.met for case in cases)
-    return f"{len(cases)} cases in {seconds:.0f} s, {len(wrong(cases))} wrong, {unmet} faults met another file"
+def summary(cases: Sequence[Case], seconds: float, minutes: float) -> str:
+    """One line. minutes: of user and system CPU."""
+    done = f"{len(cases)} cases in {seconds:.0f} s, {minutes:.1f} minutes of CPU"
+    return f"{done}, {len(wrong(cases))} wrong, {_unmet(cases)} faults met another file"
 
 
-def page(cases: Sequence[Case], way: str, every: int = 1) -> str:
-    """The page."""
+def _unmet(cases: Sequence[Case]) -> int:
+    return sum(not case.met for case in cases if case.fault in FAULTS)
+
+
+def page(cases: Sequence[Case], way: str, every: int, minutes: float, whole: bool) -> str:
+    """The page. minutes: of user and system CPU; whole: each error was struck at each boundary, not one in turn."""
     faults = [case for case in cases if case.fault in FAULTS]
     room = [case for case in cases if case.fault in ("full disk", "RLIMIT_FSIZE")]
     flips = [case for case in cases if case.fault == "damage"]
@@ -55,6 +64,9 @@ def page(cases: Sequence[Case], way: str, every: int = 1) -> str:
     return TEXT.format(
         way="strace" if way == "strace" else "Python's audit hooks",
         each="each boundary" if every == 1 else f"one in {every} of them, drawn at random,",
+        errors=EACH if whole else IN_TURN,
+        minutes=minutes,
+        unmet=_unmet(faults),
         faults=len(faults),
         flips=len(flips),
         table=_table(faults, ["boundaries", *FAULTS]),
@@ -66,7 +78,9 @@ def page(cases: Sequence[Case], way: str, every: int = 1) -> str:
 
 def _table(cases: Sequence[Case], columns: list[str]) -> str:
     lines = ["| stage | call | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
-    for stage, call in dict.fromkeys((case.stage, case.call) for case in cases):
+    stages = [*dict.fromkeys(case.stage for case in cases)]
+    pairs = {(case.stage, case.call) for case in cases}
+    for stage, call in sorted(pairs, key=lambda pair: (stages.index(pair[0]), pair)):
         own = [case for case in cases if (case.stage, case.call) == (stage, call)]
         by_fault = {fault: [case for case in own if case.fault == fault] for fault in FAULTS}
         cells = [f"{sum(c.equal for c in found)} of {len(found)} equal" for found in by_fault.values()]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import os
+import pickle
 import shutil
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fusechat.app.verbs import VERBS
 
@@ -80,27 +84,30 @@ STAGES = [
 
 
 def warm_up() -> None:
-    """Imports what stages import, so that a forked process need not."""
+    """Imports what stages begin with, so that a forked process need not; the rest follows when one has ended."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     sys.path.insert(0, str(REPOSITORY))
     os.chdir(REPOSITORY)
-    for module in ("torch", "lightning", "datasets", "pandas", "matplotlib.pyplot", "optuna", "numba"):
+    for module in ("torch", *{VERBS[stage.verb] for stage in STAGES}):
         importlib.import_module(module)
-    for module in ("LlamaForCausalLM", "GPTNeoXForCausalLM", "PreTrainedTokenizerFast"):
-        getattr(importlib.import_module("transformers"), module)
-    for module in {VERBS[stage.verb] for stage in STAGES}:
-        importlib.import_module(module)
-    for module in (
-        "extract.stage",
-        "align.stage",
-        "fusion.run",
-        "fusion.fit",
-        "merging.run",
-        "evaluate.stage",
-        "tiny.stage",
-    ):
-        importlib.import_module(f"fusechat.{module}")
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # built once
+
+
+def compose_once(folder: Path) -> None:
+    """Hydra composes each command's config once: half of the time of a stage as small as these. Kept in ``folder``."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    compose: Any = ConfigLoaderImpl.load_configuration
+
+    def composed(*arguments: Any, **options: Any) -> Any:
+        said = repr((arguments[1:], sorted(options.items())))
+        file = folder / f"{hashlib.sha1(said.encode()).hexdigest()}.pickle"
+        if not file.exists():
+            file.write_bytes(pickle.dumps(compose(*arguments, **options)))
+        return pickle.loads(file.read_bytes())
+
+    ConfigLoaderImpl.load_configuration = composed  # type: ignore[method-assign]
 
 
 class World:
@@ -108,8 +115,10 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.root, self.copies = folder / "runs", folder / "copies"
-        self.output = folder / "output"
-        self.root.mkdir(parents=True)
+        self.output, self.modules = folder / "output", folder / "modules"
+        for place in (self.root, folder / "configs"):
+            place.mkdir(parents=True)
+        compose_once(folder / "configs")
         os.environ |= {"FUSECHAT_CACHE": str(folder / "memory"), "HF_HOME": str(self.root / "cache")}
         os.environ |= {"HF_DATASETS_CACHE": str(self.root / "cache/datasets")}
 
@@ -118,6 +127,7 @@ class World:
         if pid := os.fork():
             return pid
         code = 99
+        gc.disable()
         try:
             output = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
@@ -126,6 +136,7 @@ class World:
             first()
             importlib.import_module(VERBS[stage.verb]).main()
             code = 0
+            self.modules.write_text("\n".join(sys.modules))
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         except BaseException:
@@ -138,6 +149,12 @@ class World:
     def run(self, stage: Stage) -> int:
         """Runs a stage undisturbed; returns its exit code."""
         return exit_code(os.waitpid(self.start(stage), 0)[1])
+
+    def learn(self) -> None:
+        """Imports what the last stage has imported, so that those to come need not."""
+        for name in self.modules.read_text().splitlines():
+            with suppress(ImportError):
+                importlib.import_module(name)
 
     def said(self) -> str:
         """What the last stage has printed."""
