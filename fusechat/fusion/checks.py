@@ -49,6 +49,15 @@ def check_checkpoint(path: str) -> None:
         raise UserError(f"ckpt_path={path} {what}; give a .ckpt of this training, or ckpt_path=last or null")
 
 
+def check_sharded(checkpoint: str | None, strategy: str) -> None:
+    """Raises `UserError` where a checkpoint in shards, a folder, meets a strategy that has none."""
+    if checkpoint and Path(checkpoint).is_dir() and strategy != "fsdp":
+        raise UserError(
+            f"{checkpoint} is in shards, as trainer=fsdp writes it, and trainer.strategy={strategy} reads a file; go on "
+            "with trainer=fsdp (trainer.devices=1 will do), or begin anew with ckpt_path=null"
+        )
+
+
 def check_target_room(output: Path, pivot: Path, lora: Mapping[str, Any]) -> None:
     """`check_room` for a target of a local pivot and, unless adapters are trained, two checkpoints on the way."""
     if not pivot.is_dir():

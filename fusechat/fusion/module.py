@@ -90,7 +90,9 @@ class FusionModule(lightning.LightningModule):
             if self.gradient_checkpointing:
                 model.enable_input_require_grads()
         if self.loss.chunked:
-            self.head = OutputHead(model)
+            self.head = OutputHead(
+                model, "set loss.chunked=false (FusionLoss(chunked=False)): the model's own logits serve"
+            )
         self.model = model.train()
         if self._device_mesh is not None:
             device = self.trainer.strategy.root_device
