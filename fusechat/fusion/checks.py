@@ -50,12 +50,16 @@ def check_checkpoint(path: str) -> None:
 
 
 def check_sharded(checkpoint: str | None, strategy: str) -> None:
-    """Raises `UserError` where a checkpoint in shards, a folder, meets a strategy that has none."""
-    if checkpoint and Path(checkpoint).is_dir() and strategy != "fsdp":
-        raise UserError(
-            f"{checkpoint} is in shards, as trainer=fsdp writes it, and trainer.strategy={strategy} reads a file; go on "
-            "with trainer=fsdp (trainer.devices=1 will do), or begin anew with ckpt_path=null"
-        )
+    """Raises `UserError` where a checkpoint in shards (a folder) meets a trainer of whole files, or the other way."""
+    if checkpoint is None or Path(checkpoint).is_dir() == (strategy == "fsdp"):
+        return
+    made, other = "in shards, as trainer=fsdp writes it", "trainer=fsdp"
+    if strategy == "fsdp":
+        made, other = "one file, as every trainer but fsdp writes it", "trainer=cpu or trainer=ddp"
+    raise UserError(
+        f"{checkpoint} is {made}, and trainer.strategy={strategy} cannot read it; go on with {other} "
+        "(trainer.devices=1 will do), or begin anew with ckpt_path=null"
+    )
 
 
 def check_target_room(output: Path, pivot: Path, lora: Mapping[str, Any]) -> None:

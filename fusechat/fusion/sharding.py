@@ -54,7 +54,7 @@ def shard(model: nn.Module, mesh: Any, compute: torch.dtype, device: torch.devic
     for name, tensor in held(model).items():
         source = whole.pop(name).to(device) if first else None
         if isinstance(tensor, DTensor):
-            _hand_out(source, tensor.detach().to_local(), tensor.shape, group)
+            _hand_out(source, tensor.to_local().detach(), tensor.shape, group)
         else:
             dist.broadcast(tensor.data if source is None else source, group_src=0, group=group)
 

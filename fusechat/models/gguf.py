@@ -28,10 +28,10 @@ def given(path: str) -> tuple[str, dict[str, str]]:
 def check_plain(path: str | Path, role: str) -> None:
     """Raises `UserError` where a GGUF file is given for what has to be a directory. role: its key."""
     if is_gguf(str(path)):
-        code = f"from pathlib import Path; from fusechat.models.gguf import write_plain; write_plain('{path}', Path('DIR'))"
+        code = f"from pathlib import Path as P; from fusechat.models.gguf import *; write_plain('{path}', P('DIR'))"
         raise UserError(
-            f"{role}={path} is a GGUF file, whose weights are rounded, and has to be a Hugging Face directory; write one "
-            f'with: python -c "{code}"'
+            f"{role}={path} is a GGUF file, whose weights are rounded, and has to be a Hugging Face directory; write "
+            f'one with: python -c "{code}"'
         )
 
 

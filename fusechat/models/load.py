@@ -102,7 +102,7 @@ def empty_model(
 
     place, named = given(path)
     config = AutoConfig.from_pretrained(place, **named, revision=revision, trust_remote_code=trust_remote_code)
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     options |= {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)

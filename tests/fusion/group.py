@@ -44,7 +44,6 @@ LORA = {"enabled": True, "r": 2}
 THREE_EPOCHS = {"max_epochs": 3}  # of three steps
 RESUMED = Case("resumed", trainer=THREE_EPOCHS)
 DROPOUT = Case("dropout", sgd=False, trainer=THREE_EPOCHS, options={"lora": {**LORA, "lora_dropout": 0.5}})
-SWITCHED = Case("switched", sgd=False, trainer=THREE_EPOCHS)  # its first part by ddp, its second by fsdp
 STOP = 8  # optimizer steps, of which seven are kept
 CLIP = 0.1  # below every gradient's norm here
 
@@ -85,8 +84,6 @@ def rank(number: int, world: int, root: Path, jobs: list[tuple[Case, str]]) -> N
         stopped(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}-stopped", strategy, world)
         run(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}-stopped", strategy, world)
         run(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}", strategy, world)
-    for strategy, part in (("ddp", stopped), ("fsdp", run)):
-        part(SWITCHED, root, f"{SWITCHED.name}-{world}", strategy, world)
     loading(root, number, world)
     dist.destroy_process_group()
 

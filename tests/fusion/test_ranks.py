@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fusechat.app.errors import UserError
 from fusechat.fusion.plan import Plan
 from tests.conftest import Mini
-from tests.fusion.group import CASES, CLIP, DROPOUT, RESUMED, SWITCHED, rank, run, stopped
+from tests.fusion.group import CASES, CLIP, DROPOUT, RESUMED, rank, run, stopped
 from tests.fusion.test_training import distance
 
 SHARED = {case.name: case for case in CASES}
@@ -38,7 +38,7 @@ def place(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pivot.tie_weights()
     pivot.save_pretrained(root / "world/models/tied")
     transformers.AutoTokenizer.from_pretrained(root / "world/models/pivot").save_pretrained(root / "world/models/tied")
-    for case in [*CASES, RESUMED, SWITCHED]:
+    for case in [*CASES, RESUMED]:
         run(case, root, f"{case.name}-alone", "auto", 1)
     large = transformers.LlamaConfig(
         vocab_size=4096,
@@ -159,21 +159,18 @@ def test_a_resume_on_one_rank_takes_the_same_chats(strategy: str, group: int, pl
     assert not folder.exists(), "checkpoints of a finished run are removed"
 
 
-def test_a_file_goes_on_in_shards(group: int, place: Path) -> None:
-    """AdamW's state too: without it, every weight would take a step of the learning rate."""
-    alone, ours = (weights(place, f"{SWITCHED.name}-{end}") for end in ("alone", group))
-    pivot = load_file(place / "world/models/pivot/model.safetensors")
-    assert apart(alone, ours) < 1e-3 * apart(alone, pivot)
-    assert not list((place / "checkpoints").glob(f"{SWITCHED.name}-{group}-*"))
-
-
-def test_shards_are_for_fsdp(place: Path) -> None:
-    name = f"{RESUMED.name}-refused"
-    stopped(RESUMED, place, name, "fsdp", 1)
-    with pytest.raises(
-        UserError, match=r"step=7\.ckpt is in shards, as trainer=fsdp writes it, .*=auto reads a file; go"
-    ):
-        run(RESUMED, place, name, "auto", 1)
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        ("fsdp", "auto", "in shards, as trainer=fsdp writes it, .*=auto cannot read it; go on with trainer=fsdp"),
+        ("auto", "fsdp", "one file, as every trainer but fsdp writes it, .*=fsdp cannot .* trainer=cpu or trainer=ddp"),
+    ],
+)
+def test_a_checkpoint_is_for_its_kind_of_trainer(first: str, then: str, told: str, place: Path) -> None:
+    name = f"{RESUMED.name}-by-{first}"
+    stopped(RESUMED, place, name, first, 1)
+    with pytest.raises(UserError, match=rf"step=7\.ckpt is {told}"):
+        run(RESUMED, place, name, then, 1)
 
 
 def test_one_rank_alone_loads_the_weights(group: int, place: Path) -> None:
