@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -136,9 +137,8 @@ def checkpoints(root: Path, sizes: Sizes, device: str) -> float:
 def merging(sizes: Sizes, device: str) -> list[list[Any]]:
     """Two targets by each method, slices on the CPU and on the card: seconds, and seconds a gigabyte of the output."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, FUSECHAT_CACHE=f"{folder}/memory"):
         root = Path(folder)
-        os.environ["FUSECHAT_CACHE"] = str(root / "memory")
         size = checkpoints(root, sizes, device)
         for method, settings in MERGED.items():
             for where in dict.fromkeys(("cpu", device)):
