@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import transformers
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from submitit.slurm.slurm import _make_sbatch_string
 
 import train
 from fusechat import merge_search
+from fusechat.app.command import CONF
 from fusechat.merge_search import held_out_chats
 from fusechat.merging.search import COLUMN
 from tests.conftest import ROOT, Mini
@@ -163,6 +166,28 @@ def test_a_sweep_without_jobs_is_an_error(
     with pytest.raises(SystemExit):
         sweep(monkeypatch, fresh, "seed=range(0,0)")
     assert "the sweep has no jobs: one of its choices is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "asked"),
+    [
+        ("train", ["nodes=2", "ntasks-per-node=8", "gpus-per-node=8"]),
+        ("extract", ["nodes=1", "ntasks-per-node=1", "gpus-per-node=4"]),
+        ("evaluate", ["nodes=1", "ntasks-per-node=1", "gpus-per-node=1"]),
+        ("merge", ["nodes=1", "ntasks-per-node=1"]),
+    ],
+)
+def test_a_slurm_job_has_as_many_tasks_as_its_stage_has_ranks(stage: str, asked: list[str]) -> None:
+    """The script that submitit would send."""
+    GlobalHydra.instance().clear()
+    numbers = ["trainer.devices=8", "trainer.num_nodes=2", "extract.trainer.devices=4"]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose(stage, ["sweep=slurm", *numbers], return_hydra_config=True)
+    queue = {key: cfg.hydra.launcher[key] for key in ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task")}
+    queue["ntasks_per_node"] = queue.pop("tasks_per_node")
+    lines = _make_sbatch_string("true", folder="x", **queue).splitlines()
+    shown = [line.removeprefix("#SBATCH --") for line in lines if "node" in line and line.startswith("#SBATCH")]
+    assert sorted(shown) == sorted(asked)
 
 
 def test_the_slurm_sweep_submits_each_job(fresh: Mini) -> None:

@@ -50,6 +50,7 @@ def label(path: str | None) -> str:
 OmegaConf.register_new_resolver("label", label, replace=True)
 OmegaConf.register_new_resolver("stem", lambda path: Path(path).stem, replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(path or "target").name, replace=True)
+OmegaConf.register_new_resolver("case", lambda key, cases, otherwise: cases.get(key, otherwise), replace=True)
 
 
 def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:

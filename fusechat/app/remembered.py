@@ -81,6 +81,11 @@ def _lines() -> dict[str, Known]:
     return found
 
 
+def folder() -> Path:
+    """Where what outlives a process lies, all of it made again at need."""
+    place = os.environ.get("FUSECHAT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fusechat"
+    return Path(place).expanduser()
+
+
 def _file() -> Path:
-    folder = os.environ.get("FUSECHAT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fusechat"
-    return Path(folder).expanduser() / "checksums.jsonl"
+    return folder() / "checksums.jsonl"

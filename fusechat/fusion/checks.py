@@ -49,6 +49,19 @@ def check_checkpoint(path: str) -> None:
         raise UserError(f"ckpt_path={path} {what}; give a .ckpt of this training, or ckpt_path=last or null")
 
 
+def check_sharded(checkpoint: str | None, strategy: str) -> None:
+    """Raises `UserError` where a checkpoint in shards (a folder) meets a trainer of whole files, or the other way."""
+    if checkpoint is None or Path(checkpoint).is_dir() == (strategy == "fsdp"):
+        return
+    made, other = "in shards, as trainer=fsdp writes it", "trainer=fsdp"
+    if strategy == "fsdp":
+        made, other = "one file, as every trainer but fsdp writes it", "trainer=cpu or trainer=ddp"
+    raise UserError(
+        f"{checkpoint} is {made}, and trainer.strategy={strategy} cannot read it; go on with {other} "
+        "(trainer.devices=1 will do), or begin anew with ckpt_path=null"
+    )
+
+
 def check_target_room(output: Path, pivot: Path, lora: Mapping[str, Any]) -> None:
     """`check_room` for a target of a local pivot and, unless adapters are trained, two checkpoints on the way."""
     if not pivot.is_dir():

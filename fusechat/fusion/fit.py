@@ -10,7 +10,7 @@ from typing import Any
 from fusechat.app.trainer import quiet_trainer, seed_everything
 from fusechat.fusion.callbacks import SavePretrained, make_callbacks
 from fusechat.fusion.checkpoints import step_of, to_resume
-from fusechat.fusion.checks import check_target_room, check_tokens
+from fusechat.fusion.checks import check_sharded, check_target_room, check_tokens
 from fusechat.fusion.data import FusionDataModule
 from fusechat.fusion.failures import Explained
 from fusechat.fusion.module import FusionModule
@@ -49,10 +49,10 @@ def fit(
     commands = (*remedies, "python -m fusechat.extract source=pivot")
     check_tokens(training.stores, tokenizer, training.pivot, commands[0])
     check_target_room(output, Path(training.pivot), training.lora)
-    seed_everything(training.seed)
     data, module = _data(training, tokenizer), _module(training)
     checkpoints = training.checkpoints(output)
     checkpoint = to_resume(checkpoints, resume)
+    check_sharded(checkpoint, training.trainer["strategy"])
     loggers = logger(step_of(checkpoint)) if logger else False
     saver = SavePretrained(output, Description.of(training, output.name, module, data, tokenizer, record).write)
     failures = Explained()
@@ -61,6 +61,7 @@ def fit(
     trainer = quiet_trainer({**training.trainer, **options}, beside, loggers)
     trainer.accumulate_grad_batches = _share(training, trainer).accumulate
     with group_of_one(trainer.world_size), failures.around(trainer, module):
+        seed_everything(training.seed)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         return _finish(trainer, saver, None if callbacks.keep_checkpoints else checkpoints)
 

@@ -20,7 +20,7 @@ from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.options import Optimizer
 from fusechat.fusion.ranks import gathered, generators, set_generators
 from fusechat.fusion.rules import FusionRule, cross_entropy
-from fusechat.fusion.sharding import shard, within
+from fusechat.fusion.sharding import first_loads, shard, within
 from fusechat.models import load as models
 from fusechat.models.heads import OutputHead
 from fusechat.stores.units import bits_per_byte
@@ -81,7 +81,8 @@ class FusionModule(lightning.LightningModule):
         """Loads the pivot once, in training mode (from_pretrained leaves dropout and gradient checkpointing off)."""
         if self.model is not None:
             return
-        model: Any = models.load_model(self.path, **self.loading)
+        sharded = self._device_mesh is not None
+        model: Any = first_loads(self._load, self._empty) if sharded else self._load()
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.lora:
@@ -89,10 +90,19 @@ class FusionModule(lightning.LightningModule):
             if self.gradient_checkpointing:
                 model.enable_input_require_grads()
         if self.loss.chunked:
-            self.head = OutputHead(model)
+            self.head = OutputHead(
+                model, "set loss.chunked=false (FusionLoss(chunked=False)): the model's own logits serve"
+            )
         self.model = model.train()
         if self._device_mesh is not None:
-            shard(model, self._device_mesh["data_parallel"], getattr(torch, self.compute))
+            device = self.trainer.strategy.root_device
+            shard(model, self._device_mesh["data_parallel"], getattr(torch, self.compute), device)
+
+    def _load(self) -> Any:
+        return models.load_model(self.path, **self.loading)
+
+    def _empty(self) -> Any:
+        return models.empty_model(self.path, **{key: of for key, of in self.loading.items() if key != "load_in"})
 
     def on_fit_start(self) -> None:
         """On the device, in the precision and the shards of the training: does the head give the model's logits?"""

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from fusechat.app.errors import UserError
 
 T = TypeVar("T")
-VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+VARIABLES = ["MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"]
+VARIABLES += ["PL_GLOBAL_SEED", "PL_SEED_WORKERS"]  # by Lightning's seed_everything
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from fusechat.fusion.precision import check_quantised, weights_dtype
 from fusechat.fusion.record import metric_of
 from fusechat.fusion.rules import FusionRule
 from fusechat.fusion.training import Training
+from fusechat.models.gguf import check_plain
 
 LORA = {"enabled": False, "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 TRAINER = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
@@ -82,6 +83,7 @@ def train(
     out of range, missing or unfit stores, and an output_dir that other settings have made (unless ``overwrite``).
     """
     lora, trainer = {**LORA, **(lora or {})}, {**TRAINER, **(trainer or {})}
+    check_plain(pivot, "pivot.path")
     settings.check("lora", **lora)
     settings.check("trainer", **trainer)
     if "accumulate_grad_batches" in trainer:

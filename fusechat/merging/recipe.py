@@ -16,6 +16,7 @@ from fusechat.app.settings import check
 from fusechat.merging.family import settings_of, total_of
 from fusechat.merging.methods import METHODS
 from fusechat.models.devices import device_of
+from fusechat.models.gguf import check_plain
 from fusechat.models.load import model_identity
 
 COMMON = ("weights", "patterns", "dtype", "max_shard_size")  # of every method, and of the fingerprint
@@ -145,6 +146,9 @@ class Recipe:
             total_of(weights)
 
     def _check_paths(self) -> None:
+        check_plain(self.pivot_path, "pivot.path")
+        for path in self.target_paths:
+            check_plain(path, "targets")
         for path in self.target_paths:
             if not path.is_dir():
                 raise UserError(f"the target {path} does not exist; make it with: {self.made_by} source={path.name}")

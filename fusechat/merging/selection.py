@@ -14,7 +14,8 @@ from fusechat.merging.slices import Slices
 UPPER = 1 << 15  # bins of the upper half of a float's bits, the sign left out
 STRIDE, SAMPLED = 16, 1 << 20  # of parameters with that many elements, one block in 16 is a sample
 COARSE = 1 << 9  # bins that are searched together
-NEAR = 1 << 19  # values around a guess, as bits, that are told apart
+EXACT, NEAR, WIDE = 1 << 16, 1 << 17, 1 << 19  # values around a guess, as bits, that are told apart
+LARGE = 1 << 24  # elements beyond which a wide count costs less than a guess that missed
 Counts = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -88,14 +89,15 @@ def _largest(slices: Slices, variance: bool, wanted: Callable[[list[int]], Seque
     amount = 1 if variance else len(slices.targets)
     stride = STRIDE if slices.compiled and slices.size >= SAMPLED else 1
     while True:
+        near_by = EXACT if stride == 1 else NEAR if slices.size < LARGE else WIDE
         sample = histograms(slices, variance, 16, np.zeros(amount, np.int64), UPPER, stride)
         size = sample[:, :-1].sum(1)
         guess = wanted([int(n * (slices.size / s)) for n, s in zip(size - sample[:, -1], size, strict=True)])
         middle = [
             _kth(h[:-2], min(s, int(c * s / slices.size)))[1] for h, c, s in zip(sample, guess, size, strict=True)
         ]
-        floors = np.array([max(0, (bin << 16) + (1 << 15) - NEAR // 2) for bin in middle], np.int64)
-        near = histograms(slices, variance, 0, floors, NEAR, 1)
+        floors = np.array([max(0, (bin << 16) + (1 << 15) - near_by // 2) for bin in middle], np.int64)
+        near = histograms(slices, variance, 0, floors, near_by, 1)
         counts = wanted([slices.size - int(zeros) for zeros in near[:, -1]])
         found = [_threshold(*of_one, slices.size) for of_one in zip(near, floors, counts, strict=True)]
         if all(found) or stride == 1:

@@ -15,13 +15,14 @@ import torch
 
 from fusechat.app.errors import UserError, one_of
 from fusechat.app.outputs import read_json, tidy, write_json
+from fusechat.app.remembered import folder
 from fusechat.merging.dense import linear
 from fusechat.merging.family import METHODS, Parts, Weights
 from fusechat.merging.groups import GRANULARITIES, group_of
 from fusechat.merging.inputs import Inputs
 from fusechat.merging.slices import Slices
 
-CACHE = ".fusechat-variation.json"
+BESIDE = ".fusechat-variation.json"  # in a target, of earlier versions: read, and left as it is
 GroupWeights = dict[str, list[float] | None]  # group -> one weight per target (sum 1); None where no target changed it
 
 
@@ -83,7 +84,7 @@ def measured_weights(
 ) -> GroupWeights:
     """The groups' weights, from one pass over every target; none for ``granularity=parameter``.
 
-    identities: hashes of pivot and targets, under which what was measured is kept beside the target. variation:
+    identities: hashes of pivot and targets, under which what was measured is remembered. variation:
     ``square`` (published) or ``abs``. weighting: ``share`` (published), or ``softmax`` of the variations over their
     mean and the temperature. Raises `UserError` where no target differs from the pivot, unless ``allow_unchanged``.
     """
@@ -131,21 +132,20 @@ def _normalised(variations: list[float], weighting: str, temperature: float) -> 
 
 
 def change_of_target(inputs: Inputs, j: int, key: str) -> dict[str, Change]:
-    """The change of every tensor of target ``j``; kept beside the target under ``key``, both contents' hashes.
+    """The change of every tensor of target ``j``, remembered in `remembered.folder` under both contents' hashes.
 
-    Raises `UserError` for NaN or inf.
+    key: these, ``pivot:target``. Raises `UserError` for NaN or inf.
     """
-    file = inputs.targets[j].path / CACHE
-    tidy(file)  # of a killed merge; one that goes on in another process measures again next time
-    held = read_json(file) if file.exists() else {}
-    if key in held:
-        return {name: Change(*entry) for name, entry in held[key].items()}
+    own, beside = folder() / "variation" / f"{key.replace(':', '-')}.json", inputs.targets[j].path / BESIDE
+    tidy(own)  # of a killed merge; one that goes on in another process measures again next time
+    for file in (own, beside):
+        if file.exists() and (held := read_json(file).get(key)) is not None:
+            return {name: Change(*entry) for name, entry in held.items()}
     found = {name: _change(inputs, j, name) for name in inputs.floating}
     for checkpoint in (inputs.pivot, inputs.targets[j]):
         checkpoint.verify()
-    held[key] = {name: [c.square, c.absolute, c.size] for name, c in found.items()}
-    with contextlib.suppress(OSError):  # a read-only target: measured again next time
-        write_json(file, held)
+    with contextlib.suppress(OSError):  # a read-only cache: measured again next time
+        write_json(own, {key: {name: [c.square, c.absolute, c.size] for name, c in found.items()}})
     return found
 
 

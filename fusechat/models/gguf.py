@@ -25,6 +25,16 @@ def given(path: str) -> tuple[str, dict[str, str]]:
     return (str(Path(path).parent), {"gguf_file": Path(path).name}) if is_gguf(path) else (path, {})
 
 
+def check_plain(path: str | Path, role: str) -> None:
+    """Raises `UserError` where a GGUF file is given for what has to be a directory. role: its key."""
+    if is_gguf(str(path)):
+        code = f"from pathlib import Path as P; from fusechat.models.gguf import *; write_plain('{path}', P('DIR'))"
+        raise UserError(
+            f"{role}={path} is a GGUF file, whose weights are rounded, and has to be a Hugging Face directory; write "
+            f'one with: python -c "{code}"'
+        )
+
+
 def load_gguf(path: str, **options: Any) -> PreTrainedModel:
     """The model of a GGUF file as a plain one, its weights unpacked. options: of ``from_pretrained``.
 

@@ -34,10 +34,12 @@ class OutputHead:
 
     Covers scaled (Cohere, Granite) and soft-capped (Gemma-2) logits and tied embeddings; `verify` compares with the
     model's own logits and refuses whatever else an architecture may do. B batch, T tokens, D hidden size, V vocabulary.
+    otherwise: what can be done with a model that is refused.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, otherwise: str = "take another model") -> None:
         whole: Any = model
+        self.otherwise = otherwise
         self.model: Any = whole.get_base_model() if hasattr(model, "get_base_model") else whole
         config = self.model.config.get_text_config()
         self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
@@ -46,7 +48,7 @@ class OutputHead:
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise UserError(f"{type(self.model).__name__} has no linear lm_head; set loss.chunked=false")
+            raise UserError(f"{type(self.model).__name__} has no linear lm_head; {otherwise}")
         self.projection: nn.Linear = head
         self.vocabulary = int(config.vocab_size)
 
@@ -82,5 +84,5 @@ class OutputHead:
         if own.shape != ours.shape or (own - ours).abs().max() > tolerance * own.abs().max().clamp_min(1.0):
             raise UserError(
                 f"{type(self.model).__name__} computes its logits in a way that backbone and lm_head do not show; "
-                "set loss.chunked=false to use the model's own logits"
+                f"{self.otherwise}"
             )

@@ -88,6 +88,27 @@ def load_model(
     return model if device is None or device_map or load_in else model.to(device)
 
 
+def empty_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The same model as `load_model` gives, on ``meta``: its modules without their weights, of which none is read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place, named = given(path)
+    config = AutoConfig.from_pretrained(place, **named, revision=revision, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options |= {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+    return model.eval()
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
     """Raises `UserError` where the tokenizer has ids beyond the model's embedding; a padded embedding is fine."""
     rows = model.get_input_embeddings().weight.shape[0]

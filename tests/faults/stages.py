@@ -44,7 +44,6 @@ SMALL = [
 ]
 HYDRA = ["hydra.output_subdir=null", *(f"hydra.{key}=${{paths.root}}/hydra" for key in ("run.dir", "sweep.dir"))]
 HYDRA += ["hydra/job_logging=stdout", "hydra.sweep.subdir=."]
-CACHE = ".fusechat-variation.json"  # what a merge has measured, kept beside its inputs: no output, made again at need
 ASIDE = ("cache", "logs", "hydra")  # Hugging Face's cache and logs: no results
 
 
@@ -177,7 +176,7 @@ class World:
         return {
             str(p): hashlib.sha1(f.read_bytes()).hexdigest()
             for f, p in places
-            if p.parts[0] not in ASIDE and "logs" not in p.parts and f.name != CACHE
+            if p.parts[0] not in ASIDE and "logs" not in p.parts
         }
 
 

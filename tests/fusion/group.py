@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from fusechat.fusion import Callbacks, Data, FusionLoss, Optimizer, train
 from fusechat.fusion.module import FusionModule
+from tests.benchmarks.measure import resident
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,25 @@ def rank(number: int, world: int, root: Path, jobs: list[tuple[Case, str]]) -> N
         stopped(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}-stopped", strategy, world)
         run(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}-stopped", strategy, world)
         run(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}", strategy, world)
+    loading(root, number, world)
     dist.destroy_process_group()
+
+
+def loading(root: Path, number: int, world: int) -> None:
+    """Writes down how far the peak of this rank's memory rises while the large pivot is loaded and sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    module = FusionModule(str(root / "world/models/large"), ["a"])
+    module._device_mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("data_parallel",))
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmHWM:")
+    module.configure_model()
+    rise = resident("VmHWM:") - before
+    own = {name: tensor.full_tensor() for name, tensor in module.model.named_parameters()}
+    sums = [hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for tensor in own.values()]
+    sums += [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in module.model.buffers()]
+    (root / f"loaded-{number}-of-{world}.json").write_text(json.dumps({"rise": rise, "sums": sums}))
 
 
 class Stopped(Exception):

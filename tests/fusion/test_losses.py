@@ -302,8 +302,9 @@ def test_a_head_that_hides_something_is_refused() -> None:
     model = family("llama")
     forward = model.forward
     model.forward = lambda *a, **k: (out := forward(*a, **k)).__setitem__("logits", out.logits + 1) or out
-    with pytest.raises(UserError, match=r"loss\.chunked=false"):
-        OutputHead(model).verify(torch.arange(5).unsqueeze(0))
+    for remedy, told in (((), "do not show; take another model"), (("set x",), "do not show; set x")):
+        with pytest.raises(UserError, match=told):
+            OutputHead(model, *remedy).verify(torch.arange(5).unsqueeze(0))
 
 
 def test_unknown_names() -> None:

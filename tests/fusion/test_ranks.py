@@ -1,6 +1,7 @@
 """Several ranks train what one process trains: weights, logged numbers, exports; one group of processes a world size."""
 
 import csv
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -14,9 +15,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from fusechat.app.errors import UserError
 from fusechat.fusion.plan import Plan
 from tests.conftest import Mini
-from tests.fusion.group import CASES, CLIP, DROPOUT, RESUMED, rank, run
+from tests.fusion.group import CASES, CLIP, DROPOUT, RESUMED, rank, run, stopped
 from tests.fusion.test_training import distance
 
 SHARED = {case.name: case for case in CASES}
@@ -38,6 +40,15 @@ def place(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.AutoTokenizer.from_pretrained(root / "world/models/pivot").save_pretrained(root / "world/models/tied")
     for case in [*CASES, RESUMED]:
         run(case, root, f"{case.name}-alone", "auto", 1)
+    large = transformers.LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        intermediate_size=1536,
+        tie_word_embeddings=True,
+    )
+    transformers.AutoModelForCausalLM.from_config(large).save_pretrained(root / "world/models/large")
     original = Plan._steps
     for n, strategy in itertools.product(range(3), ALONE):  # the chats of every step in another order
         with pytest.MonkeyPatch.context() as patch:
@@ -146,3 +157,30 @@ def test_a_resume_on_one_rank_takes_the_same_chats(strategy: str, group: int, pl
     assert distance(weights(place, name), weights(place, f"{RESUMED.name}-alone")) < 1e-6
     assert [p.name for p in (place / "logs" / name).iterdir()]
     assert not folder.exists(), "checkpoints of a finished run are removed"
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        ("fsdp", "auto", "in shards, as trainer=fsdp writes it, .*=auto cannot read it; go on with trainer=fsdp"),
+        ("auto", "fsdp", "one file, as every trainer but fsdp writes it, .*=fsdp cannot .* trainer=cpu or trainer=ddp"),
+    ],
+)
+def test_a_checkpoint_is_for_its_kind_of_trainer(first: str, then: str, told: str, place: Path) -> None:
+    name = f"{RESUMED.name}-by-{first}"
+    stopped(RESUMED, place, name, first, 1)
+    with pytest.raises(UserError, match=rf"step=7\.ckpt is {told}"):
+        run(RESUMED, place, name, then, 1)
+
+
+def test_one_rank_alone_loads_the_weights(group: int, place: Path) -> None:
+    """The others never hold more than their shards and a few tensors: half of what the weights take, at two ranks."""
+    pivot = transformers.AutoModelForCausalLM.from_pretrained(place / "world/models/large")
+    held = [*pivot.parameters(), *pivot.buffers()]
+    expected = [hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for tensor in held]
+    size = sum(p.numel() for p in pivot.parameters()) * 4 / 2**20
+    for number in range(group):
+        loaded = json.loads((place / f"loaded-{number}-of-{group}.json").read_text())
+        assert loaded["sums"] == expected
+        if number:
+            assert loaded["rise"] < size / group + size / 4

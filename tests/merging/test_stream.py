@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json, write_json
 from fusechat.merging.groups import group_of
-from fusechat.merging.varm import CACHE
+from fusechat.merging.varm import BESIDE
 from fusechat.models.checkpoints import LazyCheckpoint
+from fusechat.models.load import model_identity
 from tests.conftest import GOLDEN, Mini, run_entry
 
 MERGE = GOLDEN / "merge"
@@ -103,13 +104,23 @@ def test_sharded_in_and_out_equals_single(models: dict[str, Path], tmp_path: Pat
     )
 
 
-def test_statistics_of_seen_targets_are_reused(models: dict[str, Path]) -> None:
+@pytest.mark.parametrize("beside", [False, True], ids=["", "of earlier versions"])
+def test_statistics_of_seen_targets_are_reused(
+    beside: bool, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSECHAT_CACHE", str(tmp_path / "memory"))
+    inputs = {path: path.read_bytes() for name in ("pivot", "t1", "t2") for path in models[name].iterdir()}
     first = merge(models, "merge=varm")
     weights = json.loads((first / "fusechat.json").read_text())["weights"]
-    cache = models["t1"] / CACHE
+    assert inputs == {path: path.read_bytes() for name in ("pivot", "t1", "t2") for path in models[name].iterdir()}
+    target, pivot = model_identity(str(models["t1"])), model_identity(str(models["pivot"]))
+    cache = tmp_path / f"memory/variation/{pivot}-{target}.json"
     content = read_json(cache)
     ((_, entry),) = content.items()
     entry["lm_head.weight"][0] *= 100
+    if beside:
+        cache.unlink()
+        cache = models["t1"] / BESIDE
     write_json(cache, content)
     again = json.loads((merge(models, "merge=varm", "overwrite=true") / "fusechat.json").read_text())["weights"]
     assert again["lm_head.weight"][0] > weights["lm_head.weight"][0]

@@ -106,6 +106,17 @@ def test_a_pivot_is_written_out_as_a_plain_directory(folder: Path, tmp_path: Pat
         write_plain(f"{folder}/packed.gguf", tmp_path / "plain")
 
 
+def test_no_file_is_trained_or_merged_into(folder: Path, mini: Mini) -> None:
+    told = r"{}=.*model\.gguf is a GGUF file, .* has to be a Hugging Face directory; write one with: python -c"
+    with pytest.raises(UserError, match=told.format(r"pivot\.path")):
+        mini.run("train", "source=a", f"pivot.path={folder}/model.gguf", f"output_dir={folder}/of-x")
+    targets = f"targets=[{folder}/model,{folder}/model.gguf]"
+    with pytest.raises(UserError, match=told.format("targets")):
+        mini.run("merge", targets, f"pivot.path={folder}/model", f"output_dir={folder}/of-x")
+    with pytest.raises(UserError, match=told.format(r"pivot\.path")):
+        mini.run("merge", targets, f"pivot.path={folder}/model.gguf", f"output_dir={folder}/of-x")
+
+
 def test_a_file_is_known_by_its_content(folder: Path, tmp_path: Path) -> None:
     mark = model_identity(f"{folder}/model.gguf")
     (tmp_path / "other.gguf").write_bytes((folder / "model.gguf").read_bytes())
