@@ -27,6 +27,7 @@ from fusechat.stores.store import DistributionStore
 from fusechat.stores.writer import StoreWriter, finished, is_store
 
 LOG = logging.getLogger(__name__)
+BY_TEXT = ("em", "prefix")  # maps that look for a token of the same text
 WITHOUT_OFFSETS = "dtw"  # aligns what a slow tokenizer has rendered
 EXTRACT = "python -m fusechat.extract source="
 
@@ -77,7 +78,8 @@ def align(
         "unmatched": unmatched,
         "logprobs": logprobs,
     }
-    mark = outputs.stage_fingerprint(imports, **marks, **settings)
+    more = {"characters": "as written"} if token_map in BY_TEXT else {}  # not as the bytes' tokens, as it once was
+    mark = outputs.stage_fingerprint(imports, **marks, **settings, **more)
     output = Path(output_dir)
     if held := finished(output, mark, overwrite=overwrite):
         return held
