@@ -13,6 +13,7 @@ import numpy as np
 
 from fusechat.align import checks
 from fusechat.align.alignment import Alignment, corpus_counts, write_aligned
+from fusechat.align.chain import lexicon
 from fusechat.align.maps import TOKEN_MAPS
 from fusechat.align.sequence import SEQUENCES
 from fusechat.align.summary import summary
@@ -128,6 +129,8 @@ def make_alignment(
     alignment = Alignment(pivot, source, sequence, unmatched, chained, logprobs, drawn=source.manifest["drawn"])
     if "texts" in SEQUENCES[sequence].needs:
         alignment.texts = token_texts(tokenizers[0]), token_texts(tokenizers[1])
+    if "path" in SEQUENCES[sequence].needs:
+        alignment.words = lexicon(tokenizers[1], tokenizers[0])
     roles = checks.role_pairs(pivot, source, tokenizers)
     seen = [corpus_counts(alignment, num_proc, modules or [])] if "counts" in chosen.needs else []
     alignment.table = chosen.function(tokenizers[1], tokenizers[0], roles, *seen)
