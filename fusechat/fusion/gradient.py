@@ -6,7 +6,8 @@ D depends on the logits z only through log q at the K kept ids (or ranks). So wi
 
     ∂L/∂z = λ (softmax(z) - onehot(gold)) + (scatter(a) - q Σ_k a_k) / T:
 
-one pass over the logits serves both losses, whatever the divergence. Shapes: N positions, H hidden size, V vocabulary.
+one pass over the logits serves both losses, whatever the divergence. Where D is of a chunk of text, its log q is the
+sum of its tokens' log q[gold], and each of them gets the chunk's a. Shapes: N positions, H hidden size, V vocabulary.
 
 In mixed precision h, W and ∂L/∂z are rounded to autocast's dtype, as torch's own linear layer would; their products are
 exact in fp32 and are summed and kept there, on every device: logits, ∂L/∂h and, over all chunks, ∂L/∂W.
@@ -14,6 +15,7 @@ exact in fp32 and are summed and kept there, on every device: logits, ∂L/∂h 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,17 +32,22 @@ BLOCK = 1 << 14  # rows of ∂L/∂W in one product on a card: it lies in memory
 
 @dataclass(frozen=True)
 class Targets:
-    """What the student is trained on at N positions. ids, p [N, K]; gold, sft_weight, fusion_weight [N]."""
+    """What the student is trained on at N positions. ids, p [N, K]; gold, sft_weight, fusion_weight [N].
+
+    chunk [N], for a loss on chunks of text: neighbours of one number are a chunk, whose weight is at one of them; ids
+    are the gold tokens then and p is the chunk's, K = 1.
+    """
 
     ids: Tensor
     p: Tensor
     gold: Tensor
     sft_weight: Tensor
     fusion_weight: Tensor
+    chunk: Tensor | None = None
 
     def rows(self, part: slice) -> Targets:
         """The targets of some positions."""
-        return Targets(self.ids[part], self.p[part], self.gold[part], self.sft_weight[part], self.fusion_weight[part])
+        return Targets(*(None if each is None else each[part] for each in vars(self).values()))  # type: ignore[arg-type]
 
 
 def fused_loss(hidden: Tensor, head: Any, targets: Targets, loss: FusionLoss) -> tuple[Tensor, Tensor]:
@@ -83,8 +90,10 @@ class _HiddenLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wanted[2] else None
         total, parts = hidden.new_zeros((), dtype=exact), []
         h, w = _operand(hidden, compute), _operand(weight, compute)
-        buffer = hidden.new_empty(min(_rows(hidden, len(w)), len(h)), len(w), dtype=exact)
-        for part in _chunks(hidden, len(w)):
+        slices = [*_slices(hidden, len(w), targets.chunk)]
+        longest = max((part.stop - part.start for part in slices), default=0)
+        buffer = hidden.new_empty(longest, len(w), dtype=exact)
+        for part in slices:
             raw = _product(h[part], w.t(), buffer[: part.stop - part.start])
             z = head.transform(raw if bias is None else raw.add_(bias))
             slope = _slope(head, z)
@@ -117,7 +126,7 @@ class _LogitLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Targets, loss: FusionLoss) -> Any:
         wanted, view = ctx.needs_input_grad[0], logits.detach()
         total, parts = logits.new_zeros((), dtype=_at_least_fp32(logits)), []
-        for part in _chunks(logits, logits.shape[1]):
+        for part in _slices(logits, logits.shape[1], targets.chunk):
             in_place = wanted and logits.dtype == total.dtype
             z = view[part] if in_place else view[part].to(total.dtype, copy=True)
             value, each = _loss_and_gradient(z, targets.rows(part), loss, wanted)
@@ -149,7 +158,11 @@ def _loss_and_gradient(z: Tensor, targets: Targets, loss: FusionLoss, wanted: bo
     lse = peak + mass.log()
     sft = (lse - z_gold).squeeze(1)
     log_q = z_ids / temperature - (lse if lse_tempered is None else lse_tempered)
+    if targets.chunk is not None:
+        log_q = _over_chunks(log_q, targets.chunk)
     divergence, a = _weighted_divergence(p, log_q, fusion_weight, loss, wanted)
+    if a is not None and targets.chunk is not None:
+        a = _over_chunks(a, targets.chunk)
     total = (sft * sft_weight + divergence * fusion_weight).sum()
     lam = sft_weight.unsqueeze(1)
     if a is not None:
@@ -184,6 +197,12 @@ def _weighted_divergence(
     return divergence.detach(), a
 
 
+def _over_chunks(x: Tensor, chunk: Tensor) -> Tensor:
+    """Each row's sum over its chunk, [n, 1]; the operator is its own transpose, and so carries gradients back."""
+    of = torch.cat([chunk.new_zeros(1), (chunk.diff() != 0).cumsum(0)])
+    return x.new_zeros(len(x), 1).index_add_(0, of, x)[of]
+
+
 def _slope(head: Any, z: Tensor) -> Tensor | float | None:
     """∂z/∂raw of z = cap tanh(scale raw / cap): scale (1 - (z / cap)²); None where the transform does nothing."""
     if head.softcap:
@@ -199,15 +218,15 @@ def _together(ctx: Any, parts: list[Tensor], total: Tensor) -> Tensor:
     return each
 
 
-def _rows(held: Tensor, vocabulary: int) -> int:
-    return chunk_rows(held.device, vocabulary, CHUNK_ELEMENTS)
-
-
-def _chunks(held: Tensor, vocabulary: int) -> Iterator[slice]:
-    """Slices of the first dimension of ``held``, whose logits are computed together."""
-    rows = _rows(held, vocabulary)
-    for start in range(0, len(held), rows):
-        yield slice(start, min(start + rows, len(held)))
+def _slices(held: Tensor, vocabulary: int, chunk: Tensor | None) -> Iterator[slice]:
+    """Slices of the first dimension of ``held``, whose logits are computed together: whole chunks, where there are."""
+    rows, start, size = chunk_rows(held.device, vocabulary, CHUNK_ELEMENTS), 0, len(held)
+    cuts = range(size + 1) if chunk is None else [0, *((chunk.diff() != 0).nonzero().flatten() + 1).tolist(), size]
+    while start < size:
+        next_ = bisect_right(cuts, start)
+        end = cuts[max(next_, bisect_right(cuts, start + rows) - 1)]
+        yield slice(start, end)
+        start = end
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:
