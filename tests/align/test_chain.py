@@ -152,7 +152,7 @@ def tree(tokens: list[bytes]) -> Any:
 
 @pytest.mark.parametrize("kept", [None, 4])
 def test_equals_the_marginal_over_all_stored_tokenizations(kept: int | None) -> None:
-    """Total variation distance at every position of 40 worlds: 320 positions and more, half of them inside a token."""
+    """Total variation distance at every position of 40 worlds: 409 positions, 91 of them inside a source token."""
     distances, inside = [], 0
     for seed in range(40):
         world = World(seed, kept)
