@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from fusechat.align import chain as chains
+from fusechat.align import paths
+from fusechat.align.chain import follow
 from fusechat.align.maps import PairCounts
 from fusechat.align.nearest import Ints
 from fusechat.align.projection import Ragged, gold_path, project, ranked
@@ -46,7 +47,7 @@ class Alignment:
     logprobs: str
     table: Ints | None = None
     texts: tuple[list[str], list[str]] | None = None
-    words: chains.Lexicon | None = None
+    words: paths.Lexicon | None = None
     drawn: bool = False
 
     @property
@@ -61,7 +62,7 @@ class Alignment:
             pivot, source = self._paths(row, self.words)
             match, kind = align(pivot.places, source.places)
             inside = kind == INSIDE
-            lost = inside & ~chains.cut(match, pivot, source, self.words.texts)
+            lost = inside & ~paths.cut(match, pivot, source, self.words.texts)
             match[lost], kind[lost] = -1, NONE
             return match, kind
         theirs, own = self._boundaries(row)
@@ -121,7 +122,7 @@ class Alignment:
         more = self.vocab_size, self.unmatched == "gold", self.drawn
         if self.words is not None:
             pivot, own = self._paths(row, self.words)
-            return chains.follow(source, match, pivot, own, self.table, self.words, *more), kind
+            return follow(source, match, pivot, own, self.table, self.words, *more), kind
         chain = np.full((len(match), 3), -1, np.int64)
         if self.chained:
             chain = gold_path(*self._places(row), match, self.source.gold(row))
@@ -134,10 +135,10 @@ class Alignment:
     def _places(self, row: int) -> tuple[Ints, Ints]:
         return common.places(self.pivot, row), common.places(self.source, row)
 
-    def _paths(self, row: int, words: chains.Lexicon) -> tuple[chains.Path, chains.Path]:
+    def _paths(self, row: int, words: paths.Lexicon) -> tuple[paths.Path, paths.Path]:
         pivot, source = self._places(row)
-        of = chains.path(self.pivot.gold(row), pivot, words.pivot_texts)
-        return of, chains.path(self.source.gold(row), source, words.texts)
+        of = paths.path(self.pivot.gold(row), pivot, words.pivot_texts)
+        return of, paths.path(self.source.gold(row), source, words.texts)
 
     def _spent(self, row: int, pivot: Ints, source: Ints) -> Array:
         return common.spent(pivot, source, self.source.row(row, "gold_logprob")[0])

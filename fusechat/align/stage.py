@@ -13,8 +13,8 @@ import numpy as np
 
 from fusechat.align import checks
 from fusechat.align.alignment import Alignment, corpus_counts, write_aligned
-from fusechat.align.chain import lexicon
 from fusechat.align.maps import TOKEN_MAPS
+from fusechat.align.paths import lexicon
 from fusechat.align.sequence import SEQUENCES
 from fusechat.align.summary import summary
 from fusechat.align.vocabulary import token_bytes

@@ -15,8 +15,6 @@ exact in fp32 and are summed and kept there, on every device: logits, ∂L/∂h 
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +22,8 @@ import torch
 from torch import Tensor
 
 from fusechat.fusion.losses import FusionLoss
-from fusechat.models.heads import chunk_rows
+from fusechat.fusion.slices import over_chunks, slices
 
-CHUNK_ELEMENTS = 1 << 22  # logits held at a time on a CPU: 16 MiB, for its caches
 BLOCK = 1 << 14  # rows of ∂L/∂W in one product on a card: it lies in memory in fp32 before it is added
 
 
@@ -48,6 +45,15 @@ class Targets:
     def rows(self, part: slice) -> Targets:
         """The targets of some positions."""
         return Targets(*(None if each is None else each[part] for each in vars(self).values()))  # type: ignore[arg-type]
+
+
+def chunk_targets(gold: Tensor, p: Tensor, chunk: Tensor, sequence: Tensor, lam: Tensor, per_token: Tensor) -> Targets:
+    """Targets on chunks of text, whose weight is at their last position; λ is 1 where p, the chunk's, is 0. All [N]."""
+    changes = (chunk.diff() != 0) | (sequence.diff() != 0)
+    number, last = torch.cat([changes.new_zeros(1), changes]).cumsum(0), torch.cat([changes, changes.new_ones(1)])
+    lam = torch.where(p > 0, lam, 1.0)
+    weights = lam * per_token, (1 - lam) * per_token * last
+    return Targets(gold.unsqueeze(1), p.unsqueeze(1), gold, *weights, number)
 
 
 def fused_loss(hidden: Tensor, head: Any, targets: Targets, loss: FusionLoss) -> tuple[Tensor, Tensor]:
@@ -90,10 +96,10 @@ class _HiddenLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wanted[2] else None
         total, parts = hidden.new_zeros((), dtype=exact), []
         h, w = _operand(hidden, compute), _operand(weight, compute)
-        slices = [*_slices(hidden, len(w), targets.chunk)]
-        longest = max((part.stop - part.start for part in slices), default=0)
+        together = [*slices(hidden, len(w), targets.chunk)]
+        longest = max((part.stop - part.start for part in together), default=0)
         buffer = hidden.new_empty(longest, len(w), dtype=exact)
-        for part in slices:
+        for part in together:
             raw = _product(h[part], w.t(), buffer[: part.stop - part.start])
             z = head.transform(raw if bias is None else raw.add_(bias))
             slope = _slope(head, z)
@@ -126,7 +132,7 @@ class _LogitLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Targets, loss: FusionLoss) -> Any:
         wanted, view = ctx.needs_input_grad[0], logits.detach()
         total, parts = logits.new_zeros((), dtype=_at_least_fp32(logits)), []
-        for part in _slices(logits, logits.shape[1], targets.chunk):
+        for part in slices(logits, logits.shape[1], targets.chunk):
             in_place = wanted and logits.dtype == total.dtype
             z = view[part] if in_place else view[part].to(total.dtype, copy=True)
             value, each = _loss_and_gradient(z, targets.rows(part), loss, wanted)
@@ -159,10 +165,10 @@ def _loss_and_gradient(z: Tensor, targets: Targets, loss: FusionLoss, wanted: bo
     sft = (lse - z_gold).squeeze(1)
     log_q = z_ids / temperature - (lse if lse_tempered is None else lse_tempered)
     if targets.chunk is not None:
-        log_q = _over_chunks(log_q, targets.chunk)
+        log_q = over_chunks(log_q, targets.chunk)
     divergence, a = _weighted_divergence(p, log_q, fusion_weight, loss, wanted)
     if a is not None and targets.chunk is not None:
-        a = _over_chunks(a, targets.chunk)
+        a = over_chunks(a, targets.chunk)
     total = (sft * sft_weight + divergence * fusion_weight).sum()
     lam = sft_weight.unsqueeze(1)
     if a is not None:
@@ -197,12 +203,6 @@ def _weighted_divergence(
     return divergence.detach(), a
 
 
-def _over_chunks(x: Tensor, chunk: Tensor) -> Tensor:
-    """Each row's sum over its chunk, [n, 1]; the operator is its own transpose, and so carries gradients back."""
-    of = torch.cat([chunk.new_zeros(1), (chunk.diff() != 0).cumsum(0)])
-    return x.new_zeros(len(x), 1).index_add_(0, of, x)[of]
-
-
 def _slope(head: Any, z: Tensor) -> Tensor | float | None:
     """∂z/∂raw of z = cap tanh(scale raw / cap): scale (1 - (z / cap)²); None where the transform does nothing."""
     if head.softcap:
@@ -216,17 +216,6 @@ def _together(ctx: Any, parts: list[Tensor], total: Tensor) -> Tensor:
     each = torch.cat(parts, 1) if parts else total.new_zeros(2, 0)
     ctx.mark_non_differentiable(each)
     return each
-
-
-def _slices(held: Tensor, vocabulary: int, chunk: Tensor | None) -> Iterator[slice]:
-    """Slices of the first dimension of ``held``, whose logits are computed together: whole chunks, where there are."""
-    rows, start, size = chunk_rows(held.device, vocabulary, CHUNK_ELEMENTS), 0, len(held)
-    cuts = range(size + 1) if chunk is None else [0, *((chunk.diff() != 0).nonzero().flatten() + 1).tolist(), size]
-    while start < size:
-        next_ = bisect_right(cuts, start)
-        end = cuts[max(next_, bisect_right(cuts, start + rows) - 1)]
-        yield slice(start, end)
-        start = end
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fusechat.app.errors import UserError
 from fusechat.fusion.adapters import with_adapters
 from fusechat.fusion.batches import FusionBatch
-from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
+from fusechat.fusion.gradient import Targets, chunk_targets, fused_loss, loss_from_logits
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.options import Optimizer
 from fusechat.fusion.ranks import gathered, generators, set_generators
@@ -173,22 +173,14 @@ class FusionModule(lightning.LightningModule):
         lam = self.loss.sft_share(progress, fused.reward)[batch.sequence]
         per_token = 1.0 / batch.step_tokens.clamp_min(1)
         if self.loss.on_chunks and batch.chunk.shape[1]:  # of one's own chats nobody has said anything
-            return self._chunk_targets(batch, fused.weight.argmax(1) + first, lam, per_token), fused.weight
+            speaks = fused.weight.argmax(1) + first, torch.arange(len(batch.gold), device=lam.device)
+            chunk, nats = batch.chunk[speaks], batch.chunk_nats[speaks]
+            p = torch.exp(-nats / self.loss.temperature)
+            return chunk_targets(batch.gold, p, chunk, batch.sequence, lam, per_token), fused.weight
         has_target = (fused.p > 0).any(-1)  # where there is nothing to fuse, lambda is 1
         lam = lam.masked_fill(~has_target, 1.0)
         targets = Targets(fused.ids, fused.p, batch.gold, lam * per_token, (1 - lam) * per_token)
         return targets, fused.weight
-
-    def _chunk_targets(self, batch: FusionBatch, model: Tensor, lam: Tensor, per_token: Tensor) -> Targets:
-        """The chunks of the model that speaks at each position, [N]; a chunk's weight is at its last position."""
-        at = model, torch.arange(len(model), device=model.device)
-        number, nats = batch.chunk[at], batch.chunk_nats[at]
-        changes = (number.diff() != 0) | (batch.sequence.diff() != 0)
-        chunk = torch.cat([changes.new_zeros(1), changes]).cumsum(0)
-        lam = torch.where(nats.isfinite(), lam, 1.0)
-        last = torch.cat([changes, changes.new_ones(1)])
-        p = torch.exp(-nats / self.loss.temperature).unsqueeze(1)
-        return Targets(batch.gold.unsqueeze(1), p, batch.gold, lam * per_token, (1 - lam) * per_token * last, chunk)
 
     def _losses(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted loss, sums of sft and divergence over the positions, each model's part [N, S]."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusechat.align.alignment import Alignment
-from fusechat.align.chain import lexicon
+from fusechat.align.paths import lexicon
 from fusechat.align.sequence import SEQUENCES, align_chain
 from fusechat.align.stage import sequence_for, token_texts
 from fusechat.chats.render import ChatRenderer, Message, Rendered

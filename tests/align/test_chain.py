@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusechat.align import chain
-from fusechat.align.chain import Lexicon, Path
+from fusechat.align import chain, paths
+from fusechat.align.paths import Lexicon, Path
 from fusechat.align.projection import Ragged
 from fusechat.align.sequence import align_chain
 from fusechat.align.trie import texts, trie, walk
@@ -60,7 +60,7 @@ class World:
 
     def path(self, name: str) -> Path:
         ids, tokens = np.array(self.cuts[name]), getattr(self, name)
-        return chain.path(ids, np.cumsum([0, *(len(tokens[i]) for i in ids)]), texts(tokens))
+        return paths.path(ids, np.cumsum([0, *(len(tokens[i]) for i in ids)]), texts(tokens))
 
     def followed(self, drawn: bool = False) -> tuple[Ragged, np.ndarray]:
         match, kind = align_chain(self.paths["pivot"].places, self.paths["source"].places)
@@ -198,7 +198,7 @@ def chat(
     for tokens, vocabulary in ((pivot, others), (source, own)):
         places = np.cumsum([0, *map(len, tokens)])
         places[more.get("hidden", [])] = -1
-        sides.append(chain.path(np.arange(len(tokens)), places - more.get("lead", 0) * (places > 0), texts(vocabulary)))
+        sides.append(paths.path(np.arange(len(tokens)), places - more.get("lead", 0) * (places > 0), texts(vocabulary)))
     words = Lexicon(texts(own), tree(own), texts(others), tree(others))
     begins = [[v for v in range(len(others)) if token.startswith(others[v])] for token in own]
     table = np.array([max(found, key=lambda v: len(others[v]), default=-1) for found in begins])
@@ -209,7 +209,7 @@ def chat(
         np.log(gold).astype(np.float32),
     )
     match, kind = align_chain(sides[0].places, sides[1].places)
-    match[(kind == INSIDE) & ~chain.cut(match, *sides, words.texts)] = -1
+    match[(kind == INSIDE) & ~paths.cut(match, *sides, words.texts)] = -1
     return chain.follow(stored, match, *sides, table, words, len(others), False, more.get("drawn", False))
 
 
@@ -249,11 +249,11 @@ def test_places_inside_a_character_are_reckoned_by_bytes() -> None:
     smile = "🙂".encode()
     pivot, source = [smile[:1], smile[1:], b"."], [smile[:3], smile[3:], b"."]
     of = texts(pivot)
-    assert chain.path(np.arange(3), np.array([0, -1, 4, 5]), of).places.tolist() == [0, 1, 4, 5]
-    assert chain.path(np.arange(3), np.array([0, -1, 3, 4]), of).places.tolist() == [0, -1, 3, 4], (
+    assert paths.path(np.arange(3), np.array([0, -1, 4, 5]), of).places.tolist() == [0, 1, 4, 5]
+    assert paths.path(np.arange(3), np.array([0, -1, 3, 4]), of).places.tolist() == [0, -1, 3, 4], (
         "bytes that do not add up"
     )
-    assert chain.path(np.arange(3), np.array([0, -1, 4, -1]), of).places.tolist() == [0, 1, 4, -1]
+    assert paths.path(np.arange(3), np.array([0, -1, 4, -1]), of).places.tolist() == [0, 1, 4, -1]
     result = chat(pivot, source, [{0: 0.8}, {1: 0.9}, {2: 0.5}], [0.8, 0.9, 0.5], hidden=[1])
     assert np.exp(result.gold_logprob) == pytest.approx([0.8, 0.9, 0.5], abs=1e-3)
 
@@ -263,8 +263,8 @@ def test_a_space_that_the_chat_has_not_counts_for_nothing() -> None:
     pivot, own = [b" He", b"llo"], [b"Hello"]
     words = Lexicon(texts([*own, b"Hey"]), tree([*own, b"Hey"]), texts([*pivot, b" Hey"]), tree([*pivot, b" Hey"]))
     sides = (
-        chain.path(np.arange(2), np.array([0, 2, 5]), words.pivot_texts),
-        chain.path(np.arange(1), np.array([0, 5]), words.texts),
+        paths.path(np.arange(2), np.array([0, 2, 5]), words.pivot_texts),
+        paths.path(np.arange(1), np.array([0, 5]), words.texts),
     )
     assert [side.lead.tolist() for side in sides] == [[1, 0], [0]]
     match, _ = align_chain(sides[0].places, sides[1].places)

@@ -202,7 +202,7 @@ def test_chunk_likelihood_equals_the_published_formula(
     temperature: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However few rows of logits are held at a time: chunks are never torn; from logits and from hidden states."""
-    monkeypatch.setattr("fusechat.fusion.gradient.chunk_rows", lambda *_: rows)
+    monkeypatch.setattr("fusechat.fusion.slices.chunk_rows", lambda *_: rows)
     loss = FusionLoss("alm", temperature=temperature)
     logits, raw, spans, nats = chunked_example(23, 11, temperature)
     leaf, targets = logits.double().requires_grad_(), in_float64(raw)
@@ -364,7 +364,7 @@ def family(name: str) -> Any:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_chunked_loss_equals_the_models_own_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusechat.fusion.gradient.CHUNK_ELEMENTS", 90 * 4)  # several chunks
+    monkeypatch.setattr("fusechat.fusion.slices.CHUNK_ELEMENTS", 90 * 4)  # several chunks
     model, loss = family(name), FusionLoss("forward_kl", "tail")
     ids = torch.randint(3, 90, (2, 9))
     _, logprobs, raw = example(18, 90, 5)
