@@ -39,6 +39,14 @@ def test_every_file_opens_with_a_comment(file: Path) -> None:
     assert lines[0].startswith("# "), f"{file} does not say what it is for"
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_leaves_the_choice_of_a_member_to_its_group(experiment: str) -> None:
+    """loss=alm is the loss that is trained with, whatever the experiment sets beside it."""
+    for group, key in (("loss", "kind"), ("alignment", "sequence"), ("token_map", "name")):
+        for name in sorted(file.stem for file in (Path(CONF) / group).glob("*.yaml") if file.stem != "common"):
+            assert composed("train", [f"experiment={experiment}", f"{group}={name}"])[group][key] == name
+
+
 def test_published_hyperparameters() -> None:
     cfg = composed("train", ["experiment=fusechat_7b_varm"])
     assert (cfg.optimizer.lr, cfg.loss.lm_weight, cfg.trainer.max_epochs, cfg.chat.max_length) == (5e-6, 0.9, 3, 2048)

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from fusechat.align import paths
+from fusechat.align.chain import follow
 from fusechat.align.maps import PairCounts
 from fusechat.align.nearest import Ints
 from fusechat.align.projection import Ragged, gold_path, project, ranked
@@ -20,7 +22,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.registry import import_modules
 from fusechat.stores import common
 from fusechat.stores.encoding import Array, decode_logprobs, encode_counts, encode_logprobs, narrowest
-from fusechat.stores.kinds import KINDS, NONE
+from fusechat.stores.kinds import INSIDE, KINDS, NONE
 from fusechat.stores.store import DistributionStore
 from fusechat.stores.writer import StoreWriter, list_column
 
@@ -33,7 +35,8 @@ class Alignment:
 
     sequence: a name of `SEQUENCES`. unmatched: gold or skip. chained: whether gold tokens take the chain rule.
     logprobs: how they are stored. table: source id -> pivot id, None where ids are to be ranks. texts: the tokens'
-    texts by id, (pivot, source), where the sequence alignment needs them. drawn: the source's entries are samples.
+    texts by id, (pivot, source), and words: both vocabularies, where the sequence alignment needs them. drawn: the
+    source's entries are samples.
     """
 
     pivot: DistributionStore
@@ -44,6 +47,7 @@ class Alignment:
     logprobs: str
     table: Ints | None = None
     texts: tuple[list[str], list[str]] | None = None
+    words: paths.Lexicon | None = None
     drawn: bool = False
 
     @property
@@ -53,7 +57,15 @@ class Alignment:
 
     def match(self, row: int) -> tuple[Ints, Kinds]:
         """match and kind of one chat, see `fusechat.align.sequence`."""
-        align, (theirs, own) = SEQUENCES[self.sequence].function, self._boundaries(row)
+        align = SEQUENCES[self.sequence].function
+        if self.words is not None:
+            pivot, source = self._paths(row, self.words)
+            match, kind = align(pivot.places, source.places)
+            inside = kind == INSIDE
+            lost = inside & ~paths.cut(match, pivot, source, self.words.texts)
+            match[lost], kind[lost] = -1, NONE
+            return match, kind
+        theirs, own = self._boundaries(row)
         if self.texts is None:
             match, kind = align(theirs, own)
             return match, kind
@@ -70,8 +82,8 @@ class Alignment:
         """How often each source token is aligned with each pivot token in one shard."""
         size, pairs = self.vocab_size, [np.empty(0, np.int64)]
         for row in range(*self.source.ranges[shard]):
-            match, _ = self.match(row)
-            matched = match >= 0
+            match, kind = self.match(row)
+            matched = (match >= 0) & (kind != INSIDE)
             pairs.append(self.source.gold(row)[match[matched]] * size + self.pivot.gold(row)[matched])
         pair, counts = np.unique(np.concatenate(pairs), return_counts=True)
         return PairCounts(pair // size, pair % size, counts)
@@ -99,18 +111,22 @@ class Alignment:
         match, kind = self.match(row)
         counts, ids, logprobs, gold_logprob = self.source.row(row, "counts", "ids", "logprobs", "gold_logprob")
         source = Ragged(counts.astype(np.int64), ids, decode_logprobs(logprobs), gold_logprob.astype(np.float32))
-        if self.table is None:
+        if self.table is None:  # ranks of whole tokens
+            match, kind = np.where(kind == INSIDE, -1, match), np.where(kind == INSIDE, NONE, kind).astype(np.uint8)
             return ranked(source, match), kind
         if len(ids) and int(ids.max()) >= len(self.table):
             raise UserError(
                 f"{self.source.path}, row {row}: token id {int(ids.max())} is beyond the tokenizer's {len(self.table)} "
                 "tokens; give the tokenizer that the store was extracted with (source.path)"
             )
+        more = self.vocab_size, self.unmatched == "gold", self.drawn
+        if self.words is not None:
+            pivot, own = self._paths(row, self.words)
+            return follow(source, match, pivot, own, self.table, self.words, *more), kind
         chain = np.full((len(match), 3), -1, np.int64)
         if self.chained:
             chain = gold_path(*self._places(row), match, self.source.gold(row))
-        gold, gold_alone = self.pivot.gold(row), self.unmatched == "gold"
-        return project(source, match, self.table, gold, chain, self.vocab_size, gold_alone, self.drawn), kind
+        return project(source, match, self.table, self.pivot.gold(row), chain, *more), kind
 
     def _boundaries(self, row: int) -> tuple[Ints, Ints]:
         (theirs,), (own,) = self.pivot.row(row, "boundaries"), self.source.row(row, "boundaries")
@@ -118,6 +134,11 @@ class Alignment:
 
     def _places(self, row: int) -> tuple[Ints, Ints]:
         return common.places(self.pivot, row), common.places(self.source, row)
+
+    def _paths(self, row: int, words: paths.Lexicon) -> tuple[paths.Path, paths.Path]:
+        pivot, source = self._places(row)
+        of = paths.path(self.pivot.gold(row), pivot, words.pivot_texts)
+        return of, paths.path(self.source.gold(row), source, words.texts)
 
     def _spent(self, row: int, pivot: Ints, source: Ints) -> Array:
         return common.spent(pivot, source, self.source.row(row, "gold_logprob")[0])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusechat.align.nearest import Ints, nearest
-from fusechat.align.vocabulary import marker, token_bytes, token_names
+from fusechat.align.vocabulary import marker, token_bytes, token_names, written
 from fusechat.app.registry import Family
 
 TOKEN_MAPS = Family("token_map.name", needs=("fast", "chain", "counts"))
@@ -34,11 +34,8 @@ class PairCounts(NamedTuple):
 
 @TOKEN_MAPS.register("em", "exact match on the tokens' bytes; what has none stays tail mass")
 def em(source: Any, pivot: Any, roles: Roles) -> Ints:
-    """Exact match: equal bytes, the lowest id where several pivot tokens have them; special tokens by role."""
-    by_bytes: dict[bytes, int] = {}
-    for index, text in enumerate(token_bytes(pivot)):
-        if text is not None:
-            by_bytes.setdefault(text, index)
+    """Exact match: equal bytes, see `written` where several pivot tokens have them; special tokens by role."""
+    by_bytes = written(pivot)
     return _with_roles([by_bytes.get(text, -1) if text else -1 for text in token_bytes(source)], roles)
 
 
@@ -70,8 +67,7 @@ def prefix(source: Any, pivot: Any, roles: Roles) -> Ints:
     Where that is no beginning of its bytes (they need not be text): the longest pivot token that is one.
     """
     table = em(source, pivot, roles)
-    pieces = token_bytes(pivot)
-    by_bytes = {text: index for index, text in reversed(list(enumerate(pieces))) if text}
+    pieces, by_bytes = token_bytes(pivot), written(pivot)
     longest = max(map(len, by_bytes))
     pending = [(index, text) for index, text in enumerate(token_bytes(source)) if text and table[index] < 0]
     for (index, text), first in zip(pending, _first_tokens(pivot, [text for _, text in pending]), strict=True):

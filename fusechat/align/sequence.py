@@ -6,7 +6,9 @@ kind is one of `fusechat.stores.kinds`. What it needs says what the two argument
 
 - ``texts``: the tokens' bytes, each as a string of as many characters (latin-1); one response at a time;
 - ``boundaries``: the characters of the chat before each position, as `fusechat.chats.render.Rendered` has them
-  (increasing, -1 inside a character); a whole chat at a time. Only fast tokenizers report them.
+  (increasing, -1 inside a character); a whole chat at a time. Only fast tokenizers report them;
+- ``path`` (with boundaries): those inside characters too, by the tokens' bytes, and with the end; distributions are
+  then brought over by `fusechat.align.chain`, which can use a source position *before* a pivot position.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from rapidfuzz.process import cdist
 
 from fusechat.align.nearest import Ints
 from fusechat.app.registry import Family
-from fusechat.stores.kinds import MANY_TO_ONE, NONE, ONE_TO_MANY, SAME
+from fusechat.stores.kinds import INSIDE, MANY_TO_ONE, NONE, ONE_TO_MANY, SAME
 
-SEQUENCES = Family("alignment.sequence", needs=("texts", "boundaries"))
+SEQUENCES = Family("alignment.sequence", needs=("texts", "boundaries", "path"))
 Kinds = npt.NDArray[np.uint8]
 
 
@@ -58,6 +60,21 @@ def align_dtw(pivot: Sequence[str], source: Sequence[str]) -> tuple[Ints, Kinds]
 def align_offsets(pivot: Ints, source: Ints) -> tuple[Ints, Kinds]:
     """Positions of one chat by the characters before them: equal boundaries belong together. O(N + M) time."""
     match, kind = _match(pivot.astype(np.int64), source.astype(np.int64))
+    return match, kind
+
+
+@SEQUENCES.register(
+    "chain", "every place of the text, inside source tokens too, by the chain rule (ours)", needs=("boundaries", "path")
+)
+def align_chain(pivot: Ints, source: Ints) -> tuple[Ints, Kinds]:
+    """As `align_offsets` where both stand at a place; else the source token in which the place lies. With the ends."""
+    match, kind = align_offsets(pivot[:-1], source[:-1])
+    places = np.flatnonzero(source >= 0)
+    at = np.searchsorted(source[places], pivot[:-1]) - 1  # the last source place before
+    at_known = places[np.clip(at, 0, None)] if len(places) else np.zeros(len(match), np.int64)
+    follows = np.minimum(at_known + 1, len(source) - 1)
+    inside = (match < 0) & (pivot[:-1] >= 0) & (at >= 0) & (source[follows] > pivot[:-1])
+    match[inside], kind[inside] = at_known[inside], INSIDE
     return match, kind
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from fusechat.align import checks
 from fusechat.align.alignment import Alignment, corpus_counts, write_aligned
 from fusechat.align.maps import TOKEN_MAPS
+from fusechat.align.paths import lexicon
 from fusechat.align.sequence import SEQUENCES
 from fusechat.align.summary import summary
 from fusechat.align.vocabulary import token_bytes
@@ -27,6 +28,7 @@ from fusechat.stores.store import DistributionStore
 from fusechat.stores.writer import StoreWriter, finished, is_store
 
 LOG = logging.getLogger(__name__)
+BY_TEXT = ("em", "prefix")  # maps that look for a token of the same text
 WITHOUT_OFFSETS = "dtw"  # aligns what a slow tokenizer has rendered
 EXTRACT = "python -m fusechat.extract source="
 
@@ -77,7 +79,8 @@ def align(
         "unmatched": unmatched,
         "logprobs": logprobs,
     }
-    mark = outputs.stage_fingerprint(imports, **marks, **settings)
+    more = {"characters": "as written"} if token_map in BY_TEXT else {}  # not as the bytes' tokens, as it once was
+    mark = outputs.stage_fingerprint(imports, **marks, **settings, **more)
     output = Path(output_dir)
     if held := finished(output, mark, overwrite=overwrite):
         return held
@@ -126,6 +129,8 @@ def make_alignment(
     alignment = Alignment(pivot, source, sequence, unmatched, chained, logprobs, drawn=source.manifest["drawn"])
     if "texts" in SEQUENCES[sequence].needs:
         alignment.texts = token_texts(tokenizers[0]), token_texts(tokenizers[1])
+    if "path" in SEQUENCES[sequence].needs:
+        alignment.words = lexicon(tokenizers[1], tokenizers[0])
     roles = checks.role_pairs(pivot, source, tokenizers)
     seen = [corpus_counts(alignment, num_proc, modules or [])] if "counts" in chosen.needs else []
     alignment.table = chosen.function(tokenizers[1], tokenizers[0], roles, *seen)

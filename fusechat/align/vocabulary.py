@@ -44,6 +44,20 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     return [of(index, token) for index, token in enumerate(tokens)]
 
 
+def written(tokenizer: Any) -> dict[bytes, int]:
+    """The id that writes each text: a byte's token (``<0x2E>``) only where no other has that text, then the lowest id.
+
+    A vocabulary with bytes as a last resort has two tokens for ``.`` and every other character of one byte.
+    """
+    names = token_names(tokenizer)
+    texts = [(index, text) for index, text in enumerate(token_bytes(tokenizer)) if text]
+    texts.sort(key=lambda pair: BYTE_TOKEN.fullmatch(names[pair[0]]) is not None)
+    found: dict[bytes, int] = {}
+    for index, text in texts:
+        found.setdefault(text, index)
+    return found
+
+
 def _slow_bytes(tokenizer: Any, tokens: Sequence[str | None]) -> list[bytes | None]:
     """A slow tokenizer has no decoder to read: each token's own string; bytes that are no text alone come out empty."""
     special = set(tokenizer.all_special_ids)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from fusechat.app.errors import UserError
 from fusechat.chats.padding import pad
 from fusechat.fusion.plan import Draw
-from fusechat.stores.common import CommonText
+from fusechat.stores.common import CommonText, chunks, places
 from fusechat.stores.distributions import NEG_INF
 from fusechat.stores.encoding import Array, decode_logprobs
 from fusechat.stores.store import DistributionStore
@@ -27,6 +27,7 @@ class FusionBatch:
 
     input_ids, attention_mask [B, T]; at [N], each position's place in the flattened [B * T]; gold, sequence [N];
     ids, logprobs [S, N, K]; gold_logprob [S, N]; nats, n_bytes, n_tokens [B, S] of what each model predicts;
+    chunk, chunk_nats [S, N], for a loss on chunks of text: see `fusechat.stores.common.chunks`, else [S, 0];
     common_nats [B, S] and common_bytes [B, 1] of the text that all of them predict. step_tokens: response tokens of the
     whole optimizer step, over all its micro-batches and ranks.
     """
@@ -39,6 +40,8 @@ class FusionBatch:
     ids: Tensor
     logprobs: Tensor
     gold_logprob: Tensor
+    chunk: Tensor
+    chunk_nats: Tensor
     nats: Tensor
     n_bytes: Tensor
     n_tokens: Tensor
@@ -63,10 +66,13 @@ SILENT = Entries(NOWHERE, NOWHERE, NOWHERE, NOWHERE)
 
 
 class FusionRows(Dataset[FusionBatch]):
-    """Batches by `Draw`. stores: the pivot's first, then the aligned sources', row by row of the same chats."""
+    """Batches by `Draw`. stores: the pivot's first, then the aligned sources', row by row of the same chats.
 
-    def __init__(self, stores: Sequence[DistributionStore], pad_token_id: int) -> None:
-        self.stores, self.pad_token_id = list(stores), pad_token_id
+    chunked: whether they say which chunk of text each position lies in.
+    """
+
+    def __init__(self, stores: Sequence[DistributionStore], pad_token_id: int, chunked: bool = False) -> None:
+        self.stores, self.pad_token_id, self.chunked = list(stores), pad_token_id, chunked
         self.scalars = {
             name: torch.from_numpy(np.stack([s.column(name) for s in stores], 1))
             for name in ("nats", "bytes", "tokens")
@@ -81,6 +87,7 @@ class FusionRows(Dataset[FusionBatch]):
         models = [self._entries(store, draw.rows, len(at)) if chats else SILENT for store in self.stores]
         ids, logprobs = self._rectangle(models)
         common_nats, common_bytes = self.common(draw.rows)
+        chunk, chunk_nats = self._chunks(draw.rows)
         return FusionBatch(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -90,6 +97,8 @@ class FusionRows(Dataset[FusionBatch]):
             ids=torch.from_numpy(ids),
             logprobs=torch.from_numpy(logprobs),
             gold_logprob=torch.from_numpy(np.stack([m.gold_logprob for m in models]).astype(np.float32)),
+            chunk=torch.from_numpy(chunk),
+            chunk_nats=torch.from_numpy(chunk_nats).float(),
             nats=self.scalars["nats"][draw.rows].float(),
             n_bytes=self.scalars["bytes"][draw.rows].float(),
             n_tokens=self.scalars["tokens"][draw.rows].float(),
@@ -110,6 +119,17 @@ class FusionRows(Dataset[FusionBatch]):
         if len(ids) and (int(ids.max()) >= self.stores[0].manifest["vocab_size"] or not logprobs.max() <= LARGEST):
             raise UserError(f"{store.path} holds ids beyond the pivot's vocabulary, NaN or inf; {again}")
         return Entries(counts, ids, logprobs, gold_logprob)
+
+    def _chunks(self, rows: list[int]) -> tuple[Array, Array]:
+        """The chunk of every position, numbered on from chat to chat, and its nats, for S models: [S, N] each."""
+        numbers, nats = [[NOWHERE] for _ in self.stores], [[np.empty(0)] for _ in self.stores]
+        for row in rows if self.chunked else ():
+            pivot = places(self.stores[0], row)
+            for s, store in enumerate(self.stores):
+                number, of_chunk = chunks(CommonText.spent(store, row, pivot))
+                numbers[s].append(number + numbers[s][-1].max(initial=0) + 1)
+                nats[s].append(of_chunk)
+        return np.stack([np.concatenate(each) for each in numbers]), np.stack([np.concatenate(each) for each in nats])
 
     @staticmethod
     def _rectangle(models: Sequence[Entries]) -> tuple[Array, Array]:

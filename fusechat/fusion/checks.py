@@ -10,6 +10,7 @@ from typing import Any
 from fusechat.app.errors import UserError
 from fusechat.app.surroundings import check_room
 from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.rules import FusionRule
 from fusechat.models.checkpoints import LazyCheckpoint
 from fusechat.models.load import tokenizer_identity
 from fusechat.stores.store import DistributionStore
@@ -34,11 +35,20 @@ def check_tokens(stores: Sequence[DistributionStore], tokenizer: Any, pivot: str
 def check_maps(stores: Sequence[DistributionStore], loss: FusionLoss) -> None:
     """Raises `UserError` where a store holds probabilities by rank alone and the loss compares ids."""
     for store in stores[1:]:
-        if store.manifest.get("token_map") == "uld" and not loss.ranked:
+        if store.manifest.get("token_map") == "uld" and not (loss.ranked or loss.on_chunks):
             raise UserError(
                 f"{store.path} was aligned with token_map=uld: its probabilities have ranks and no tokens, and "
                 f"loss.kind={loss.kind} compares tokens; use loss=uld, or align with another token_map"
             )
+
+
+def check_rule(rule: FusionRule, loss: FusionLoss) -> None:
+    """Raises `UserError` where chunks of text are to be compared and a rule mixes models, which cut it differently."""
+    if loss.on_chunks and rule.needs_sources and not (rule.takes_one and rule.level == "sequence"):
+        raise UserError(
+            f"loss.kind={loss.kind} compares chunks of text, which each model cuts in its own way: one model is to "
+            "speak for a sequence; set fusion=min_ce fusion.level=sequence"
+        )
 
 
 def check_checkpoint(path: str) -> None:

@@ -84,6 +84,7 @@ def _data(training: Training, tokenizer: Any) -> FusionDataModule:
         vocab_size=_vocab_size(training.pivot, **_source(training)),
         pad_token_id=tokenizer.pad_token_id or 0,
         own=None if own is None else validation_chats(own, tokenizer, stores[0].manifest),
+        chunked=training.loss.on_chunks,
     )
 
 

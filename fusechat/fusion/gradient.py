@@ -6,7 +6,8 @@ D depends on the logits z only through log q at the K kept ids (or ranks). So wi
 
     ∂L/∂z = λ (softmax(z) - onehot(gold)) + (scatter(a) - q Σ_k a_k) / T:
 
-one pass over the logits serves both losses, whatever the divergence. Shapes: N positions, H hidden size, V vocabulary.
+one pass over the logits serves both losses, whatever the divergence. Where D is of a chunk of text, its log q is the
+sum of its tokens' log q[gold], and each of them gets the chunk's a. Shapes: N positions, H hidden size, V vocabulary.
 
 In mixed precision h, W and ∂L/∂z are rounded to autocast's dtype, as torch's own linear layer would; their products are
 exact in fp32 and are summed and kept there, on every device: logits, ∂L/∂h and, over all chunks, ∂L/∂W.
@@ -14,7 +15,6 @@ exact in fp32 and are summed and kept there, on every device: logits, ∂L/∂h 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,25 +22,38 @@ import torch
 from torch import Tensor
 
 from fusechat.fusion.losses import FusionLoss
-from fusechat.models.heads import chunk_rows
+from fusechat.fusion.slices import over_chunks, slices
 
-CHUNK_ELEMENTS = 1 << 22  # logits held at a time on a CPU: 16 MiB, for its caches
 BLOCK = 1 << 14  # rows of ∂L/∂W in one product on a card: it lies in memory in fp32 before it is added
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the student is trained on at N positions. ids, p [N, K]; gold, sft_weight, fusion_weight [N]."""
+    """What the student is trained on at N positions. ids, p [N, K]; gold, sft_weight, fusion_weight [N].
+
+    chunk [N], for a loss on chunks of text: neighbours of one number are a chunk, whose weight is at one of them; ids
+    are the gold tokens then and p is the chunk's, K = 1.
+    """
 
     ids: Tensor
     p: Tensor
     gold: Tensor
     sft_weight: Tensor
     fusion_weight: Tensor
+    chunk: Tensor | None = None
 
     def rows(self, part: slice) -> Targets:
         """The targets of some positions."""
-        return Targets(self.ids[part], self.p[part], self.gold[part], self.sft_weight[part], self.fusion_weight[part])
+        return Targets(*(None if each is None else each[part] for each in vars(self).values()))  # type: ignore[arg-type]
+
+
+def chunk_targets(gold: Tensor, p: Tensor, chunk: Tensor, sequence: Tensor, lam: Tensor, per_token: Tensor) -> Targets:
+    """Targets on chunks of text, whose weight is at their last position; λ is 1 where p, the chunk's, is 0. All [N]."""
+    changes = (chunk.diff() != 0) | (sequence.diff() != 0)
+    number, last = torch.cat([changes.new_zeros(1), changes]).cumsum(0), torch.cat([changes, changes.new_ones(1)])
+    lam = torch.where(p > 0, lam, 1.0)
+    weights = lam * per_token, (1 - lam) * per_token * last
+    return Targets(gold.unsqueeze(1), p.unsqueeze(1), gold, *weights, number)
 
 
 def fused_loss(hidden: Tensor, head: Any, targets: Targets, loss: FusionLoss) -> tuple[Tensor, Tensor]:
@@ -83,8 +96,10 @@ class _HiddenLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wanted[2] else None
         total, parts = hidden.new_zeros((), dtype=exact), []
         h, w = _operand(hidden, compute), _operand(weight, compute)
-        buffer = hidden.new_empty(min(_rows(hidden, len(w)), len(h)), len(w), dtype=exact)
-        for part in _chunks(hidden, len(w)):
+        together = [*slices(hidden, len(w), targets.chunk)]
+        longest = max((part.stop - part.start for part in together), default=0)
+        buffer = hidden.new_empty(longest, len(w), dtype=exact)
+        for part in together:
             raw = _product(h[part], w.t(), buffer[: part.stop - part.start])
             z = head.transform(raw if bias is None else raw.add_(bias))
             slope = _slope(head, z)
@@ -117,7 +132,7 @@ class _LogitLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Targets, loss: FusionLoss) -> Any:
         wanted, view = ctx.needs_input_grad[0], logits.detach()
         total, parts = logits.new_zeros((), dtype=_at_least_fp32(logits)), []
-        for part in _chunks(logits, logits.shape[1]):
+        for part in slices(logits, logits.shape[1], targets.chunk):
             in_place = wanted and logits.dtype == total.dtype
             z = view[part] if in_place else view[part].to(total.dtype, copy=True)
             value, each = _loss_and_gradient(z, targets.rows(part), loss, wanted)
@@ -149,7 +164,11 @@ def _loss_and_gradient(z: Tensor, targets: Targets, loss: FusionLoss, wanted: bo
     lse = peak + mass.log()
     sft = (lse - z_gold).squeeze(1)
     log_q = z_ids / temperature - (lse if lse_tempered is None else lse_tempered)
+    if targets.chunk is not None:
+        log_q = over_chunks(log_q, targets.chunk)
     divergence, a = _weighted_divergence(p, log_q, fusion_weight, loss, wanted)
+    if a is not None and targets.chunk is not None:
+        a = over_chunks(a, targets.chunk)
     total = (sft * sft_weight + divergence * fusion_weight).sum()
     lam = sft_weight.unsqueeze(1)
     if a is not None:
@@ -197,17 +216,6 @@ def _together(ctx: Any, parts: list[Tensor], total: Tensor) -> Tensor:
     each = torch.cat(parts, 1) if parts else total.new_zeros(2, 0)
     ctx.mark_non_differentiable(each)
     return each
-
-
-def _rows(held: Tensor, vocabulary: int) -> int:
-    return chunk_rows(held.device, vocabulary, CHUNK_ELEMENTS)
-
-
-def _chunks(held: Tensor, vocabulary: int) -> Iterator[slice]:
-    """Slices of the first dimension of ``held``, whose logits are computed together."""
-    rows = _rows(held, vocabulary)
-    for start in range(0, len(held), rows):
-        yield slice(start, min(start + rows, len(held)))
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:

@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 
 from fusechat.app import settings
+from fusechat.app.errors import UserError
 from fusechat.app.registry import Family
 from fusechat.app.schema.values import MissingMass
 
-LOSSES = Family("loss.kind", needs=("ranked", "conditional", "rest"))
+LOSSES = Family("loss.kind", needs=("ranked", "conditional", "rest", "chunks"))
 """D(p, log p, log q), each [N, K], -> [N]; differentiable in log q. Spare entries have p = q = 0 and finite logarithms.
 
 Needs: ``ranked``: entries are compared by rank, largest first, and ids do not count. ``conditional`` and ``rest`` speak
 of ``missing_mass=renormalize``, where p has no mass on other tokens: q is renormalised over the kept ids too; all other
-tokens are one more outcome, of p = 0.
+tokens are one more outcome, of p = 0. ``chunks``: p and q are the probabilities of a chunk of text, that of all its
+tokens, K = 1; neither ids nor missing mass count.
 """
 MISSING = get_args(MissingMass)
 TINY = 1e-12  # the least probability of all other tokens together
 SMALLEST = 1.2e-38  # the least normal number in fp32
+EDGE = 1e-6  # by which a chunk's log-probability is kept from 0
 ABSENT = -1e4  # log-probability of a spare entry: exp(ABSENT) = 0 and 0 * ABSENT = 0, where 0 * -inf were NaN
 
 
@@ -61,6 +64,17 @@ def uld(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     return (p - log_q.exp()).abs().sum(-1)
 
 
+@LOSSES.register("alm", "likelihood of the chunks of text that both sides cut alike (ALM)", needs=("chunks",))
+def alm(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """-p' log q' - (1 - p') log(1 - q'), binary cross entropy of a chunk's p and q (arXiv 2503.20083), x' = e^-EDGE x.
+
+    ``loss.temperature`` τ has made them p^(1/τ) and q^(1/τ) before.
+    """
+    a, b = log_p - EDGE, log_q - EDGE
+    otherwise = torch.where(b > -0.7, (-torch.expm1(b)).log(), torch.log1p(-b.clamp_max(-0.7).exp()))
+    return -(a.exp() * b - torch.expm1(a) * otherwise).sum(-1)
+
+
 @dataclass(frozen=True)
 class FusionLoss:
     """L = λ L_SFT + (1 - λ) D(p, q): which divergence D, which temperatures, which λ, and the mass not kept.
@@ -69,7 +83,7 @@ class FusionLoss:
     stands for all other tokens, in p and in q; ``zero``: other tokens contribute nothing. temperature sharpens or
     flattens the teacher alone, as released; student_temperature the student. lm_weight: λ; 1 is plain SFT. schedule: λ
     is constant (``hard``), grows to 1 (``hard_and_decay``) or is 1 - reward (``soft``). chunked: logits are never held
-    whole.
+    whole. A loss of chunks of text takes temperature for the student too.
     Raises `UserError` for unknown names and values out of range.
     """
 
@@ -84,11 +98,21 @@ class FusionLoss:
     def __post_init__(self) -> None:
         LOSSES[self.kind]
         settings.check("loss", **vars(self))
+        if self.on_chunks and self.student_temperature != 1.0:
+            raise UserError(
+                f"loss.student_temperature={self.student_temperature}: loss.kind={self.kind} takes loss.temperature "
+                "for both sides; set loss.student_temperature=1"
+            )
 
     @property
     def ranked(self) -> bool:
         """Whether entries are compared by rank, whatever their ids."""
         return "ranked" in LOSSES[self.kind].needs
+
+    @property
+    def on_chunks(self) -> bool:
+        """Whether chunks of text are compared, whatever tokens spell them."""
+        return "chunks" in LOSSES[self.kind].needs
 
     def sft_share(self, progress: float, reward: Tensor) -> Tensor:
         """λ of each sequence, [B]. progress: share of the training that is done; reward [B]: exp(-CE) of the fused."""
@@ -114,6 +138,8 @@ class FusionLoss:
         """
         needs, renormalized, spare = LOSSES[self.kind].needs, self.missing_mass == "renormalize", p <= 0
         log_p = torch.where(spare, 1.0, p).log().masked_fill(spare, ABSENT)
+        if self.on_chunks:
+            return p, log_p, log_q / self.temperature
         log_q = log_q if self.ranked else log_q.masked_fill(spare, ABSENT)
         q_kept = log_q.exp().sum(-1, keepdim=True)
         if renormalized and "conditional" in needs:

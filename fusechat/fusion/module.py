@@ -15,7 +15,7 @@ from torch import Tensor
 from fusechat.app.errors import UserError
 from fusechat.fusion.adapters import with_adapters
 from fusechat.fusion.batches import FusionBatch
-from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
+from fusechat.fusion.gradient import Targets, chunk_targets, fused_loss, loss_from_logits
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.options import Optimizer
 from fusechat.fusion.ranks import gathered, generators, set_generators
@@ -170,9 +170,15 @@ class FusionModule(lightning.LightningModule):
         ce = cross_entropy(*(common if self.rule.metric == "bits_per_byte" else own))[:, first:]
         fused = self.rule(ids[first:], p[first:], batch.gold_logprob[first:], ce, batch.sequence, (ids[0], p[0]))
         progress = self.global_step / max(1, self._total_steps())
-        has_target = (fused.p > 0).any(-1)  # where there is nothing to fuse, lambda is 1
-        lam = self.loss.sft_share(progress, fused.reward)[batch.sequence].masked_fill(~has_target, 1.0)
+        lam = self.loss.sft_share(progress, fused.reward)[batch.sequence]
         per_token = 1.0 / batch.step_tokens.clamp_min(1)
+        if self.loss.on_chunks and batch.chunk.shape[1]:  # of one's own chats nobody has said anything
+            speaks = fused.weight.argmax(1) + first, torch.arange(len(batch.gold), device=lam.device)
+            chunk, nats = batch.chunk[speaks], batch.chunk_nats[speaks]
+            p = torch.exp(-nats / self.loss.temperature)
+            return chunk_targets(batch.gold, p, chunk, batch.sequence, lam, per_token), fused.weight
+        has_target = (fused.p > 0).any(-1)  # where there is nothing to fuse, lambda is 1
+        lam = lam.masked_fill(~has_target, 1.0)
         targets = Targets(fused.ids, fused.p, batch.gold, lam * per_token, (1 - lam) * per_token)
         return targets, fused.weight
 

@@ -15,7 +15,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import RECORD, read_json, settled
 from fusechat.app.places import writes
 from fusechat.app.trainer import TIMEOUT
-from fusechat.fusion.checks import check_maps
+from fusechat.fusion.checks import check_maps, check_rule
 from fusechat.fusion.inputs import open_stores
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.options import Callbacks, Data, Optimizer
@@ -92,6 +92,7 @@ def train(
     loss, output = loss or FusionLoss(), Path(output_dir)
     stores = open_stores(Path(pivot_store), [Path(path) for path in aligned.values()], remedies)
     check_maps(stores, loss)
+    check_rule(rule or FusionRule(), loss)
     training = Training(
         str(pivot),
         list(aligned),

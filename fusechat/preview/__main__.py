@@ -35,7 +35,7 @@ def _preview(cfg: DictConfig) -> None:
     from fusechat.chats.render import renderer_for
     from fusechat.models.load import load_tokenizer
     from fusechat.preview import colours
-    from fusechat.preview.reading import meeting, read, shares
+    from fusechat.preview.reading import lost, meeting, read, shares
 
     chat, count = plain(cfg.chat), cfg.preview.count
     limits = [limit for limit in (count, chat.pop("limit")) if limit is not None]
@@ -57,6 +57,8 @@ def _preview(cfg: DictConfig) -> None:
     kinds = {source.name: meeting(pivot, source, sequence) for source in sources}
     if kinds:
         console.print(colours.kinds_table({name: shares(found) for name, found in kinds.items()}, sequence))
+        losses = {source.name: lost(pivot, source, kinds[source.name]) for source in sources}
+        console.print(colours.lost_table(losses))
     for number in range(min(cfg.preview.show, len(messages))):
         for model in (pivot, *sources):
             console.print(colours.shown(number, f"as {model.name} reads it", colours.trained(model.rendered[number])))

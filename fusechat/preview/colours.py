@@ -19,7 +19,11 @@ from fusechat.stores.kinds import KINDS
 CONTEXT, CUT = ("dim", "dim underline"), "strike red"  # neighbouring tokens differ, so that their borders show
 TRAINED = ("black on bright_green", "black on green")
 KIND_STYLES = dict(
-    zip(KINDS, ("black on green", "black on bright_cyan", "black on bright_yellow", "white on red"), strict=True)
+    zip(
+        KINDS,
+        ("black on green", "black on bright_cyan", "black on bright_yellow", "white on red", "black on bright_magenta"),
+        strict=True,
+    )
 )
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -51,6 +55,16 @@ def kinds_table(shares: Mapping[str, Mapping[str, float]], sequence: str) -> Tab
         table.add_column(Text(f" {kind} ", KIND_STYLES[kind]), justify="right")
     for source, of in shares.items():
         table.add_row(source, *(f"{of[kind]:.1%}" for kind in KINDS))
+    return table
+
+
+def lost_table(shares: Mapping[str, Mapping[str, float]]) -> Table:
+    """A column per source: what the positions without a partner predict, as shares of all positions."""
+    table = Table("no partner")
+    for source in shares:
+        table.add_column(source, justify="right")
+    for name in next(iter(shares.values())):
+        table.add_row(name, *(f"{of[name]:.1%}" for of in shares.values()))
     return table
 
 

@@ -11,11 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fusechat.align.alignment import Alignment
-from fusechat.align.sequence import SEQUENCES
+from fusechat.align.paths import lexicon
+from fusechat.align.sequence import SEQUENCES, align_chain
 from fusechat.align.stage import sequence_for, token_texts
 from fusechat.chats.render import ChatRenderer, Message, Rendered
-from fusechat.stores.kinds import KINDS
+from fusechat.stores.kinds import INSIDE, KINDS, NONE
 from fusechat.stores.store import DistributionStore
+
+LOST = ("inside a word", "inside signs", "white space", "digits", "inside a character", "template", "elsewhere")
+"""Why a position has no partner. inside a word, inside signs: the source has one token for what the pivot splits."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Reading:
     def row(self, index: int, *columns: str) -> tuple[npt.NDArray[Any], ...]:
         """Columns of one chat: input_ids, positions, boundaries."""
         return tuple(getattr(self.rendered[index], column) for column in columns)
+
+    @property
+    def ends(self) -> npt.NDArray[np.int64]:
+        """Where each chat's predictions end."""
+        return np.array([chat.end for chat in self.rendered], np.int64)
 
     def gold(self, index: int) -> npt.NDArray[np.int64]:
         """What each position of one chat predicts."""
@@ -60,7 +69,39 @@ def meeting(pivot: Reading, source: Reading, sequence: str) -> list[npt.NDArray[
     alignment = Alignment(stores[0], stores[1], sequence, unmatched="skip", chained=False, logprobs="float16")
     if "texts" in SEQUENCES[sequence].needs:
         alignment.texts = token_texts(pivot.tokenizer), token_texts(source.tokenizer)
+    if "path" in SEQUENCES[sequence].needs:
+        alignment.words = lexicon(source.tokenizer, pivot.tokenizer)
     return [alignment.match(row)[1] for row in range(len(pivot.rendered))]
+
+
+def lost(pivot: Reading, source: Reading, kinds: Sequence[npt.NDArray[np.uint8]]) -> dict[str, float]:
+    """What the positions without a partner predict, by `LOST`, as shares of all positions."""
+    special = {index for index, token in pivot.tokenizer.added_tokens_decoder.items() if token.special}
+    seen, total = Counter[str](), 0
+    for chat, other, kind in zip(pivot.rendered, source.rendered, kinds, strict=True):
+        total += len(kind)
+        places = [np.append(side.boundaries, side.end) for side in (chat, other)]
+        within = align_chain(*places)[1] == INSIDE
+        for at in np.flatnonzero(kind == NONE).tolist():
+            token = int(chat.positions[at]) + 1
+            text = chat.text[slice(*chat.char_spans[token].tolist())]
+            is_special = int(chat.input_ids[token]) in special
+            seen[_why(text, is_special, int(chat.boundaries[at]) < 0, bool(within[at]))] += 1
+    return {name: seen[name] / max(1, total) for name in LOST}
+
+
+def _why(text: str, special: bool, character: bool, within: bool) -> str:
+    if special:
+        return "template"
+    if not text.strip():
+        return "white space"
+    if text.strip().isdigit():
+        return "digits"
+    if character:
+        return "inside a character"
+    if not within:
+        return "elsewhere"
+    return "inside a word" if any(c.isalpha() for c in text) else "inside signs"
 
 
 def shares(kinds: Sequence[npt.NDArray[np.uint8]]) -> dict[str, float]:

@@ -42,6 +42,18 @@ def spent(pivot: Ints, source: Ints, gold_logprob: Array) -> Array:
     return nats
 
 
+def chunks(spent: Floats) -> tuple[Ints, Floats]:
+    """The chunk of text of each of the pivot's positions, by number, and the source's nats for it, both [N].
+
+    A chunk is what lies between two neighbouring places that the pivot shares with the source: both spell the same
+    text, each in its own tokens. spent [N + 1]: see `spent`. Infinite where a position lies in none: before the first
+    shared place, or behind the last.
+    """
+    shared = np.flatnonzero(np.isfinite(spent))
+    number = np.searchsorted(shared, np.arange(len(spent) - 1), side="right")
+    return number, np.concatenate([[np.inf], spent[shared[1:]], [np.inf]])[number]
+
+
 def same_range(pivot: Ints, source: Ints) -> bool:
     """Whether both predict the same characters, so that their totals can be compared."""
     return bool((pivot[[0, -1]] == source[[0, -1]]).all() and pivot[[0, -1]].min() >= 0 and len(source) > 1)
@@ -80,12 +92,12 @@ class CommonText:
         for at, row in enumerate(rows):
             if not self.whole[row] and n_bytes[at] > 0:
                 pivot, (positions,) = places(self.stores[0], row), self.stores[0].row(row, "positions")
-                each = np.stack([self._spent(store, row, pivot) for store in self.stores])
+                each = np.stack([self.spent(store, row, pivot) for store in self.stores])
                 nats[at], n_bytes[at] = compared(pivot, positions, int(n_bytes[at]), each)
         return nats, n_bytes[:, None]
 
     @staticmethod
-    def _spent(store: DistributionStore, row: int, pivot: Ints) -> Floats:
+    def spent(store: DistributionStore, row: int, pivot: Ints) -> Floats:
         """As it is stored; a store that shares the pivot's tokens shares all its places."""
         if "spent" in store.columns:
             return store.row(row, "spent")[0].astype(np.float64)

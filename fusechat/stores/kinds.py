@@ -2,6 +2,8 @@
 
 same: one token of either side spells the text before the position. n:1: several source tokens for one of the pivot's.
 1:n: one source token for several of the pivot's. none: no source position stands at this place of the text.
+inside: no source position stands there either, but a source token whose beginning lies before it speaks for what is
+left of it (`sequence=chain`).
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-KINDS = ("same", "n:1", "1:n", "none")
-SAME, MANY_TO_ONE, ONE_TO_MANY, NONE = range(len(KINDS))
+KINDS = ("same", "n:1", "1:n", "none", "inside")
+SAME, MANY_TO_ONE, ONE_TO_MANY, NONE, INSIDE = range(len(KINDS))
 
 
 def kind_counts(manifest: Mapping[str, Any]) -> dict[str, int]:

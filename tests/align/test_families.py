@@ -72,7 +72,7 @@ def test_the_config_group_lists_the_members(family: Family) -> None:
 def test_a_sequence_is_chosen_by_group_or_by_key() -> None:
     by_group, by_key = composed("align", ["alignment=dtw"]), composed("align", ["alignment.sequence=dtw"])
     assert OmegaConf.to_container(by_group.alignment) == OmegaConf.to_container(by_key.alignment)
-    assert dict(by_group.alignment) == {"sequence": "dtw", "unmatched": "skip", "num_proc": 1}
+    assert dict(by_group.alignment) == {"sequence": "dtw", "unmatched": "gold", "num_proc": 1}
 
 
 def test_members_of_a_users_own_reach_new_processes(

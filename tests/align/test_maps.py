@@ -78,6 +78,17 @@ def test_em_maps_equal_bytes(source: str, pivot: str, tokenizers: Callable[[str]
             assert own_bytes[index] not in their_bytes
 
 
+@pytest.mark.parametrize("name", ["em", "prefix"])
+def test_a_character_is_mapped_to_the_token_that_the_pivot_writes(name: str, tokenizers: Callable[[str], Any]) -> None:
+    """Not to its byte's token, which a vocabulary with bytes as a last resort has beside it and never uses."""
+    own, theirs = tokenizers("a"), tokenizers("pivot")
+    table = getattr(maps, name)(own, theirs, [])
+    for character in ".2":
+        (index,), (wanted,) = (t(character, add_special_tokens=False)["input_ids"] for t in (own, theirs))
+        assert (table[index], theirs.convert_ids_to_tokens(wanted)) == (wanted, character)
+        assert theirs.convert_tokens_to_ids(f"<0x{ord(character):02X}>") not in (theirs.unk_token_id, wanted)
+
+
 @pytest.mark.parametrize(("source", "pivot"), PAIRS)
 def test_prefix_maps_to_a_beginning_of_the_token(source: str, pivot: str, tokenizers: Callable[[str], Any]) -> None:
     own, theirs = tokenizers(source), tokenizers(pivot)

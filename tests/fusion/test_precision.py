@@ -63,7 +63,7 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 def test_in_bf16_the_loss_is_exact_and_gradients_are_as_good_as_their_dtype(
     kind: str, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusechat.fusion.gradient.CHUNK_ELEMENTS", 16 * V)  # many chunks
+    monkeypatch.setattr("fusechat.fusion.slices.CHUNK_ELEMENTS", 16 * V)  # many chunks
     hidden, weight, targets = example()
     loss = FusionLoss(kind, missing)
     exact = ours(hidden.double(), weight.bfloat16().double(), targets, loss, autocast=False)
@@ -74,7 +74,7 @@ def test_in_bf16_the_loss_is_exact_and_gradients_are_as_good_as_their_dtype(
 
 
 def test_no_worse_than_torchs_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusechat.fusion.gradient.CHUNK_ELEMENTS", 16 * V)
+    monkeypatch.setattr("fusechat.fusion.slices.CHUNK_ELEMENTS", 16 * V)
     hidden, weight, targets = example()
     each = torch.full((N,), 1.0 / N)
     targets = Targets(targets.ids, targets.p, targets.gold, each, torch.zeros(N))

@@ -436,7 +436,7 @@ def half_alpha(p, log_p, log_q):
 """
     (tmp_path / "losses_of_mine.py").write_text(source)
     options = ["source=a", "loss.kind=half_alpha", "trainer.max_steps=2", "validation.path=null"]
-    with pytest.raises(UserError, match=r"loss\.kind='half_alpha' is unknown; use one of: ce, forward_kl"):
+    with pytest.raises(UserError, match=r"loss\.kind='half_alpha' is unknown; use one of: alm, ce, forward_kl"):
         fresh.run("train", *options)
     fresh.run("train", *options, "imports=[losses_of_mine]")
     record = json.loads((fresh.experiment / "targets/a/fusechat.json").read_text())
@@ -504,3 +504,43 @@ def test_a_vocabulary_beyond_the_embedding_is_refused(fresh: Mini) -> None:
     spoil(fresh.experiment / "distributions/pivot", lambda t: t, vocab_size=70_000)
     with pytest.raises(UserError, match=r"has ids up to 70000, the model's embedding \d+ rows; set pivot\.path"):
         fresh.run("train", "source=a")
+
+
+def test_chunk_likelihood_compares_each_chunk_of_the_chosen_models_text(mini: Mini) -> None:
+    """Weighted loss, from hidden states, against a walk over both stores' places; outside all chunks lambda is 1."""
+    stores = open_stores(mini.experiment / "distributions/pivot", [mini.experiment / "aligned/a"])
+    rows, drawn = FusionRows(stores, 0, chunked=True), [0, 3, 5]
+    batch = rows[Draw(drawn, 1)]
+    loss, rule = FusionLoss("alm", lm_weight=0.25, temperature=2.0), FusionRule(include_pivot=False)
+    module = module_of(mini, loss, rule)
+    with torch.no_grad():
+        logits = module.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[
+            batch.at
+        ]
+        log_q = logits.log_softmax(-1).gather(1, batch.gold.unsqueeze(1)).squeeze(1).double()
+        total, _, _, _ = module._losses(batch)
+    wanted, start, chunks = 0.0, 0, 0
+    for row in drawn:
+        (spent,) = stores[1].row(row, "spent")
+        shared, n = np.flatnonzero(np.isfinite(spent)), len(spent) - 1
+        covered = np.zeros(n, bool)
+        for begin, end in itertools.pairwise(shared.tolist()):
+            a, b = -float(spent[end]) / 2 - 1e-6, float(log_q[start + begin : start + end].sum()) / 2 - 1e-6
+            wanted += 0.75 * -(np.exp(a) * b + (1 - np.exp(a)) * np.log(1 - np.exp(b)))
+            covered[begin:end] = True
+            chunks += 1
+        sft = -log_q[start : start + n].numpy()
+        wanted += float((sft * np.where(covered, 0.25, 1.0)).sum())
+        start += n
+    assert chunks > 10
+    assert total.item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_chunk_likelihood_trains_a_target(fresh: Mini) -> None:
+    fresh.run("train", "source=a", "loss=alm", "run_name=alm")
+    assert moved(fresh, "alm") > 1e-4
+    with pytest.raises(
+        UserError, match=r"loss.kind=alm compares chunks of text, .*set fusion=min_ce fusion.level=sequence"
+    ):
+        fresh.run("train", "source=a", "loss=alm", "fusion=avg_ce", "run_name=mixed")
+    assert not (fresh.experiment / "targets/mixed").exists()

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 
 from fusechat.align.summary import numbers as aligned_numbers
 from fusechat.chats.formats import load_chats
-from fusechat.chats.render import renderer_for
+from fusechat.chats.render import Rendered, renderer_for
 from fusechat.extract.summary import totals
 from fusechat.preview import colours
-from fusechat.preview.reading import Reading, meeting, read, shares
+from fusechat.preview.reading import LOST, Reading, lost, meeting, read, shares
+from fusechat.stores.kinds import NONE
 from fusechat.stores.store import DistributionStore
 from tests.conftest import Mini
 
@@ -45,6 +47,41 @@ def test_it_counts_what_alignment_counts(mini: Mini, readings: dict[str, Reading
     assert 0 < found["same"] < 1
     by_text = shares(meeting(readings["pivot"], readings["a"], "dtw"))
     assert sum(by_text.values()) == pytest.approx(1)
+
+
+def test_what_is_lost_is_told_by_kind(readings: dict[str, Reading]) -> None:
+    pivot, source = readings["pivot"], readings["a"]
+    kinds = meeting(pivot, source, "offsets")
+    found = lost(pivot, source, kinds)
+    assert sum(found.values()) == pytest.approx(shares(kinds)["none"])
+    assert found["inside a word"] > 0
+    assert sum(lost(pivot, source, meeting(pivot, source, "chain")).values()) < found["inside a word"]
+
+
+def test_kinds_of_what_is_lost_by_hand() -> None:
+    """One chat whose every position is lost; the source has ``under``, ``-->`` and the end as one token each."""
+    texts = ["x", "un", "der", "--", ">", "  ", "42", "🙂", "</s>"]
+    ends = np.cumsum([len(text) for text in texts])
+    spans = np.stack([ends - [len(text) for text in texts], ends], 1)
+    positions = np.arange(len(texts) - 1)
+    before = np.cumsum([0, *(len(text.encode()) for text in texts[1:])])
+    end = int(before[-1])
+    bounds = np.where(np.array(texts[1:]) == "🙂", -1, before[:-1])
+    ids, none = np.arange(len(texts)), np.full(len(positions), NONE, np.uint8)
+    special = {8: SimpleNamespace(special=True), 3: SimpleNamespace(special=False)}
+    tokenizer = SimpleNamespace(added_tokens_decoder=special)
+    chat = Rendered("".join(texts), ids, spans, ids > 0, positions, bounds, end, end, "", False)
+    own = Rendered("", ids, spans, ids > 0, positions[:3], np.array([0, 5, 8]), end, end, "", False)
+    found = lost(Reading("p", tokenizer, [chat]), Reading("s", tokenizer, [own]), [none])
+    wanted = {
+        "inside a word": 1,
+        "inside signs": 1,
+        "white space": 1,
+        "digits": 1,
+        "inside a character": 1,
+        "template": 1,
+    }
+    assert found == {name: wanted.get(name, 2) / 8 for name in LOST}, "the first halves have a place of the source's"
 
 
 def test_colours_are_the_masks(readings: dict[str, Reading]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fusechat.fusion.batches import FusionRows
 from fusechat.fusion.plan import Draw
 from fusechat.fusion.rules import cross_entropy
-from fusechat.stores.common import compared, same_range, spent
+from fusechat.stores.common import chunks, compared, same_range, spent
 from fusechat.stores.store import DistributionStore
 from tests.conftest import Mini
 
@@ -46,6 +46,16 @@ def reading(draw: Any, turns: list[int]) -> Read:
     nats = np.array(draw(st.lists(st.integers(0, 64), min_size=last - first, max_size=last - first)), float) / 8
     masked = np.where([h and 0 < i < len(kept) - 1 for i, h in enumerate(hidden)], -1, kept)
     return Read(masked, np.array(positions[first:last]), nats, size)
+
+
+def test_chunks_lie_between_shared_places() -> None:
+    """Pivot places 0 2 3 6 8 9, source places 2 6 8: two chunks, [2, 6) with 3 nats and [6, 8) with 1."""
+    of = spent(np.array([0, 2, 3, 6, 8, 9]), np.array([2, 5, 6, 8]), -np.array([1.0, 2.0, 1.0])).astype(float)
+    number, nats = chunks(of)
+    assert number.tolist() == [0, 1, 1, 2, 3]
+    assert nats.tolist() == [np.inf, 3, 3, 1, np.inf]
+    number, nats = chunks(np.full(3, np.nan))
+    assert nats.tolist() == [np.inf, np.inf]
 
 
 @settings(max_examples=150)
