@@ -229,7 +229,13 @@ def main() -> None:
 
 
 def write_chats(folder: Path) -> None:
-    """fusion, choosing and test chats, and the second test set, as JSON lines."""
+    """fusion, choosing and test chats, and the second test set, as JSON lines. Those that are there stay.
+
+    So an experiment goes on with its own chats where packages have been added or updated since.
+    """
+    if all((folder / f"{part}.jsonl").exists() for part in (*SIZES, "other_style")):
+        LOG.info("the chats lie in %s already; remove the folder to make them anew", folder)
+        return
     parts = split(packages(), SIZES)
     seen = {gram for row in parts["fusion"] for gram in grams(row["messages"][-1]["content"])}
     other = [json.loads(line) for line in (HERE / "other_style.jsonl").read_text(encoding="utf-8").splitlines()]
