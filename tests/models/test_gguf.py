@@ -126,8 +126,8 @@ def test_a_file_is_known_by_its_content(folder: Path, tmp_path: Path) -> None:
     assert model_identity(f"{tmp_path}/other.gguf") == mark != model_identity(f"{folder}/packed.gguf")
 
 
-def test_a_file_is_evaluated(folder: Path, mini: Mini) -> None:
-    values = [mini.run("evaluate", f"model={folder}/{name}") for name in ("model", "model.gguf")]
+def test_a_file_is_evaluated(folder: Path, fresh: Mini) -> None:
+    values = [fresh.run("evaluate", f"model={folder}/{name}") for name in ("model", "model.gguf")]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
