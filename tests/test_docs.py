@@ -23,6 +23,7 @@ from tests.conftest import ROOT, Mini, run_entry
 from tests.merging.test_stream import make
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "examples").glob("*/README.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 FAMILIES = {  # config key -> where its family is
     "loss.kind": "fusechat.fusion.losses:LOSSES",
@@ -65,12 +66,17 @@ def test_commands_compose(command: str, my_conf: Path) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), f"no such target: {words[1]}"
         return
     assert words[0] == "python", f"a command that nothing checks: {command}"
+    if words[1].startswith("examples/"):
+        assert (ROOT / words[1]).exists() and all(w in (ROOT / words[1]).read_text() for w in words[2:])
+        return
     verb = words[1].removesuffix(".py") if words[1] != "-m" else words[2].removeprefix("fusechat.")
     assert (ROOT / f"{verb}.py").exists() or importlib.util.find_spec(f"fusechat.{verb}"), f"no such verb: {verb}"
     rest = words[2:] if words[1] != "-m" else words[3:]
     if verb == "inspect":
         return
-    search = ["hydra.searchpath=[file://" + str(my_conf) + "]"] if "--config-dir" in rest else []
+    folder = rest[rest.index("--config-dir") + 1] if "--config-dir" in rest else None
+    place = my_conf if folder == "my_conf" else ROOT / str(folder)
+    search = [f"hydra.searchpath=[file://{place}]"] if folder else []
     overrides = [w for i, w in enumerate(rest) if not w.startswith("-") and rest[i - 1] != "--config-dir"]
     for job in jobs(verb, overrides) if "-m" in rest else [overrides]:
         if verb == "pipeline":
@@ -96,7 +102,7 @@ def jobs(verb: str, overrides: list[str]) -> list[list[str]]:
     return [job for _, job in expand(line)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target

@@ -52,11 +52,11 @@ def evaluate(
     """Measures a model (directory or Hub id) on held-out chats; writes ``output_file`` (JSON), returns its content.
 
     ``metrics`` has, for each metric and skill, value, low and high of the 95 % bootstrap interval: bits_per_byte
-    (nats of the answers / ln 2 / their UTF-8 bytes), nats_per_token, and with ``generate`` accuracy (exact match of
-    greedy answers). ``samples`` has the same chat by chat. A result of the same model, chats
-    and settings is returned as it is there. record: kept in the result beside it.
-    imports: the user's own modules with their hashes. device: as in `device_of`; it is no part of the fingerprint.
-    Raises `UserError`.
+    (nats of the answers / ln 2 / their UTF-8 bytes), nats_per_token, next_token_accuracy (share of the answers' tokens
+    that are likeliest), and with ``generate`` accuracy (exact match of greedy answers). ``samples`` has the same chat
+    by chat. A result of the same model, chats and settings is returned as it is there. record: kept in the result
+    beside it. imports: the user's own modules with their hashes. device: as in `device_of`; it is no part of the
+    fingerprint. Raises `UserError`.
     """
     settings = {"kind": "chats", "chats": str(chats), "split": split, "limit": limit, "template": template}
     settings |= {"generate": generate, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype}

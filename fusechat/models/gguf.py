@@ -62,6 +62,30 @@ def load_gguf(path: str, **options: Any) -> PreTrainedModel:
     return plain
 
 
+def described(path: str | Path) -> str:
+    """What a GGUF file's header says of it, in a line: name, architecture, licence, kind of quantization.
+
+    What it does not say is told as missing: many files name no licence. Raises `UserError`.
+    """
+    try:
+        from gguf import GGUFReader, LlamaFileType
+    except ImportError as error:
+        raise UserError(f"{path} needs the package gguf: pip install 'fusechat[gguf]'") from error
+    try:
+        fields = GGUFReader(path).fields
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is no whole GGUF file ({error}); get it again") from error
+    name, architecture, licence, kind = (
+        fields[key].contents() if key in fields else None
+        for key in ("general.name", "general.architecture", "general.license", "general.file_type")
+    )
+    known: dict[Any, str] = {member.value: member.name.removeprefix("MOSTLY_") for member in LlamaFileType}
+    return (
+        f"{name or 'unnamed'} ({architecture}), licence {licence or 'not named in the file'}, "
+        f"quantization {known.get(kind, 'not named in the file')}"
+    )
+
+
 def write_plain(path: str, directory: Path, dtype: str = "float32") -> None:
     """Writes a GGUF file's model and tokenizer out as a plain Hugging Face directory, whole or not at all.
 

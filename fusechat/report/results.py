@@ -60,7 +60,8 @@ def short(name: str) -> str:
 
 def has(sample: dict[str, Any], name: str) -> bool:
     """Whether a sample has what a metric needs."""
-    return {"bits_per_byte": "nats", "nats_per_token": "nats", "accuracy": "correct"}.get(name, name) in sample
+    needed = {"bits_per_byte": "nats", "nats_per_token": "nats", "accuracy": "correct", "next_token_accuracy": "hits"}
+    return needed.get(name, name) in sample
 
 
 def compared(first: dict[str, Any], second: dict[str, Any]) -> pd.DataFrame:

@@ -22,6 +22,8 @@ def metric(samples: Sequence[Sample], name: str) -> tuple[Floats, Floats]:
         return np.array([bits(s["nats"]) for s in samples]), np.array([s["bytes"] for s in samples])
     if name == "nats_per_token":
         return np.array([s["nats"] for s in samples]), np.array([s["tokens"] for s in samples])
+    if name == "next_token_accuracy":
+        return np.array([s["hits"] for s in samples]), np.array([s["tokens"] for s in samples])
     key = "correct" if name == "accuracy" else name
     return np.array([float(s[key]) for s in samples]), np.ones(len(samples))
 
@@ -31,7 +33,8 @@ def metric_names(samples: Sequence[Sample]) -> list[str]:
     keys = {key for sample in samples for key, value in sample.items() if isinstance(value, (int, float))}
     names = ["bits_per_byte", "nats_per_token"] if "nats" in keys else []
     names += ["accuracy"] if "correct" in keys else []
-    return names + sorted(keys - {"id", "nats", "bytes", "tokens", "correct"})
+    names += ["next_token_accuracy"] if "hits" in keys else []
+    return names + sorted(keys - {"id", "nats", "bytes", "tokens", "hits", "correct"})
 
 
 def interval(samples: Sequence[Sample], name: str, seed: int = 0) -> dict[str, float]:

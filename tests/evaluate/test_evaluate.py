@@ -32,8 +32,9 @@ def test_a_batch_of_eight_equals_one_by_one(name: str, mini: Mini, tokenizers: C
         ids = torch.from_numpy(rendered.input_ids)
         labels = torch.where(torch.from_numpy(rendered.assistant_mask), ids, -100)
         with torch.no_grad():
-            mean = model(input_ids=ids[None], labels=labels[None]).loss
-        assert found["nats"] == pytest.approx(float(mean) * found["tokens"], rel=1e-4)
+            out = model(input_ids=ids[None], labels=labels[None])
+        assert found["nats"] == pytest.approx(float(out.loss) * found["tokens"], rel=1e-4)
+        assert found["hits"] == int((out.logits[0, :-1].argmax(-1) == labels[1:]).sum())
 
 
 def test_evaluate_writes_skips_and_resumes(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:

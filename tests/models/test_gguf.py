@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from fusechat.app.errors import UserError
-from fusechat.models.gguf import write_plain
+from fusechat.models.gguf import described, write_plain
 from fusechat.models.load import load_model, load_tokenizer, model_identity
 from fusechat.stores.store import DistributionStore
 from tests.conftest import Mini
@@ -35,6 +35,9 @@ def write_gguf(file: Path, model: Any, tokenizer: Any, quantized: bool = False) 
     """A Qwen2 in float32, or its matrices in blocks of 8 bits."""
     config, writer = model.config, gguf.GGUFWriter(file, "qwen2")
     writer.add_name("tiny")
+    if quantized:
+        writer.add_license("apache-2.0")
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -123,9 +126,15 @@ def test_a_file_is_known_by_its_content(folder: Path, tmp_path: Path) -> None:
     assert model_identity(f"{tmp_path}/other.gguf") == mark != model_identity(f"{folder}/packed.gguf")
 
 
-def test_a_file_is_evaluated(folder: Path, mini: Mini) -> None:
-    values = [mini.run("evaluate", f"model={folder}/{name}") for name in ("model", "model.gguf")]
+def test_a_file_is_evaluated(folder: Path, fresh: Mini) -> None:
+    values = [fresh.run("evaluate", f"model={folder}/{name}") for name in ("model", "model.gguf")]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_a_file_says_what_it_is(folder: Path) -> None:
+    assert described(folder / "packed.gguf") == "tiny (qwen2), licence apache-2.0, quantization Q8_0"
+    missing = "licence not named in the file, quantization not named in the file"
+    assert described(folder / "model.gguf") == f"tiny (qwen2), {missing}"
 
 
 def test_bad_files(folder: Path, tmp_path: Path) -> None:
@@ -136,3 +145,8 @@ def test_bad_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(12))
     with pytest.raises(UserError, match=r"no tokenizer at .*broken\.gguf"):
         load_tokenizer(f"{tmp_path}/broken.gguf")
+    with pytest.raises(UserError, match=r"broken\.gguf is no whole GGUF file \(.*\); get it again"):
+        described(tmp_path / "broken.gguf")
+    (tmp_path / "cut.gguf").write_bytes((folder / "model.gguf").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cut\.gguf is no whole GGUF file"):
+        described(tmp_path / "cut.gguf")

@@ -106,6 +106,7 @@ def test_results_of_different_tests_are_refused(fresh: Mini, capsys: pytest.Capt
 def test_metrics_that_samples_make() -> None:
     chat = {"id": "1", "tag": "sort", "nats": 1.0, "bytes": 3.0, "tokens": 2.0, "answer": "a"}
     assert metric_names([chat]) == ["bits_per_byte", "nats_per_token"]
+    assert metric_names([chat | {"hits": 1.0}])[2:] == ["next_token_accuracy"]
     assert metric_names([chat | {"correct": True}]) == ["bits_per_byte", "nats_per_token", "accuracy"]
     assert metric_names([{"id": 1, "tag": "", "b": 1.0}, {"id": 2, "tag": "", "a": 1}]) == ["a", "b"]
 
