@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -72,10 +73,13 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same draws for a test whatever ran before it."""
+    """The same draws, and loggers that tell, for a test whatever ran before it (Hydra's quiet settings disable all)."""
     import torch
 
     torch.manual_seed(0)
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 def composed(config: str, overrides: list[str]) -> Any:

@@ -75,6 +75,7 @@ def judge(folder: Path, server: Server, *overrides: str) -> float:
     options = [
         f"answers={good}",
         f"questions={questions}",
+        "experiment=tiny",
         f"judge.base_url={server.url}",
         "judge.model=gpt",
         "judge.wait=0.01",

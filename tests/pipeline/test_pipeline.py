@@ -132,7 +132,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_errors_are_one_line_with_a_remedy(tmp_path: Path) -> None:
-    done = run("train.py", "source=a", f"paths.root={tmp_path}")
+    done = run("train.py", "experiment=tiny", "source=a", f"paths.root={tmp_path}")
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     told = "world/models/pivot does not exist; expected a model's directory, a GGUF file or a Hub id (owner/name); make it with: "
@@ -169,6 +169,7 @@ def test_failed_jobs_of_a_sweep_are_named_and_the_others_finish(undisturbed: Pat
     done = run(
         "train.py",
         "-m",
+        "experiment=tiny",
         *SHORT,
         f"paths.root={root}",
         "source=a",
