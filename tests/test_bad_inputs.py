@@ -63,7 +63,7 @@ SETTINGS = [  # verb, override, what is said of it
     ("train", "optimizer.lr=nan", NUMBER),
     ("train", "optimizer.schedule=foo", "is unknown; use one of: linear, cosine, "),
     ("train", "loss.kind=[ce]", r"loss\.kind=\['ce'\]: expected a text"),
-    ("train", "loss.kind=mse", r"loss\.kind='mse' is unknown; use one of: ce, "),
+    ("train", "loss.kind=mse", r"loss\.kind='mse' is unknown; use one of: alm, ce, "),
     ("train", "pivot.dtype=foo", "is unknown; use one of: float32, bfloat16, float16"),
     ("train", "lora.r=0", WHOLE),
     ("evaluate", "evaluation.batch_size=0", "expected a whole number from 1 on or auto"),

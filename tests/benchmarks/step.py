@@ -36,6 +36,8 @@ def batch(tokens: int, vocabulary: int, device: str) -> FusionBatch:
         "ids": torch.randint(0, vocabulary, (2, n, K), dtype=torch.int32),
         "logprobs": torch.randn(2, n, K).log_softmax(-1),
         "gold_logprob": -torch.ones(2, n),
+        "chunk": torch.zeros(2, 0, dtype=torch.int64),
+        "chunk_nats": torch.zeros(2, 0),
         **numbers,
         "common_nats": numbers["nats"],
         "common_bytes": numbers["n_bytes"],
