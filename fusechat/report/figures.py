@@ -170,7 +170,7 @@ def alignment(rows: pd.DataFrame) -> Any:
     figure, axis = pyplot().subplots(figsize=(8, 1.1 + 0.35 * rows["source"].nunique()))
     _stacked(axis, rows, "source", "kind", KINDS, "alignment")
     axis.set_xlabel("% of the pivot's response positions")
-    axis.legend(ncol=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
+    axis.legend(ncol=len(KINDS), loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
     figure.tight_layout()
     return figure
 

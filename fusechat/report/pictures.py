@@ -25,7 +25,8 @@ CAPTIONS = {
     "wins": "Share of the response tokens at which each model gave the fused distribution, by the chats' tag. MinCE "
     "takes the model with the lower loss on the reference answer, chat by chat.",
     "alignment": "same: one source token for one of the pivot's; n:1: several source tokens for one; 1:n: one for "
-    "several; none: the source has no boundary there, so that the position gets no distribution.",
+    "several; none: the source has no boundary there, so that the position gets no distribution; "
+    "inside: none either, but the source token around it speaks (alignment=chain).",
     "merge_weights": "Blue: more than an equal share; red: less. Grey: no such parameter, or no target changed it.",
 }
 
