@@ -29,7 +29,7 @@ wheel: $(VENV)/.ready  ## the wheel, built, installed into an empty prefix and r
 browser: $(VENV)/.ready  ## the report as Chromium shows it, wide and on a phone (needs the package chromium)
 	$(BIN)/python -m pytest -m browser tests/report
 
-faults: $(VENV)/.ready  ## kills, full disks and flipped bytes in every stage (estimated at 16 minutes on 2 free cores, 25 with FAULTS=--all); writes docs/reliability.md
+faults: $(VENV)/.ready  ## kills, full disks and flipped bytes in every stage (15 minutes on 2 cores, about 25 with FAULTS=--all); writes docs/reliability.md
 	$(BIN)/python -m tests.faults --page docs/reliability.md $(FAULTS)
 
 lint: $(VENV)/.ready  ## ruff, mypy --strict, declared against imported packages

@@ -18,7 +18,7 @@ from fusechat.fusion.plan import Draw
 from fusechat.fusion.precision import weights_dtype
 from fusechat.models.load import load_model
 from tests.conftest import Mini
-from tests.fusion.test_training import module_of, moved, rows_of, weights
+from tests.fusion.trained import module_of, moved, rows_of, weights
 
 N, H, V, K = 512, 64, 1000, 10
 BOUNDS = {"loss": 1e-6, "hidden": 3e-3, "weight": 2e-3}  # bf16 rounds by up to 4e-3; torch's own: 1e-5, 3e-3, 3e-3

@@ -19,7 +19,7 @@ from fusechat.app.errors import UserError
 from fusechat.fusion.plan import Plan
 from tests.conftest import Mini
 from tests.fusion.group import CASES, CLIP, DROPOUT, RESUMED, rank, run, stopped
-from tests.fusion.test_training import distance
+from tests.fusion.trained import distance
 
 SHARED = {case.name: case for case in CASES}
 SHOWN = ("train/loss", "train/sft", "train/fusion", "train/gradient_norm", "validation/", "wins/", "coverage/")
