@@ -17,6 +17,7 @@ NEEDLESS = {
     "align": MODELS | {"torch", "datasets"},
     "train": MODELS | {"datasets"},
     "merge": MODELS | {"datasets", "pandas"},
+    "evaluate": MODELS | {"torch"},
 }
 NEEDLESS["align"].remove("numba")  # its families are compiled
 ALWAYS = {"wandb", "matplotlib", "scipy.stats", "optuna", "accelerate"}
@@ -32,6 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, mini: Mini) -> Mini:
     world = Mini(folder, "trainer.max_steps=1")
     world.run("train", "source=a", "validation.path=null")
     world.run("merge", "merge=linear", *targets(world))
+    world.run("evaluate", *scored(world))
     return world
 
 
@@ -39,14 +41,19 @@ def targets(world: Mini) -> list[str]:
     return [f"targets=[{world.experiment}/targets/a,{world.experiment}/world/models/pivot]"]
 
 
+def scored(world: Mini) -> list[str]:
+    return [f"model={world.experiment}/targets/a"]
+
+
 @pytest.mark.parametrize("verb", NEEDLESS)
 def test_what_is_there_is_found_without_what_makes_it(verb: str, made: Mini) -> None:
     own = {"train": ["validation.path=null"], "merge": ["merge=linear", *targets(made)], "tiny": []}
+    own["evaluate"] = scored(made)
     overrides = [
         *made.base,
         "experiment=tiny",
         *own.get(verb, []),
-        *(["source=a"] if verb not in ("merge", "tiny") else []),
+        *(["source=a"] if verb not in ("merge", "tiny", "evaluate") else []),
     ]
     command = [sys.executable, "-X", "importtime", "-m", module_of(verb), *overrides]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ)

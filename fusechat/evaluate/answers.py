@@ -59,7 +59,7 @@ def _work(job: Job, records: Records, form: Literal["lines", "list"]) -> Work:
                 file.flush()
         return {"samples": whole_lines(part)}
 
-    return Work(measure, {"questions": file_hash(path), **job.stops()}, answers=form)
+    return Work(measure, {"questions": file_hash(path)}, job.stops, answers=form)
 
 
 def _asking(job: Job) -> Generate:

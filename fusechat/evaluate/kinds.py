@@ -90,9 +90,12 @@ class Work:
     the result's own keys, ``samples`` among them: one dictionary a sample with its id, its tag (a skill, a task or "")
     and numbers, whose means become metrics; nats, bytes and tokens become bits per byte and nats per token.
     inputs: what decides the result beside model, settings and seed, such as files' hashes; part of the fingerprint.
+    read: more of that which the model's files decide and takes a while to read; not asked for again where the result
+    that is there is of the same model, settings, seed and inputs.
     answers: where the samples are answers that other tools' judges read, the form of their file: JSON lines or a list.
     """
 
     measure: Callable[[Path], Mapping[str, Any]]
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[], Mapping[str, Any]] = dict
     answers: Literal["lines", "list"] | None = None

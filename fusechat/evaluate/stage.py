@@ -114,14 +114,16 @@ def _evaluate(
     work: Work = kind.function(Job(path, output.stem, settings, seed))
     deciding = {key: value for key, value in settings.items() if key != "device" or value is None}  # not where it ran
     mark = stage_fingerprint(imports, model=model_identity(path), evaluation=deciding, seed=seed)
-    mark = fingerprint(mark=mark, **work.inputs)
-    about = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path, "fingerprint": mark}
-    held = None if overwrite else _held(output, about, work)
-    part = output.with_suffix(f".{mark}.part")
-    if held is not None:
+    about = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path}
+    about["asked"] = fingerprint(mark=mark, **work.inputs)
+    there = {} if overwrite else _there(output, work)
+    fits = there.get("asked") == about["asked"]  # then what the model's files say need not be read again
+    mark = there["fingerprint"] if fits else fingerprint(mark=mark, **work.inputs, **work.read())
+    about["fingerprint"], part = mark, output.with_suffix(f".{mark}.part")
+    if there.get("fingerprint") == mark:
         part.unlink(missing_ok=True)  # a run that was killed at its very end has left it
         LOG.info("skip: %s is evaluated already (%s, fingerprint %s)", path, output, mark)
-        return held, False
+        return about if work.answers else there, False
     found = _measured(work, part, settings)
     if work.answers:
         _write_answers(output, found["samples"], work, about)
@@ -168,14 +170,12 @@ def read_note(note: Path) -> dict[str, Any]:
     return {"fingerprint": mark, "model": model.strip()}
 
 
-def _held(output: Path, about: Mapping[str, Any], work: Work) -> Mapping[str, Any] | None:
-    """The result that is there, if it is this one."""
-    if work.answers:
-        note = note_of(output)
-        fits = output.exists() and note.exists() and read_note(note)["fingerprint"] == about["fingerprint"]
-        return about if fits else None
-    held: Mapping[str, Any] = read_json(output) if output.exists() else {}
-    return held if held.get("fingerprint") == about["fingerprint"] else None
+def _there(output: Path, work: Work) -> Mapping[str, Any]:
+    """What the result that is there says of itself; nothing where there is none."""
+    note = note_of(output) if work.answers else output
+    if not output.exists() or not note.exists():
+        return {}
+    return read_note(note) if work.answers else read_json(output)
 
 
 def _write_answers(output: Path, records: list[Sample], work: Work, about: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ def _write_answers(output: Path, records: list[Sample], work: Work, about: Mappi
         write_json(output, records)
     else:
         write_lines(output, [json.dumps(record) for record in records])
-    says = {"fingerprint": about["fingerprint"], "model": about["model"]}
+    says = {key: about[key] for key in ("asked", "fingerprint", "model")}
     write_json(note_of(output), {**says, "files": {output.name: checksums.entry(output)}})
     LOG.info("%d questions answered by %s: %s", len(records), about["model"], output)
 
