@@ -1,11 +1,14 @@
 """Several ranks train what one process trains: weights, logged numbers, exports; one group of processes a world size."""
 
 import csv
+import functools
 import hashlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +61,33 @@ def place(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda world: f"{world} ranks")
-def group(request: pytest.FixtureRequest, place: Path) -> int:
-    """The world size, once its ranks have done all jobs."""
+@pytest.fixture(scope="module")
+def ranks(place: Path) -> Callable[[int], int]:
+    """World size -> the same, once its ranks have done all jobs: once, in whatever order the tests come."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.fusion.group"])
-    world = request.param
-    ranks = [context.Process(target=rank, args=(n, world, place, JOBS)) for n in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(600)
-    assert [process.exitcode for process in ranks] == [0] * world
-    return int(world)
+
+    @functools.cache
+    def done(world: int) -> int:
+        ranks = [context.Process(target=rank, args=(n, world, place, JOBS)) for n in range(world)]
+        for process in ranks:
+            process.start()
+        running = {process.sentinel: process for process in ranks}
+        while running:
+            for ended in multiprocessing.connection.wait(list(running), timeout=600) or list(running):
+                if running.pop(ended).exitcode != 0:  # the others would wait for it
+                    for process in ranks:
+                        process.terminate()
+        assert [process.exitcode for process in ranks] == [0] * world
+        return world
+
+    return done
+
+
+@pytest.fixture(params=[2, 4], ids=lambda world: f"{world} ranks")
+def group(request: pytest.FixtureRequest, ranks: Callable[[int], int]) -> int:
+    """The world size, once its ranks have done all jobs."""
+    return ranks(request.param)
 
 
 def weights(place: Path, name: str) -> dict[str, torch.Tensor]:
