@@ -190,6 +190,17 @@ def test_a_slurm_job_has_as_many_tasks_as_its_stage_has_ranks(stage: str, asked:
     assert sorted(shown) == sorted(asked)
 
 
+def test_a_slurm_job_needs_its_number_of_devices(
+    fresh: Mini, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sweep(monkeypatch, fresh, "sweep=slurm", "trainer=fsdp", "source=a,b")
+    assert capsys.readouterr().err == (
+        "error: a cluster's job asks for a number of devices, and auto is none: give e.g. trainer.devices=8 for a "
+        "training, extract.trainer.devices=8 for an extraction\n"
+    )
+
+
 def test_the_slurm_sweep_submits_each_job(fresh: Mini) -> None:
     """Through submitit's local executor, which takes the same settings as a cluster."""
     pivot = fresh.experiment / "world/models/pivot"

@@ -27,6 +27,11 @@ def with_near_names(error: Exception) -> str:
         keys = re.findall(r"^ *(\w+):", "\n".join(file.read_text() for file in files), re.M)
         hint = near(name.split(".")[-1], sorted({file.stem for file in files} | set(keys)))
         return f"the config has no key {name!r}{hint} (--cfg job shows the keys there are; +{name}=VALUE adds one)"
+    if re.search(r"Value 'auto' .*\bfull_key: hydra\.launcher\.", text, re.S):
+        return (
+            "a cluster's job asks for a number of devices, and auto is none: give e.g. trainer.devices=8 for a "
+            "training, extract.trainer.devices=8 for an extraction"
+        )
     if group := re.search(r"Could not find '([\w/]+)'", text):
         folder = CONF / Path(group[1]).parent
         text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)

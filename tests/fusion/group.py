@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
+from fusechat.app.errors import UserError
 from fusechat.fusion import Callbacks, Data, FusionLoss, Optimizer, train
 from fusechat.fusion.module import FusionModule
 from tests.benchmarks.measure import resident
@@ -85,6 +86,7 @@ def rank(number: int, world: int, root: Path, jobs: list[tuple[Case, str]]) -> N
         run(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}-stopped", strategy, world)
         run(DROPOUT, root, f"{DROPOUT.name}-{strategy}-{world}", strategy, world)
     loading(root, number, world)
+    refused(root, number, world)
     dist.destroy_process_group()
 
 
@@ -103,6 +105,13 @@ def loading(root: Path, number: int, world: int) -> None:
     sums = [hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for tensor in own.values()]
     sums += [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in module.model.buffers()]
     (root / f"loaded-{number}-of-{world}.json").write_text(json.dumps({"rise": rise, "sums": sums}))
+
+
+def refused(root: Path, number: int, world: int) -> None:
+    """Writes down what this rank says of a pivot with a tensor missing, which the first rank alone reads."""
+    with pytest.raises(UserError) as told:
+        run(Case("broken", pivot="broken"), root, f"broken-{world}", "fsdp", world)
+    (root / f"refused-{number}-of-{world}.txt").write_text(str(told.value))
 
 
 class Stopped(Exception):

@@ -16,16 +16,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fusechat.app.errors import UserError
 from fusechat.fusion.plan import Plan
+from fusechat.models.whole import accept
 from tests.conftest import Mini
 from tests.fusion.group import CASES, CLIP, DROPOUT, RESUMED, rank, run, stopped
 from tests.fusion.trained import distance
 
 SHARED = {case.name: case for case in CASES}
 SHOWN = ("train/loss", "train/sft", "train/fusion", "train/gradient_norm", "validation/", "wins/", "coverage/")
+LOST = "model.layers.1.mlp.up_proj.weight"
 ALONE = {"ddp": "auto", "fsdp": "fsdp"}  # the same arithmetic in one process: autocast, or all of it in bf16
 JOBS = [(case, strategy) for case in CASES for strategy in ("ddp", "fsdp")]
 
@@ -41,6 +43,11 @@ def place(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pivot.tie_weights()
     pivot.save_pretrained(root / "world/models/tied")
     transformers.AutoTokenizer.from_pretrained(root / "world/models/pivot").save_pretrained(root / "world/models/tied")
+    shutil.copytree(root / "world/models/pivot", root / "world/models/broken")
+    held = load_file(root / "world/models/pivot/model.safetensors")
+    del held[LOST]
+    save_file(held, root / "world/models/broken/model.safetensors", {"format": "pt"})
+    accept(root / "world/models/broken")
     for case in [*CASES, RESUMED]:
         run(case, root, f"{case.name}-alone", "auto", 1)
     large = transformers.LlamaConfig(
@@ -201,3 +208,9 @@ def test_one_rank_alone_loads_the_weights(group: int, place: Path) -> None:
         assert loaded["sums"] == expected
         if number:
             assert loaded["rise"] < size / group + size / 4
+
+
+def test_an_incomplete_pivot_is_refused_by_every_rank(group: int, place: Path) -> None:
+    told = {(place / f"refused-{number}-of-{group}.txt").read_text() for number in range(group)}
+    assert told == {f"{place}/world/models/broken lacks {LOST}, 1 tensors in all; copy or download the model again"}
+    assert not (place / f"targets/broken-{group}").exists()
