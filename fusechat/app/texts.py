@@ -22,19 +22,45 @@ def text_of(path: Path) -> str:
 def json_rows(path: Path) -> tuple[list[Any], bool]:
     """The values of a JSON list or of JSON lines, and whether it is a list. Raises `UserError` with the broken line.
 
-    Lines end at ``\\n`` alone: JSON strings may hold U+2028. Empty ones are passed over.
+    Lines end at ``\\n`` alone: JSON strings may hold U+2028. Empty ones are passed over. One object may take several.
     """
     text = text_of(path)
     if text.lstrip().startswith("["):
-        return _loads(text, path, 1), True
+        return _loads(text, path, None), True
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if len(numbered) > 1 and _is_one(text):
+        return [_loads(text, path, None)], False
     return [_loads(line, path, number) for number, line in numbered], False
 
 
-def _loads(text: str, path: Path, first: int) -> Any:
+def _is_one(text: str) -> bool:
     try:
-        return json.loads(text)
+        return bool(json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _loads(text: str, path: Path, first: int | None) -> Any:
+    """The value, with no key twice and no character in halves, of which libraries make different things."""
+    try:
+        value = json.loads(text, object_pairs_hook=_once)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
-        line = first + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"{path}, line {line}: not JSON ({reason}); mend or remove the line") from error
+        line, reason = first, str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line, reason = (first or 1) + error.lineno - 1, error.msg
+        elif isinstance(error, UnicodeEncodeError):
+            reason = f"\\u{ord(error.object[error.start]):04x} is half a character"
+        where = f"{path}, line {line}: " if line else f"{path}: "
+        raise UserError(f"{where}not JSON ({reason}); mend or remove {'the line' if line else 'it'}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    held: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in held:
+            raise ValueError(f"the key {key!r} twice, with {held[key]!r:.60} and {value!r:.60}")
+        held[key] = value
+    return held

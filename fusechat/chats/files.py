@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from fusechat.app.errors import UserError
 from fusechat.app.schema.values import is_hub_id
 from fusechat.app.texts import json_rows
 
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what they log is told as a UserError
+STATE = "state.json"  # of a dataset on disk
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -25,10 +30,9 @@ def read_rows(path: str, *, split: str, name: str | None, limit: int | None, str
 
 def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
     local = Path(path)
-    if (local / "state.json").exists():
-        return datasets.load_from_disk(path)
     if local.exists():
-        return _load_files(local, streaming)
+        dataset_dict = (local / split / STATE).exists()
+        return _load_files(local / split if dataset_dict else local, streaming)
     if local.suffix in LOADERS or not is_hub_id(path) or local.parent.exists():
         raise UserError(f"chat.path={path} does not exist; give a file, a directory or a Hub dataset id (owner/name)")
     try:
@@ -43,11 +47,20 @@ def _load_files(path: Path, streaming: bool) -> Any:
     files = _files(path)
     if not files or files[0].suffix not in LOADERS:
         raise UserError(f"{path} is not a chat file; expected {', '.join(LOADERS)} or a directory of them")
-    kind = LOADERS[files[0].suffix]
+    kinds = {LOADERS[file.suffix]: file for file in files}
+    if len(kinds) > 1:
+        several = " and ".join(file.name for file in kinds.values())
+        raise UserError(
+            f"{path} holds files of several kinds ({several}); give one of them, or a directory of one kind"
+        )
+    (kind,) = kinds
     for file in files:
         check_first_use(file)
+    if kind == "json" and any(_is_list(file) for file in files):
+        check_texts(path)  # half a character in a list is dropped by the loader without a word
+    names = [glob.escape(str(file)) for file in files]
     try:
-        found = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming)
+        found = datasets.load_dataset(kind, data_files=names, split="train", streaming=streaming)
     except Exception as error:
         check_texts(path)
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
@@ -66,13 +79,45 @@ def _taken(stream: Any, path: str) -> datasets.Dataset:
 
 
 def check_texts(path: Path) -> None:
-    """Raises `UserError` for a file without content, and for the first line that is no UTF-8 or no JSON."""
+    """Raises `UserError` for a file without content, and for the first line that is no UTF-8, no JSON or no object."""
     for file in _files(path):
         if file.stat().st_size == 0:
             raise UserError(f"{file} is empty; see chat.path")
         if LOADERS[file.suffix] == "json":
-            json_rows(file)
+            rows, _ = json_rows(file)
+            if not rows:
+                raise UserError(f"{file} holds no chats; see chat.path")
+            for number, row in enumerate(rows):
+                if not isinstance(row, dict):
+                    raise UserError(
+                        f"{file}, chat {number}: expected an object {{..}}, found {row!r:.60}; see chat.path"
+                    )
+
+
+def _is_list(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.suffix in LOADERS) if path.is_dir() else [path]
+    """The file, or those below a directory; hidden ones are other programs'."""
+    if not path.is_dir():
+        return [path]
+    if (path / STATE).exists():
+        return _saved(path)
+    inside = [(file, file.relative_to(path).parts) for file in path.rglob("*") if file.suffix in LOADERS]
+    files = sorted(file for file, parts in inside if not file.is_dir() and not any(part[0] == "." for part in parts))
+    if absent := [file for file in files if not file.exists()]:
+        raise UserError(f"{absent[0]} is a link to nothing; mend or remove it")
+    return files
+
+
+def _saved(path: Path) -> list[Path]:
+    """The files of `datasets.Dataset.save_to_disk`, which itself would write what is made of them beside them."""
+    try:
+        files = [path / file["filename"] for file in json.loads((path / STATE).read_bytes())["_data_files"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path / STATE} is not what datasets writes ({error}); save the dataset again") from error
+    if absent := [file for file in files if not file.exists()]:
+        raise UserError(f"{absent[0]} is missing; save the dataset again")
+    return files

@@ -23,6 +23,7 @@ Row = Mapping[str, Any]
 LOG = logging.getLogger(__name__)
 FORMATS = Family("chat.format", needs=None)
 COLUMNS = {"id", "messages", "tag"}  # of what `load_chats` returns
+NOT_RENDERED = ("tool_calls", "function_call", "reasoning_content")  # of a turn, beside its content
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"} | {
     role: role for role in ("system", "user", "assistant", "tool", "developer")
 }
@@ -31,21 +32,22 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "as
 @FORMATS.register("messages", "messages: a list of role and content", needs=("messages",))
 def messages(row: Row) -> list[Message]:
     """As chat APIs and most of the Hub have it."""
-    if any(turn.get("tool_calls") for turn in row["messages"]):
-        raise ValueError("tool_calls would be lost (only texts are rendered); write them into content, or leave it out")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
+    turns = _turns(row, "messages")
+    if lost := next((key for turn in turns for key in NOT_RENDERED if turn.get(key)), None):
+        raise ValueError(f"{lost} would be lost (only texts are rendered); write it into content, or leave it out")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 @FORMATS.register("sharegpt", "conversations: a list of from (human, gpt) and value", needs=("conversations",))
 def sharegpt(row: Row) -> list[Message]:
     """As ShareGPT and FuseChat-Mixture have it."""
-    return [{"role": turn["from"], "content": turn["value"]} for turn in row["conversations"]]
+    return [{"role": turn["from"], "content": turn["value"]} for turn in _turns(row, "conversations")]
 
 
 @FORMATS.register("alpaca", "instruction, input where there is one, output", needs=("instruction", "output"))
 def alpaca(row: Row) -> list[Message]:
     """The input follows the instruction after an empty line."""
-    question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    question = "\n\n".join(part for part in map(_text, (row["instruction"], row.get("input"))) if part)
     return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
@@ -59,6 +61,13 @@ def prompt_response(row: Row) -> list[Message]:
 def text(row: Row) -> list[Message]:
     """Plain text, as FuseLLM reads it (with chat.template=plain)."""
     return [{"role": "assistant", "content": row["text"]}]
+
+
+def _turns(row: Row, column: str) -> list[Row]:
+    turns = row[column]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise TypeError(f"{column} is {turns!r:.60}, no list of objects")
+    return turns
 
 
 def chat_id(messages: Sequence[Message]) -> str:
@@ -110,10 +119,10 @@ def load_chats(
 
     try:
         rows = raw.map(normal, with_indices=True, remove_columns=raw.column_names, load_from_cache_file=False)
-    except UnicodeDecodeError as error:
+    except (UserError, UnicodeDecodeError) as error:
         if Path(where).exists():
-            check_texts(Path(where))
-        raise UserError(f"{where}: not UTF-8 ({error})") from error
+            check_texts(Path(where))  # the file's own fault, with its line
+        raise error if isinstance(error, UserError) else UserError(f"{where}: not UTF-8 ({error})") from error
     if len(silent) == len(rows):
         raise UserError(f"{where}: the assistant has no text in any of {len(rows)} chats; see chat.format")
     if silent:
@@ -161,6 +170,11 @@ def _text(content: Any) -> str:
             return ""
         case str():
             return content
-        case [*parts] if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        case [*parts] if all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in parts
+        ):
             return "".join(part["text"] for part in parts)
-    raise TypeError(f"its content is a {type(content).__name__} of more than text")
+    raise TypeError(
+        "its content is " + ("a list of more than text" if isinstance(content, list) else f"{content!r:.60}")
+    )

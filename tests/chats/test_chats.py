@@ -1,5 +1,6 @@
 """Rendering: exactly the assistants' text is masked, for any template; chat files in every format, and bad ones."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fusechat.app import checksums
 from fusechat.app.errors import UserError
 from fusechat.app.registry import choices
 from fusechat.chats.formats import FORMATS, chat_id, in_validation, load_chats
@@ -236,6 +238,7 @@ def test_a_format_of_ones_own(mini: Mini, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def written(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return str(path)
 
@@ -272,6 +275,101 @@ def written(path: Path, text: str) -> str:
 def test_bad_files(name: str, text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_chats(written(tmp_path / name, text))
+
+
+TURN = '{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}'
+CHAT = f'{{"messages": [{TURN}]}}'
+TWICE = CHAT.replace('"role": "user"', '"role": "user", "role": "user"')
+HALF = CHAT.replace('"q"', '"\\ud800"')
+
+
+@pytest.mark.parametrize("form", ["{0}", "{1}\n\n{0}\n", "[{0}]", "[{1},\n{0}]"])
+@pytest.mark.parametrize(
+    ("chat", "reason"),
+    [
+        (TWICE, r"not JSON \(the key 'role' twice, with 'user' and 'user'\); mend or remove"),
+        (HALF, r"not JSON \(\\ud800 is half a character\); mend or remove"),
+    ],
+)
+def test_json_that_libraries_read_differently(form: str, chat: str, reason: str, tmp_path: Path) -> None:
+    place = {"{0}": ", line 1", "{1}\n\n{0}\n": ", line 3"}.get(form, "")
+    with pytest.raises(UserError, match=rf"x\.json{place}: {reason}"):
+        load_chats(written(tmp_path / "x.json", form.format(chat, CHAT)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n \n", r"x\.jsonl holds no chats; see chat\.path"),
+        ("5\nnull\n", r"x\.jsonl, chat 0: expected an object \{\.\.\}, found 5; see chat\.path"),
+        (f"[{CHAT}, null]", r"x\.jsonl, chat 1: expected an object \{\.\.\}, found None"),
+        (f"[[{CHAT}]]", r"chat 0: expected an object \{\.\.\}, found \[\{'messages'"),
+        ('{"messages": "hello"}', r"chat 0: .* \(messages is 'hello', no list of objects\)$"),
+        (CHAT + '\n{"messages": null}', r"chat 1: .* \(messages is None, no list of objects\)$"),
+        ('{"conversations": {"from": "gpt"}}', r"\(conversations is \{'from': 'gpt'\}, no list of objects\)$"),
+        ('{"instruction": 5, "output": "a"}', r"\(its content is 5\)$"),
+        ('{"instruction": "q", "output": 7}', r"\(its content is 7\)$"),
+        (CHAT.replace('"q"', '[{"type": "text", "text": 5}]'), r"\(its content is a list of more than text\)$"),
+        (CHAT.replace('"a"', '"a", "function_call": {"name": "f"}'), "function_call would be lost"),
+        (CHAT.replace('"a"', '"a", "reasoning_content": "hm"'), "reasoning_content would be lost"),
+    ],
+)
+def test_rows_of_other_forms(text: str, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match=message):
+        load_chats(written(tmp_path / "x.jsonl", text))
+    assert not caplog.text, "told once"
+
+
+def test_one_object_may_take_several_lines(tmp_path: Path) -> None:
+    pretty = CHAT.replace(", ", ",\n ")
+    assert len(load_chats(written(tmp_path / "x.json", pretty))[0]) == 1
+    with pytest.raises(UserError, match=r"x\.json: not JSON \(the key 'content' twice"):
+        load_chats(written(tmp_path / "y" / "x.json", pretty.replace('"q"', '"q",\n "content": "q"')))
+
+
+def test_folders_of_files(tmp_path: Path) -> None:
+    """Any name, hidden files passed over; other kinds, folders named like files, and links to nothing are told."""
+    folder = tmp_path / "ünï 'q\" [1] *?{a}"
+    (folder / "inner.jsonl").mkdir(parents=True)
+    written(folder / "a b.jsonl", CHAT)
+    written(folder / "._a.jsonl", "not JSON")
+    written(folder / ".cache/b.jsonl", "not JSON")
+    for place in (folder, folder / "a b.jsonl", f"{folder}/"):
+        assert len(load_chats(place)[0]) == 1
+    (folder / "z.jsonl").symlink_to("/nowhere")
+    with pytest.raises(UserError, match=r"z\.jsonl is a link to nothing; mend or remove it"):
+        load_chats(folder)
+    (folder / "z.jsonl").unlink()
+    written(folder / "b.parquet", "")
+    with pytest.raises(UserError, match=r"holds files of several kinds \(a b\.jsonl and b\.parquet\); give one"):
+        load_chats(folder)
+
+
+def test_saved_datasets_are_read_and_damage_is_found(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list([{"text": "t"}])
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=saved).save_to_disk(str(tmp_path / "several"))
+    for name in ("one", "several"):
+        before = sorted((tmp_path / name).rglob("*"))
+        chats, found = load_chats(tmp_path / name)
+        assert (found, chats[0]["messages"]) == ("text", [{"role": "assistant", "content": "t"}])
+        assert sorted((tmp_path / name).rglob("*")) == before, "nothing is written into it"
+    (file,) = (tmp_path / "several/train").glob("*.arrow")
+    status = file.stat()
+    data = bytearray(file.read_bytes())
+    data[data.index(b"t", len(data) // 2)] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    checksums.forget()
+    with pytest.raises(UserError, match=r"\.arrow is damaged"):
+        load_chats(tmp_path / "several")
+    for state, message in (
+        ("{}", r"state\.json is not what datasets writes \('_data_files'\); save the dataset again"),
+        ("{", r"state\.json is not what datasets writes \("),
+        ('{"_data_files": [{"filename": "x.arrow"}]}', r"x\.arrow is missing; save the dataset again"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_chats(written(tmp_path / "bad/state.json", state).removesuffix("/state.json"))
 
 
 def test_text_parts_are_joined(tmp_path: Path) -> None:
