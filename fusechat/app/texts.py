@@ -19,6 +19,17 @@ def text_of(path: Path) -> str:
         raise UserError(f"{path}, line {line}: byte 0x{byte:02x} is no UTF-8; save the file as UTF-8") from error
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """What a file of settings holds. Raises `UserError` where that is no JSON object."""
+    try:
+        content = json.loads(text_of(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object ({content!r:.60}); copy or download it again")
+    return content
+
+
 def json_rows(path: Path) -> tuple[list[Any], bool]:
     """The values of a JSON list or of JSON lines, and whether it is a list. Raises `UserError` with the broken line.
 

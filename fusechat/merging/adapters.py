@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fusechat.app.errors import UserError
+from fusechat.app.texts import json_object
 from fusechat.models.checkpoints import LazyCheckpoint, TensorInfo, read_header
 from fusechat.models.computed import Source, low_rank, whole_of
 from fusechat.models.load import model_identity
@@ -33,7 +33,7 @@ class AdapterCheckpoint(LazyCheckpoint):
         self.path, self.pivot = path, pivot
         self._maps, self._bin, self._streams = {}, {}, {}
         check_model(path)
-        self.config = json.loads((path / CONFIG).read_text())
+        self.config = json_object(path / CONFIG)
         _check_kind(path, self.config)
         _check_base(path, self.config, pivot.path)
         if not (path / WEIGHTS).exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusechat.app.errors import UserError
+from fusechat.app.texts import json_object
 from fusechat.merging import delta
 from fusechat.merging.adapters import AdapterCheckpoint, is_adapter
 from fusechat.merging.slices import Slices
@@ -126,7 +126,7 @@ def open_checkpoint(path: Path, pivot: LazyCheckpoint) -> LazyCheckpoint:
 
 def _check_architectures(inputs: Inputs) -> None:
     files = [checkpoint.path / "config.json" for checkpoint in (inputs.pivot, *inputs.targets)]
-    own, *others = [json.loads(file.read_text()).get("model_type") if file.exists() else None for file in files]
+    own, *others = [json_object(file).get("model_type") if file.exists() else None for file in files]
     for target, kind in zip(inputs.targets, others, strict=True):
         if kind != own and not is_adapter(target.path):
             raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusechat.app.errors import UserError
+from fusechat.app.texts import json_object
 from fusechat.models.checkpoints import LazyCheckpoint
 from fusechat.models.computed import Computed
 
@@ -19,10 +19,15 @@ def vocabulary(path: Path) -> dict[str, int] | None:
     file = path / "tokenizer.json"
     if not file.exists():
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    vocab = content["model"]["vocab"]
-    found = {entry[0]: i for i, entry in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-    return found | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    content = json_object(file)
+    try:
+        vocab = content["model"]["vocab"]
+        found = {entry[0]: i for i, entry in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+        return found | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is no tokenizer ({type(error).__name__}: {error}); copy or download it again"
+        ) from error
 
 
 def match_rows(pivot: LazyCheckpoint, target: LazyCheckpoint) -> dict[str, Computed]:

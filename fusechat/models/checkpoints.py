@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,12 +54,19 @@ class LazyCheckpoint:
         self._bin: dict[str, Tensor] = {}
         self._streams: dict[Path, Stream] = {}
         whole.check_model(self.path, weights=False)
-        for file in _weight_files(self.path):
-            if file.suffix == ".bin":  # weights_only: a pickle from a stranger must not run code
-                whole.judge(file, digest(file))
-                self._bin |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        names = whole.weight_files(self.path)
+        if not names:
+            raise UserError(
+                f"{path} holds no model ({SINGLE} or {INDEX} expected); give a Hugging Face model directory"
+            )
+        for file in (self.path / name for name in names):
+            if file.suffix == ".bin":
+                self._bin |= _pickled(file)
             else:
                 infos, head = _opened(file)
+                if twice := sorted(infos.keys() & self.infos.keys()):
+                    held = self.infos[twice[0]].file
+                    raise UserError(f"{twice[0]} is in {held} and in {file}; copy or download the model again")
                 self.infos |= infos
                 self._streams[file] = Stream(file, head, whole.judge)
         self.infos |= {name: TensorInfo(tuple(t.shape), t.dtype, self.path, -1) for name, t in self._bin.items()}
@@ -123,16 +131,19 @@ class LazyCheckpoint:
         return self._maps[file]
 
 
-def _weight_files(path: Path) -> list[Path]:
-    for single, index in ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
-        if (path / index).exists():
-            names = sorted(set(json.loads((path / index).read_text())["weight_map"].values()))
-            if absent := [name for name in names if not (path / name).exists()]:
-                raise UserError(f"{path / index} names {absent[0]}, which is missing; copy the model again")
-            return [path / name for name in names]
-        if (path / single).exists():
-            return [path / single]
-    raise UserError(f"{path} holds no model ({SINGLE} or {INDEX} expected); give a Hugging Face model directory")
+def _pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file. weights_only: a pickle from a stranger must not run code."""
+    whole.judge(file, digest(file))
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{file} cannot be read as tensors ({reason:.200}); copy it again, or save it as safetensors"
+        ) from error
+    if not isinstance(held, dict) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
+        raise UserError(f"{file} holds more than tensors by name; save the model with save_pretrained")
+    return held
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -153,6 +164,11 @@ def _opened(file: Path) -> tuple[dict[str, TensorInfo], bytes]:
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{file} is truncated or not safetensors ({error}); copy it again") from error
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if strange := next((name for name, entry in entries.items() if entry["dtype"] not in DTYPES), None):
+        kind = entries[strange]["dtype"]
+        raise UserError(
+            f"{file}: {strange} is {kind}, no {', '.join(DTYPES)}; give the model as it was before it was quantised"
+        )
     infos = {
         name: TensorInfo(tuple(e["shape"]), DTYPES[e["dtype"]], file, 8 + length + e["data_offsets"][0])
         for name, e in entries.items()

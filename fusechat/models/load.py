@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONTENT = {".safetensors", ".bin", ".model", ".json", ".jinja"}  # files that decide what a model is
-UNREADABLE = (OSError, ValueError, ImportError, struct.error, LookupError)  # the last two: GGUF files cut short
 logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 SMALL = 64 << 20  # bytes: weight files up to this are hashed whole, larger ones by samples
 
@@ -36,7 +34,9 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     try:
         place, named = given(path)
         return AutoTokenizer.from_pretrained(place, **named, revision=revision, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers, tokenizers and their configs raise for a broken file
         raise UserError(f"no tokenizer at {path!r}: {_reason(error)}") from error
 
 
@@ -57,7 +57,6 @@ def load_model(
     there, unless a device_map says otherwise. Raises `UserError` with the reason.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     check_place(path)
@@ -78,11 +77,9 @@ def load_model(
             else:
                 model, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
                 check_complete(loading, path)
-    except torch.OutOfMemoryError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (*UNREADABLE, RuntimeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
+    except Exception as error:  # whatever transformers, safetensors and configs raise for a broken file
         raise UserError(f"the model {path!r} cannot be loaded: {_reason(error)}") from error
     check_finite(model, path)
     return model if device is None or device_map or load_in else model.to(device)
@@ -169,7 +166,14 @@ def _reason(error: BaseException) -> str:
     """The first line of what transformers says, with the key to turn where it wants to run a stranger's code."""
     if "ignore_mismatched_sizes" in str(error):
         return "its tensors have other shapes than its config.json says; give the config.json that belongs to it"
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = str(error).strip() or type(error).__name__
+    line = next(iter(text.splitlines()))
+    if line.startswith("Couldn't instantiate the backend tokenizer"):
+        return "none of a tokenizer's files is there; copy tokenizer.json and tokenizer_config.json of the model"
+    if line.endswith(":"):
+        line = " ".join(text.split())[:300]
+    if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
+        line = f"{type(error).__name__}: {line}"
     if "trust_remote_code" not in str(error):
         return line
     return f"{line} Add source.trust_remote_code=true (pivot.trust_remote_code=true) only if you trust its authors"

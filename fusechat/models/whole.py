@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from fusechat.app import checksums
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import RECORD, read_json, write_json
 from fusechat.app.sealed import ALGORITHM, compare
+from fusechat.app.texts import json_object
 from fusechat.app.verbs import command_line
 from fusechat.models import changes
 
@@ -20,7 +20,9 @@ LOG = logging.getLogger(__name__)
 OPENED = {".safetensors", ".bin", ".model", ".json", ".jinja", ".txt"}  # endings of files that are opened
 WEIGHTS = {".safetensors", ".bin"}
 OWN = {RECORD, "README.md"}  # not listed: the record holds the list, and a card is people's to edit
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")  # each comes before its index, as transformers has it
+INDEX = ".index.json"
+CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 CHANGED = "if you changed it yourself, add accept_changes=true; if not, make it again with: "
 
 
@@ -60,6 +62,9 @@ def check_model(path: str | Path, weights: bool = True) -> None:
     for file in foreign:
         if file.suffix not in WEIGHTS or (weights and _used(file)):
             checksums.check_first_use(file)
+    for config in (directory / name for name in CONFIGS):
+        if config.exists():
+            json_object(config)
 
 
 def _changed(directory: Path, listed: Mapping[str, checksums.Entry], remedy: str, weights: bool) -> list[str]:
@@ -100,8 +105,27 @@ def _entries(directory: Path, known: Mapping[str, str] = MappingProxyType({})) -
 
 
 def _used(file: Path) -> bool:
-    """Whether a weight file is among those that are loaded: an index names them, where there is one."""
-    for index in (file.parent / name for name in INDICES):
-        if index.exists():
-            return file.name in json.loads(index.read_text())["weight_map"].values()
-    return file.stem in ("model", "pytorch_model", "adapter_model")
+    return file.stem == "adapter_model" or file.name in weight_files(file.parent)
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The files that transformers takes a model's weights from; none of a directory without a model.
+
+    Raises `UserError` for an index that names files that are not there, or none.
+    """
+    for single in SINGLES:
+        if (directory / single).exists():
+            return [single]
+        if (index := directory / (single + INDEX)).exists():
+            return _indexed(index)
+    return []
+
+
+def _indexed(index: Path) -> list[str]:
+    places = json_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} has no weight_map (tensor: file); copy or download it again")
+    names = sorted(set(places.values()))
+    if absent := [name for name in names if not (index.parent / name).exists()]:
+        raise UserError(f"{index} names {absent[0]}, which is missing; copy the model again")
+    return names

@@ -1,9 +1,10 @@
 """Checkpoints: streamed writing equals safetensors' own, .bin files without running code, directories whole or not at all."""
 
+import json
 import os
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import whole_directory
 from fusechat.models.checkpoints import LazyCheckpoint
 from fusechat.models.heads import chunk_rows
+from fusechat.models.load import load_model
 from fusechat.models.shards import CheckpointWriter, bytes_of
 
 
@@ -54,7 +56,7 @@ def test_bin_checkpoints_are_read_but_never_run(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises((pickle.UnpicklingError, RuntimeError)):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin cannot be read as tensors \(Weights only load failed"):
         LazyCheckpoint(tmp_path)
     assert not (tmp_path / "owned").exists()
 
@@ -64,6 +66,99 @@ def test_missing_shards_and_models_are_named(tmp_path: Path) -> None:
         LazyCheckpoint(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(UserError, match=r"names model-00001-of-00002\.safetensors, which is missing"):
+        LazyCheckpoint(tmp_path)
+
+
+def edited(content: str, key: str, value: Any) -> str:
+    return json.dumps({**json.loads(content), key: value})
+
+
+BROKEN = [  # file, what becomes of its text, what merging and loading say of it
+    ("config.json", lambda text: text[:-5], r"config\.json is not JSON \(.*\); copy or download it again$"),
+    ("config.json", lambda text: "[]", r"config\.json holds no JSON object \(\[\]\); copy or download it again$"),
+    ("generation_config.json", lambda text: "{", r"generation_config\.json is not JSON"),
+    ("tokenizer_config.json", lambda text: "[]", r"tokenizer_config\.json holds no JSON object"),
+    ("model.safetensors.index.json", lambda text: "{", r"index\.json is not JSON"),
+    ("model.safetensors.index.json", lambda text: "{}", r"index\.json has no weight_map \(tensor: file\); copy or"),
+    ("model.safetensors.index.json", lambda text: '{"weight_map": []}', r"index\.json has no weight_map"),
+    (
+        "model.safetensors.index.json",
+        lambda text: text.replace("00002-of", "00009-of"),
+        r"index\.json names model-00009-of-00002\.safetensors, which is missing; copy the model again$",
+    ),
+]
+UNLOADABLE = [
+    (lambda text: edited(text, "rope_parameters", 7), r"cannot be loaded: \w+: "),
+    (lambda text: edited(text, "num_attention_heads", 0), r"cannot be loaded: ZeroDivisionError: "),
+    (lambda text: edited(text, "hidden_size", "16"), r"'hidden_size'.* expected int, got str \(value: '16'\)$"),
+]
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A model in two shards."""
+    import transformers
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **shape))
+    model.save_pretrained(tmp_path / "m", max_shard_size="7KB")
+    (tmp_path / "m/tokenizer_config.json").write_text("{}")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 2, sorted((tmp_path / "m").iterdir())
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BROKEN)
+def test_broken_json_of_a_model_is_named(name: str, change: Any, message: str, sharded: Path) -> None:
+    (sharded / name).write_text(change((sharded / name).read_text()))
+    for opened in (LazyCheckpoint, load_model):
+        with pytest.raises(UserError, match=message):
+            opened(str(sharded))
+
+
+@pytest.mark.parametrize(("change", "message"), UNLOADABLE)
+def test_configs_that_transformers_trips_over(change: Any, message: str, sharded: Path) -> None:
+    (sharded / "config.json").write_text(change((sharded / "config.json").read_text()))
+    with pytest.raises(UserError, match=message) as told:
+        load_model(str(sharded))
+    assert "\n" not in str(told.value)
+
+
+def test_a_tensor_in_two_shards_and_shards_beside_a_whole_file(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("*.safetensors"))
+    held, other = load_file(first), load_file(second)
+    name = next(iter(held))
+    save_file({**other, name: held[name] + 1}, second, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name} is in \S+{first.name} and in \S+{second.name}; copy or download"):
+        LazyCheckpoint(sharded)
+    save_file({**other, **held, name: held[name] + 2}, sharded / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(LazyCheckpoint(sharded).tensor(name), held[name] + 2), "as transformers has it:"
+    assert torch.equal(load_model(str(sharded)).state_dict()[name], held[name] + 2)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.complex64])
+def test_dtypes_that_cannot_be_merged_are_named(kind: torch.dtype, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2).to(kind)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: w is (F8_E4M3|C64), no F64, .*; give the model as"):
+        LazyCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("held", "cut", "message"),
+    [
+        ({"w": torch.ones(999)}, 3000, r"pytorch_model\.bin cannot be read as tensors \(.*\); copy it again, or save"),
+        (
+            {"state_dict": {"w": torch.ones(2)}},
+            0,
+            r"pytorch_model\.bin holds more than tensors by name; save the model",
+        ),
+        ([torch.ones(2)], 0, r"pytorch_model\.bin holds more than tensors by name"),
+    ],
+)
+def test_bin_files_that_hold_something_else(held: Any, cut: int, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(held, file)
+    file.write_bytes(file.read_bytes()[: -cut or None])
+    with pytest.raises(UserError, match=message):
         LazyCheckpoint(tmp_path)
 
 
