@@ -39,6 +39,7 @@ UNREADABLE = 2  # exit code where Hydra cannot parse or compose
 FAILED = "FUSECHAT_FAILED"  # names a file of jobs begun and failed, shared with the processes of a sweep
 TRACEBACK = "FUSECHAT_TRACEBACK"  # HYDRA_FULL_ERROR as it was given
 PARENT = "FUSECHAT_PARENT"  # the process id of the pipeline that a command is a step of
+MULTIRUN = {"-m", "--multirun"}
 WITHOUT_JOBS = {"--cfg", "-c", "--hydra-help", "--info", "-i"}  # flags that look and run nothing
 
 
@@ -87,6 +88,7 @@ def _command(command: Callable[[], None]) -> None:
     """Runs a command of Hydra's and tells its mistakes; exits with 0, or as docs/safety.md lists it."""
     _end_with_parent()
     session.end_on_signals()
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda text: text not in MULTIRUN)  # argparse wants it before overrides
     asked = os.environ.get("HYDRA_FULL_ERROR", "0")
     with tempfile.NamedTemporaryFile("r", prefix="fusechat-failed-") as noted:
         # with full errors hydra lets exceptions through, to be told here
@@ -94,7 +96,7 @@ def _command(command: Callable[[], None]) -> None:
             mistake = _mistake(command, traceback=asked == "1")
         jobs = [json.loads(line) for line in noted.read().splitlines()]
     failed = [job for job in jobs if job]
-    several = bool({"-m", "--multirun"} & set(sys.argv)) and not WITHOUT_JOBS & set(sys.argv)
+    several = bool(MULTIRUN & set(sys.argv)) and not WITHOUT_JOBS & set(sys.argv)
     if mistake and not (
         failed and isinstance(mistake, (UserError, OmegaConfBaseException))
     ):  # a job's own mistake is logged already

@@ -36,6 +36,8 @@ def with_near_names(error: Exception) -> str:
         folder = CONF / Path(group[1]).parent
         text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
         return " ".join(text.split()) + near(Path(group[1]).name, [p.stem for p in folder.glob("*.yaml")], cutoff=0.4)
+    if home := re.search(r"LexerNoViableAltException: (.*=)~(\S*)", text):
+        return f"{home[1]}~{home[2]}: write the folder out, {home[1]}{Path.home()}{home[2]}; ~ is not taken here"
     return text
 
 

@@ -20,6 +20,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.registry import import_modules
 
 MISSING = "???"  # in a config: no value
+STEPS = "pipeline.steps"
 WHOLE = "the same command goes on from what is whole"
 CHATTY = ("httpx", "httpx2", "filelock", "fsspec", "datasets")
 PACKAGES = ("torch", "transformers", "lightning", "datasets", "safetensors", "hydra-core", "wandb", "fusechat")
@@ -81,7 +82,7 @@ def log_to_stderr() -> None:
 def plain(node: Any) -> Any:
     """A config node as plain Python containers, resolved; anything else as it is.
 
-    What is missing, and what refers to something that is missing, is ``???``: a stage may never need it. Raises
+    A pipeline's steps stay as they are written: each refers to the config of its own command. What is missing, and what refers to something that is missing, is ``???``: a stage may never need it. Raises
     `UserError` for a reference to a key that is not there.
     """
     if "omegaconf" not in sys.modules:
@@ -96,8 +97,11 @@ def plain(node: Any) -> Any:
 
 
 def _value(node: Any, key: Any) -> Any:
+    from omegaconf import ListConfig, OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+    if isinstance(held := node._get_node(key), ListConfig) and node._get_full_key(key) == STEPS:
+        return OmegaConf.to_container(held, resolve=False)
     try:
         return plain(node[key])
     except (InterpolationToMissingValueError, MissingMandatoryValue):

@@ -34,6 +34,7 @@ def run(folder: Path, *overrides: str) -> "tuple[int, list[str]]":
     [
         (["first='abc"], 2, "error: LexerNoViableAltException: first='abc"),
         (["first=[a,b"], 2, "error: "),
+        (["first=~/x"], 2, f"error: first=~/x: write the folder out, first={Path.home()}/x; ~ is not taken here"),
         (["frist=a"], 2, "error: the config has no key 'frist'; did you mean first"),
         (["experiment=tinny"], 2, "error: In 'compare': Could not find 'experiment/tinny'"),
         (["first=${nope}"], 2, "Interpolation key 'nope' not found"),
@@ -51,7 +52,8 @@ def test_a_mistake_is_one_line(overrides: list[str], code: int, said: str, tmp_p
 
 
 def test_a_sweep_repeats_the_causes_at_its_end(tmp_path: Path) -> None:
-    code, lines = run(tmp_path, "-m", "first=/nope,/nada", "second=/nope", "output_file='${paths.root}/x'")
+    """Wherever -m stands: by itself, argparse takes it only before the first override."""
+    code, lines = run(tmp_path, "first=/nope,/nada", "-m", "second=/nope", "output_file='${paths.root}/x'")
     assert code == 1
     assert lines[-3:] == [
         "2 job(s) failed:",

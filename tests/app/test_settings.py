@@ -127,6 +127,15 @@ def test_every_key_of_a_command_has_a_type_that_its_value_fits(verb: str) -> Non
     assert {(key, inner) for key, part in tree.items() if isinstance(part, dict) for inner in part} <= known
 
 
+@pytest.mark.parametrize("verb", sorted(VERB_OF_KEYS))
+def test_a_step_may_refer_to_what_only_its_own_command_has(verb: str) -> None:
+    step = "merge merge=varm merge.granularity=layer merge.name='varm_${merge.granularity}'"
+    cfg = composed(verb, ["experiment=tiny", *GIVEN.get(verb, [])])
+    cfg.pipeline = {"steps": [step]}
+    assert door.check_config(cfg)["pipeline.steps"] == [step]
+    assert plain(cfg)["pipeline"] == {"steps": [step]}
+
+
 def test_messages_name_value_expectation_and_remedy() -> None:
     told = [
         ("loss.temperature", 0, "loss.temperature=0: expected a number above 0"),

@@ -172,6 +172,19 @@ def test_every_method_merges_the_golden_inputs(name: str) -> None:
     assert sum(changed) > len(changed) / 2
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", MERGES)
+def test_vectors_and_matrices_merge_without_a_warning(name: str) -> None:
+    """Such as of ``.T`` on one dimension, which torch is going to refuse."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        for shape in ((6,), (4, 6)):
+            by_name(name, torch.ones(shape), [torch.full(shape, value) for value in (1.5, 0.5, 3.0)])
+    finally:
+        torch.set_warn_always(always)
+
+
 @pytest.mark.parametrize("name", MERGES)
 def test_unchanged_targets_give_the_pivot(name: str) -> None:
     pivot = torch.randn(6, 5)
