@@ -69,3 +69,9 @@ def test_expand_is_a_grid() -> None:
         ("train", ["source=b", "seed=2"]),
     ]
     assert expand("train 'sources=[a,b]'") == [("train", ["sources=[a,b]"])]
+
+
+def test_interpolations_in_a_sweep_are_read_as_they_were_written() -> None:
+    line = r"train run_name='${oc.env:NOT_SET,y}','${experiment_name}_${seed}','a b',\'c,d\'"
+    names = [composed(verb, ["experiment=tiny", *overrides]).run_name for verb, overrides in expand(line)]
+    assert names == ["y", "tiny_0", "a b", "c,d"]

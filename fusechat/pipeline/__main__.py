@@ -102,15 +102,14 @@ def is_sweep(overrides: Sequence[str]) -> bool:
 
 
 def expand(line: str) -> list[Step]:
-    """``train source=a,b seed=1`` -> one command per combination, in the order of a grid sweep."""
+    """``train source=a,b seed=1`` -> one command per combination, in the order and writing of a grid sweep."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     verb, overrides = parse(line)
     choices = []
     for override, text in zip(OverridesParser.create().parse_overrides(overrides), overrides, strict=True):
         if override.is_sweep_override():
-            values = [value.replace("\\{", "{").replace("\\}", "}") for value in override.sweep_string_iterator()]
-            choices.append([f"{override.get_key_element()}={value}" for value in values])
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
         else:
             choices.append([text])
     return [(verb, list(combination)) for combination in itertools.product(*choices)]
