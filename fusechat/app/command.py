@@ -67,6 +67,7 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
                 with _environment(HYDRA_FULL_ERROR=os.environ.get(TRACEBACK, "0")):  # as given, for child processes
                     return run_stage(run, cfg)
             except Exception as error:
+                session.check_ended()
                 overrides = " ".join(task_overrides()) or "(no overrides)"
                 readable = isinstance(error, (UserError, OmegaConfBaseException))
                 code = getattr(error, "code", UNREADABLE if readable else 1)

@@ -40,6 +40,15 @@ class Ended(SystemExit):
         return f"{'interrupted' if self.code == 128 + signal.SIGINT else 'ended by SIGTERM'}; {self.kept}"
 
 
+_come: list[int] = []  # signals that were to end this process
+
+
+def check_ended() -> None:
+    """Raises `Ended` where a signal has come: a library that it broke into (an import, say) may make another error."""
+    if _come:
+        raise Ended(_come[0])
+
+
 def end_on_signals() -> None:
     """Ctrl-C and SIGTERM end this process as an exception, so that locks and temporary files go; a second one at once.
 
@@ -48,6 +57,7 @@ def end_on_signals() -> None:
 
     def end(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
+        _come.append(number)
         raise Ended(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -82,8 +92,9 @@ def log_to_stderr() -> None:
 def plain(node: Any) -> Any:
     """A config node as plain Python containers, resolved; anything else as it is.
 
-    A pipeline's steps stay as they are written: each refers to the config of its own command. What is missing, and what refers to something that is missing, is ``???``: a stage may never need it. Raises
-    `UserError` for a reference to a key that is not there.
+    What is missing, and what refers to something that is missing, is ``???``: a stage may never need it. A pipeline's
+    steps stay as they are written: each refers to the config of its own command. Raises `UserError` for a reference
+    to a key that is not there.
     """
     if "omegaconf" not in sys.modules:
         return node

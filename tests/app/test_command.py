@@ -96,3 +96,16 @@ def test_signals(number: signal.Signals, code: int, word: str, tmp_path: Path, r
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (code, f"{word}; the same command goes on from what is whole\n")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_signal_that_a_library_makes_another_error_of(tmp_path: Path, results: list[str]) -> None:
+    lines = [
+        "try:",
+        "    os.kill(os.getpid(), signal.SIGINT)",
+        "except BaseException:",
+        "    raise ValueError from None",
+    ]
+    (tmp_path / "broken_into.py").write_text("\n".join(["import os, signal", *lines]))
+    with start(tmp_path, *results, "imports=[broken_into]", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}") as process:
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted; the same command goes on from what is whole\n")
