@@ -2,6 +2,7 @@
 
 python merge.py experiment=tiny
 python merge.py merge=varm merge.granularity=matrix pivot.path=DIR 'targets=[DIR,DIR]' output_dir=DIR
+python merge.py merge.recipe=FILE output_dir=DIR
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def run(cfg: DictConfig) -> None:
     from fusechat.merging.recipe import Recipe
     from fusechat.merging.run import make
 
-    inputs = {"pivot": cfg.pivot.path, "targets": plain(cfg.targets), "target": cfg.target}
+    inputs = {"pivot": cfg.pivot.get("path"), "targets": plain(cfg.targets), "target": cfg.target}
     train = f"python train.py {experiment_of(cfg)}"
     recipe = Recipe.of(plain(cfg.merge), **inputs, seed=cfg.seed, imports=imported(cfg), made_by=train)
     merged = make(recipe, cfg.output_dir, overwrite=cfg.overwrite, dry_run=cfg.merge.dry_run, record=provenance(cfg))

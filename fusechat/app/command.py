@@ -49,6 +49,7 @@ def label(path: str | None) -> str:
 
 OmegaConf.register_new_resolver("label", label, replace=True)
 OmegaConf.register_new_resolver("stem", lambda path: Path(path).stem, replace=True)
+OmegaConf.register_new_resolver("recipe_name", lambda file, name: Path(file).stem if file else name, replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(path or "target").name, replace=True)
 OmegaConf.register_new_resolver("case", lambda key, cases, otherwise: cases.get(key, otherwise), replace=True)
 

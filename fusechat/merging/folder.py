@@ -11,6 +11,7 @@ from typing import Any
 from fusechat.merging.delta import write_store
 from fusechat.merging.inputs import Inputs
 from fusechat.merging.recipe import Recipe
+from fusechat.merging.stack import stack_config
 from fusechat.merging.stream import write_merged
 from fusechat.merging.varm import GroupWeights
 from fusechat.models.cards import command_line, write_card
@@ -27,6 +28,8 @@ def fill_model(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: 
     groups: the weights measured for VaRM.
     """
     copy_companions(recipe.pivot_path, directory, recipe.dtype)
+    if recipe.blocks:
+        stack_config(directory, recipe.blocks)
     digests = write_merged(inputs, recipe, groups, directory)
     names = [path.name for path in recipe.target_paths]
     roles = {"pivot": str(recipe.pivot_path)}
@@ -37,6 +40,7 @@ def fill_model(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: 
 
         weights_picture(groups, names, directory / HEATMAP)
     about = {"stage": "merge", "name": name, "method": recipe.method, "inputs": recipe.identities}
+    about |= {"recipe": recipe.text} if recipe.text else {}
     return about | {"targets": names, "weights": groups}, digests
 
 
