@@ -37,12 +37,13 @@ def log(cfg: DictConfig, recipe: Recipe, merged: Merged) -> None:
     """The weights that were measured, as table and picture, and the lineage, to wandb."""
     from fusechat.app.tracking import log_made, log_picture, log_table, wandb_run
     from fusechat.merging.folder import HEATMAP
+    from fusechat.models.hub import called
 
     run = wandb_run(cfg, f"merge-{merged.path.name}")
     if run is None:
         return
     if merged.groups:
-        names = [path.name for path in recipe.target_paths]
+        names = [called(path) for path in recipe.target_paths]
         rows = [[group, *(weights or [float("nan")] * len(names))] for group, weights in merged.groups.items()]
         log_table(run, "merge/weights", ["group", *names], rows)
         log_picture(run, "merge/heatmap", merged.path / HEATMAP)

@@ -15,6 +15,7 @@ from fusechat.merging.stack import stack_config
 from fusechat.merging.stream import write_merged
 from fusechat.merging.varm import GroupWeights
 from fusechat.models.cards import command_line, write_card
+from fusechat.models.hub import called
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 NOT_COPIED = {"README.md", "fusechat.json", ".gitattributes"}
@@ -31,7 +32,7 @@ def fill_model(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: 
     if recipe.blocks:
         stack_config(directory, recipe.blocks)
     digests = write_merged(inputs, recipe, groups, directory)
-    names = [path.name for path in recipe.target_paths]
+    names = [called(path) for path in recipe.target_paths]
     roles = {"pivot": str(recipe.pivot_path)}
     roles |= {f"target {number}": str(path) for number, path in enumerate(recipe.target_paths, 1)}
     write_card(directory, name, f"Merged by {recipe.method}.", roles, command_line())

@@ -17,6 +17,7 @@ from fusechat.merging.family import settings_of, total_of
 from fusechat.merging.methods import METHODS
 from fusechat.models.devices import device_of
 from fusechat.models.gguf import check_plain
+from fusechat.models.hub import local_model
 from fusechat.models.load import model_identity
 
 COMMON = ("weights", "patterns", "dtype", "max_shard_size")  # of every method, and of the fingerprint
@@ -37,6 +38,8 @@ def device_named(device: str) -> str:
 @dataclass(frozen=True)
 class Recipe:
     """Checked when made: raises `UserError` for what no merge could follow. Fields: the arguments of `run.merge`.
+
+    Models of the Hub are downloaded, and the paths are where they lie then.
 
     made_by: the command that makes targets, for the message where one is missing. blocks: where the output's layers
     come from, if they are other than the pivot's (see `stack`). fewest: targets that are needed. text: the mergekit
@@ -85,6 +88,8 @@ class Recipe:
         check("merge", **{key: getattr(self, key) for key in (*COMMON, "device")} | dict(self.settings))
         object.__setattr__(self, "device", device_named(self.device))
         self._check_numbers()
+        object.__setattr__(self, "pivot_path", Path(local_model(str(self.pivot_path))))
+        object.__setattr__(self, "target_paths", [Path(local_model(str(path))) for path in self.target_paths])
         self._check_paths()
 
     @property
@@ -186,6 +191,5 @@ class Recipe:
             raise UserError(f"the target {twice[0]} is given twice; remove one, or give it a weight with merge.weights")
         if not self.pivot_path.is_dir():
             raise UserError(
-                f"pivot.path={self.pivot_path} is no directory; merging reads local checkpoints: "
-                "download it with `hf download`"
+                f"pivot.path={self.pivot_path} is no folder, and no Hub id (owner/name or owner/name@revision)"
             )

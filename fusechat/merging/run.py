@@ -56,7 +56,7 @@ def merge(
 ) -> Merged:
     """Merges targets of the pivot's shape into one model by a method of `fusechat.merging.METHODS`.
 
-    pivot, targets: local Hugging Face directories; a target may be a delta store or a LoRA adapter of the pivot.
+    pivot, targets: Hugging Face directories or Hub ids, owner/name or owner/name@revision; a target may be a delta store or a LoRA adapter of the pivot.
     settings: the method's own, the rest as its signature has them. weights: one per target; None is equal. patterns:
     [{match: regex, weights: [...]}] or [{match: regex, keep: pivot}], the first that fits a parameter's name counts
     (density, gamma, epsilon, scale, normalize and t can be given so too).
