@@ -14,7 +14,7 @@ from fusechat.merging.recipe import Recipe
 from fusechat.merging.stack import stack_config
 from fusechat.merging.stream import write_merged
 from fusechat.merging.varm import GroupWeights
-from fusechat.models.cards import command_line, write_card
+from fusechat.models.cards import Made, write_card
 from fusechat.models.hub import called
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -35,7 +35,8 @@ def fill_model(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: 
     names = [called(path) for path in recipe.target_paths]
     roles = {"pivot": str(recipe.pivot_path)}
     roles |= {f"target {number}": str(path) for number, path in enumerate(recipe.target_paths, 1)}
-    write_card(directory, name, f"Merged by {recipe.method}.", roles, command_line())
+    made = f"Layers of {len(names)} models, stacked." if recipe.blocks else f"Merged by {recipe.method}."
+    write_card(directory, name, Made(made, roles, [*roles.values()][1:], tags=["merge", recipe.method]))
     if groups:
         from fusechat.report.frames import weights_picture  # here: matplotlib takes longer to import than some merges
 

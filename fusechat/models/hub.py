@@ -1,4 +1,4 @@
-"""Models by folder or Hub id: what lies here is taken as it is, what does not is downloaded once, the files needed alone."""
+"""Models by folder or Hub id: what lies here is taken as it is, what does not is downloaded once."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _downloaded(repo: str, revision: str | None, patterns: tuple[str, ...]) -> P
             f"{told} is no folder here, and the Hub knows no such model or does not show it to you; check the name, or "
             "log in: hf auth login"
         ) from error
-    except OSError as error:  # no connection, offline, or an answer that is none
+    except Exception as error:  # offline, no connection, or an answer that is none
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"{told} is no folder here, not whole in the Hub's cache, and cannot be downloaded ({reason}); where there "

@@ -41,6 +41,12 @@ def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return rows
 
 
+def results_of(folder: Path, model: Path) -> list[dict[str, Any]]:
+    """Every result of a model in a folder of evaluations."""
+    found = [read_result(file) for file in sorted([*folder.glob("*.json"), *folder.glob("lm_eval/*.json")])]
+    return [content for content in found if Path(content["model"]).resolve() == model.resolve()]
+
+
 def metrics(samples: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
     """metric -> skill (``all`` first) -> value with interval, over the samples that have the metric."""
     found = {}

@@ -36,7 +36,10 @@ class Hub:
         if revision not in ("main", "v1", SHA):
             return 404, b"", {"X-Error-Code": "RevisionNotFound"}
         if "/resolve/" in path:
-            data = (folder / "/".join(parts[4:])).read_bytes()
+            file = folder / "/".join(parts[4:])
+            if not file.exists():
+                return 404, b"", {"X-Error-Code": "EntryNotFound"}
+            data = file.read_bytes()
             return 200, data, {"ETag": f'"{parts[-1]}"', "X-Repo-Commit": SHA}
         files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
         if verb == "tree":
@@ -74,6 +77,8 @@ def test_inputs_of_a_merge_come_from_the_hub_once(hub: Hub, tmp_path: Path) -> N
     assert all(((one[name] + two[name]) / 2 - tensor).abs().max() < 1e-6 for name, tensor in merged.items())
     fetched = [path.rpartition("/")[2] for path in hub.asked if "/owner/one/resolve/" in path]
     assert set(fetched) == {"config.json", "model.safetensors"}
+    assert "base_model_relation: merge" not in (tmp_path / "out/README.md").read_text()
+    assert "- owner/one" in (tmp_path / "out/README.md").read_text()
     before = len(hub.asked)
     again = merge(hub, tmp_path, *given, "merge=ties", "overwrite=true", HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stdout + again.stderr
