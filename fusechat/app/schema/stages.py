@@ -167,6 +167,7 @@ class Evaluation(Section, total=False):
 
 class Report(Section, total=False):
     metric: str
+    labels: Annotated[Sequence[str], Len(1), Predicate(are_distinct), Says("a list of names, each once")] | None
     published: Path | None
     baseline: str | None
 
