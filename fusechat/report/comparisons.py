@@ -7,12 +7,10 @@ from fnmatch import fnmatchcase
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fusechat.app.errors import UserError
 from fusechat.app.labels import family
 from fusechat.report.results import KIND, LOWER_IS_BETTER, short
-from fusechat.report.statistics import compare, mean_of
+from fusechat.report.statistics import compare, mean_of, over_seeds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,14 +71,12 @@ def _on_one(experiments: Mapping[str, Rows], pattern: str | None, metric: str) -
             shown = f"{experiment}: {name}" if len(experiments) > 1 else name
             about = {"experiment": experiment, "tests": row["tests"], NAME: name, "model": shown, "kind": kind}
             about |= {"against": label, "metric": metric}
-            lines.append(_judged(about | compare(base, row["samples"], metric)))
+            lines.append(judged(about | compare(base, row["samples"], metric)))
         yield lines
 
 
 def _pooled(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """For each family of seeds the models that every seed has: the mean of their differences, interval and p by t."""
-    from scipy.stats import ttest_1samp
-
     families: dict[str, list[dict[str, Mapping[str, Any]]]] = {}
     for lines in found:
         by_name = {line[NAME]: line for line in lines if line["kind"] != OWN_RUNS}
@@ -90,17 +86,16 @@ def _pooled(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]
     for own, seeds in several.items():
         for name, first in seeds[0].items():
             if all(name in seed for seed in seeds):
-                differences = np.array([seed[name]["difference"] for seed in seeds])
-                test = ttest_1samp(differences, 0.0)
-                mean, bounds = differences.mean(), test.confidence_interval(0.95)
-                low, high = (bound if np.isfinite(bound) else mean for bound in bounds)  # all seeds alike: no width
-                numbers = {"difference": mean, "low": low, "high": high, "p": np.nan_to_num(test.pvalue, nan=1.0)}
+                numbers = over_seeds([seed[name]["difference"] for seed in seeds])
                 shown = f"{own}: {name}" if len(several) > 1 else name
-                pooled.append(_judged({**first, "experiment": POOLED, "tests": POOLED, "model": shown} | numbers))
-    return pooled
+                pooled.append(judged({**first, "experiment": POOLED, "tests": POOLED, "model": shown} | numbers))
+    sign = 1 if pooled and pooled[0]["metric"] in LOWER_IS_BETTER else -1
+    kinds = [line["kind"] for line in pooled]
+    return sorted(pooled, key=lambda line: (kinds.index(line["kind"]), -sign * line["difference"]))  # worst first
 
 
-def _judged(line: dict[str, Any]) -> dict[str, Any]:
+def judged(line: dict[str, Any]) -> dict[str, Any]:
+    """A difference with the verdict that its interval allows."""
     gained = (line["difference"] < 0) == (line["metric"] in LOWER_IS_BETTER)
     verdict = "within noise" if not (line["low"] > 0 or line["high"] < 0) else "better" if gained else "worse"
     return line | {"verdict": verdict}
