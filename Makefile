@@ -26,6 +26,9 @@ test: $(VENV)/.ready  ## the whole test suite
 wheel: $(VENV)/.ready  ## the wheel, built, installed into an empty prefix and run from an empty folder
 	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
 
+docs: $(VENV)/.ready  ## the pictures of README: the demo's forest plot from its published numbers, and the pipeline
+	$(BIN)/python docs/pictures.py
+
 browser: $(VENV)/.ready  ## the report as Chromium shows it, wide and on a phone (needs the package chromium)
 	$(BIN)/python -m pytest -m browser tests/report
 
@@ -63,4 +66,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo real test faults wheel browser lint format bench gpu on-gpu
+.PHONY: help docs demo real test faults wheel browser lint format bench gpu on-gpu

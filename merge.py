@@ -2,6 +2,7 @@
 
 python merge.py experiment=tiny
 python merge.py merge=varm merge.granularity=matrix pivot.path=DIR 'targets=[DIR,DIR]' output_dir=DIR
+python merge.py merge.recipe=FILE output_dir=DIR
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def run(cfg: DictConfig) -> None:
     from fusechat.merging.recipe import Recipe
     from fusechat.merging.run import make
 
-    inputs = {"pivot": cfg.pivot.path, "targets": plain(cfg.targets), "target": cfg.target}
+    inputs = {"pivot": cfg.pivot.get("path"), "targets": plain(cfg.targets), "target": cfg.target}
     train = f"python train.py {experiment_of(cfg)}"
     recipe = Recipe.of(plain(cfg.merge), **inputs, seed=cfg.seed, imports=imported(cfg), made_by=train)
     merged = make(recipe, cfg.output_dir, overwrite=cfg.overwrite, dry_run=cfg.merge.dry_run, record=provenance(cfg))
@@ -36,12 +37,13 @@ def log(cfg: DictConfig, recipe: Recipe, merged: Merged) -> None:
     """The weights that were measured, as table and picture, and the lineage, to wandb."""
     from fusechat.app.tracking import log_made, log_picture, log_table, wandb_run
     from fusechat.merging.folder import HEATMAP
+    from fusechat.models.hub import called
 
     run = wandb_run(cfg, f"merge-{merged.path.name}")
     if run is None:
         return
     if merged.groups:
-        names = [path.name for path in recipe.target_paths]
+        names = [called(path) for path in recipe.target_paths]
         rows = [[group, *(weights or [float("nan")] * len(names))] for group, weights in merged.groups.items()]
         log_table(run, "merge/weights", ["group", *names], rows)
         log_picture(run, "merge/heatmap", merged.path / HEATMAP)

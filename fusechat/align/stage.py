@@ -97,7 +97,8 @@ def align(
         write_aligned(alignment, writer, num_proc, modules)
         made = {"token_map": token_map, "sequence": alignment.sequence}
     about = {name: stores[0].manifest[name] for name in ("vocab_size", "chats")}
-    about |= {"kind": "aligned", "model": stores[1].manifest["model"], "logprobs": logprobs}
+    about |= {name: stores[1].manifest[name] for name in ("model", "path") if name in stores[1].manifest}
+    about |= {"kind": "aligned", "logprobs": logprobs}
     manifest = writer.finish(**about, **marks, **made)
     LOG.info(summary(manifest, output))
     if when_made:

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fusechat.app import checksums, disk, help, registry, remembered, session
 from fusechat.app.errors import UserError
 from fusechat.app.hints import config_folders, experiment_of, task_overrides, with_near_names
+from fusechat.app.labels import report_place
 from fusechat.app.locks import waiting
 from fusechat.app.session import imported, plain, provenance
 from fusechat.app.trainer import quiet_trainer, seed_everything
@@ -50,6 +51,8 @@ def label(path: str | None) -> str:
 
 OmegaConf.register_new_resolver("label", label, replace=True)
 OmegaConf.register_new_resolver("stem", lambda path: Path(path).stem, replace=True)
+OmegaConf.register_new_resolver("report_place", report_place, replace=True)
+OmegaConf.register_new_resolver("recipe_name", lambda file, name: Path(file).stem if file else name, replace=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(path or "target").name, replace=True)
 OmegaConf.register_new_resolver("case", lambda key, cases, otherwise: cases.get(key, otherwise), replace=True)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.hints import task_overrides
 from fusechat.app.verbs import command_line
 
 Values = Mapping[str, Any]  # dotted key -> value; keys without a value are absent
@@ -52,6 +53,8 @@ def check(verb: str, values: Values) -> None:
 
 def needed(verb: str, values: Values) -> list[str]:
     """The keys that a command needs with these settings."""
+    if verb == "merge" and values.get("merge.recipe"):
+        return []
     keys = [*NEEDS.get(verb, ())]
     if verb == "extract" and values.get("chat.template") == "pivot":
         keys.append("pivot.path")
@@ -75,6 +78,10 @@ def excluding(verb: str, values: Values) -> Iterator[str]:
         )
     if verb == "merge" and values.get("target") and values.get("merge.method") != "compress":
         yield f"target={values['target']} is for merge=compress; a merge takes targets='[DIR,DIR]'"
+    if verb == "merge" and values.get("merge.recipe"):
+        own = ("targets=", "target=", "pivot.path=", "merge=", "merge.weights=", "merge.patterns=", "merge.dtype=")
+        if given := [override for override in task_overrides() if override.startswith(own)]:
+            yield f"{given[0]} and merge.recipe={values['merge.recipe']}: a recipe says that itself; leave one out"
 
 
 def held_out(values: Values) -> bool:

@@ -6,6 +6,7 @@ without asking, unlike stores and models. Only another model's result is never w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -14,7 +15,15 @@ from typing import Any
 
 from fusechat.app import checksums
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import fingerprint, read_json, stage_fingerprint, write_durably, write_json, write_lines
+from fusechat.app.outputs import (
+    RECORD,
+    fingerprint,
+    read_json,
+    stage_fingerprint,
+    write_durably,
+    write_json,
+    write_lines,
+)
 from fusechat.app.places import writing
 from fusechat.app.settings import check
 from fusechat.app.surroundings import check_place
@@ -83,7 +92,20 @@ def evaluate_by(
     path, output = str(model), Path(output_file)
     reads = [model, *(settings.get(key) for key in ("chats", "questions", "include_path"))]
     with writing(output, "evaluate", reads=reads, file=True, known=is_result):
-        return _evaluate(path, settings, output, seed, overwrite, record or {}, imports)
+        found, made = _evaluate(path, settings, output, seed, overwrite, record or {}, imports)
+        if made and "metrics" in found:
+            _tell_on_card(Path(path), output.parent)
+    return found, made
+
+
+def _tell_on_card(model: Path, evaluations: Path) -> None:
+    """Writes what was measured on the card of a model of ours; one that cannot be written stays as it is."""
+    from fusechat.models.cards import CARD, measured_card
+    from fusechat.report.results import results_of
+
+    if (model / RECORD).exists() and (model / CARD).exists():
+        with contextlib.suppress(OSError):
+            write_durably(model / CARD, measured_card(model, results_of(evaluations, model)).encode())
 
 
 def is_result(file: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat.app.outputs import stamp
 from fusechat.fusion.training import Training
-from fusechat.models.cards import command_line, write_card
+from fusechat.models.cards import Made, write_card
 from fusechat.models.whole import write_record
 
 if TYPE_CHECKING:
@@ -21,11 +21,10 @@ METRIC = "validation/bits_per_byte"
 
 @dataclass(frozen=True)
 class Description:
-    """made: the card's sentence; inputs: role -> model; about: what is known before training; record: the caller's."""
+    """made: for the card; about: what is known before training; record: the caller's."""
 
     tokenizer: Any
-    made: str
-    inputs: Mapping[str, str]
+    made: Made
     about: Mapping[str, Any]
     record: Mapping[str, Any]
 
@@ -46,13 +45,16 @@ class Description:
         about["sources"] = list(sources)
         about["stores"] = dict(zip(["pivot", *sources], stores, strict=True))
         about["coverage"] = dict(zip(sources, data.coverage(), strict=True))
-        return cls(
-            tokenizer,
-            fused if module.rule.needs_sources else "Supervised fine-tuning alone.",
-            {"pivot": training.pivot} | {f"source {n + 1}": source for n, source in enumerate(sources)},
-            about,
-            record or {},
+        fusing = module.rule.needs_sources
+        models = [str(s.manifest.get("path", n)) for n, s in zip(sources, training.stores[1:], strict=True)]
+        made = Made(
+            fused if fusing else "Supervised fine-tuning alone.",
+            {"pivot": training.pivot} | {f"source {n}": model for n, model in enumerate(models, 1)},
+            [training.pivot],
+            [str(path) for path in [(record or {}).get("config", {}).get("chat", {}).get("path")] if path],
+            ["distillation", module.rule.rule] if fusing else ["sft"],
         )
+        return cls(tokenizer, made, about, record or {})
 
     @staticmethod
     def facts(module: FusionModule, trainer: Any) -> dict[str, Any]:
@@ -65,7 +67,7 @@ class Description:
         # what was measured on the way depends on where a killed run was taken up
         final = {name: value for name, value in facts["metrics"].items() if name.startswith("validation/")}
         write_record(directory, {**self.about, **facts, "metrics": final, **self.record})
-        write_card(directory, str(self.about["name"]), self.made, self.inputs, command_line(), final)
+        write_card(directory, str(self.about["name"]), self.made, final)
 
 
 def measured(trainer: Any) -> dict[str, float]:

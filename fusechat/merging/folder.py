@@ -11,9 +11,11 @@ from typing import Any
 from fusechat.merging.delta import write_store
 from fusechat.merging.inputs import Inputs
 from fusechat.merging.recipe import Recipe
+from fusechat.merging.stack import stack_config
 from fusechat.merging.stream import write_merged
 from fusechat.merging.varm import GroupWeights
-from fusechat.models.cards import command_line, write_card
+from fusechat.models.cards import Made, write_card
+from fusechat.models.hub import called
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 NOT_COPIED = {"README.md", "fusechat.json", ".gitattributes"}
@@ -27,16 +29,20 @@ def fill_model(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory: 
     groups: the weights measured for VaRM.
     """
     copy_companions(recipe.pivot_path, directory, recipe.dtype)
+    if recipe.blocks:
+        stack_config(directory, recipe.blocks)
     digests = write_merged(inputs, recipe, groups, directory)
-    names = [path.name for path in recipe.target_paths]
+    names = [called(path) for path in recipe.target_paths]
     roles = {"pivot": str(recipe.pivot_path)}
     roles |= {f"target {number}": str(path) for number, path in enumerate(recipe.target_paths, 1)}
-    write_card(directory, name, f"Merged by {recipe.method}.", roles, command_line())
+    made = f"Layers of {len(names)} models, stacked." if recipe.blocks else f"Merged by {recipe.method}."
+    write_card(directory, name, Made(made, roles, [*roles.values()][1:], tags=["merge", recipe.method]))
     if groups:
         from fusechat.report.frames import weights_picture  # here: matplotlib takes longer to import than some merges
 
         weights_picture(groups, names, directory / HEATMAP)
     about = {"stage": "merge", "name": name, "method": recipe.method, "inputs": recipe.identities}
+    about |= {"recipe": recipe.text} if recipe.text else {}
     return about | {"targets": names, "weights": groups}, digests
 
 

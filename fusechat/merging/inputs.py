@@ -14,6 +14,7 @@ from fusechat.app.texts import json_object
 from fusechat.merging import delta
 from fusechat.merging.adapters import AdapterCheckpoint, is_adapter
 from fusechat.merging.slices import Slices
+from fusechat.merging.stack import Blocks, StackedCheckpoint
 from fusechat.merging.tokens import match_rows
 from fusechat.models.checkpoints import LazyCheckpoint
 from fusechat.models.computed import Source
@@ -102,8 +103,10 @@ def check_finite(tensor: Tensor, what: str) -> None:
         raise UserError(f"{what} holds NaN or inf; the model is broken, train or download it again")
 
 
-def open_inputs(pivot: Path, targets: Sequence[Path], by_token: bool = True) -> Inputs:
+def open_inputs(pivot: Path, targets: Sequence[Path], by_token: bool = True, blocks: Blocks = ()) -> Inputs:
     """Opens the checkpoints. by_token: targets with other tokens are matched row by row.
+
+    blocks: where given, the one target, and the pivot's shape, are a stack of the targets' layers (see `stack`).
 
     Raises `UserError` for broken files, another architecture, and the first parameter that is missing, extra or of
     another shape.
@@ -111,6 +114,9 @@ def open_inputs(pivot: Path, targets: Sequence[Path], by_token: bool = True) -> 
     own = LazyCheckpoint(pivot)
     inputs = Inputs(own, [open_checkpoint(path, own) for path in targets], [])
     _check_architectures(inputs)
+    if blocks:
+        stack = StackedCheckpoint(inputs.targets, blocks)
+        return Inputs(stack, [stack], [{}])
     matched = [match_rows(own, target) if by_token else {} for target in inputs.targets]
     for target, moved in zip(inputs.targets, matched, strict=True):
         _check_shapes(own, target, moved)

@@ -17,9 +17,12 @@ from fusechat.merging.family import settings_of, total_of
 from fusechat.merging.methods import METHODS
 from fusechat.models.devices import device_of
 from fusechat.models.gguf import check_plain
+from fusechat.models.hub import local_model
 from fusechat.models.load import model_identity
 
 COMMON = ("weights", "patterns", "dtype", "max_shard_size")  # of every method, and of the fingerprint
+NO_SETTINGS = ("device", "method", "name", "dry_run", "recipe")  # of no method, and not of the fingerprint
+OF_PATTERNS = ("density", "gamma", "epsilon", "scale", "normalize", "t", "filter_wise")  # what patterns may set beside
 
 
 def device_named(device: str) -> str:
@@ -36,7 +39,11 @@ def device_named(device: str) -> str:
 class Recipe:
     """Checked when made: raises `UserError` for what no merge could follow. Fields: the arguments of `run.merge`.
 
-    made_by: the command that makes targets, for the message where one is missing.
+    Models of the Hub are downloaded, and the paths are where they lie then.
+
+    made_by: the command that makes targets, for the message where one is missing. blocks: where the output's layers
+    come from, if they are other than the pivot's (see `stack`). fewest: targets that are needed. text: the mergekit
+    recipe that this one was read from.
     """
 
     method: str
@@ -51,15 +58,26 @@ class Recipe:
     seed: int = 0
     imports: Mapping[str, str] | None = None
     made_by: str = "python train.py"
+    blocks: Sequence[tuple[int, int]] = ()
+    fewest: int = 2
+    text: str | None = None
 
     @classmethod
     def of(
         cls, options: Mapping[str, Any], pivot: str, targets: Sequence[str], target: str | None, **others: Any
     ) -> Recipe:
-        """From the config group ``merge`` as plain data. target: instead of ``targets`` where the method stores one."""
+        """From the config group ``merge`` as plain data. target: instead of ``targets`` where the method stores one.
+
+        A mergekit recipe (``recipe``) says itself what is merged, and how.
+        """
         method = options["method"]
+        if options.get("recipe"):
+            from fusechat.merging.mergekit import read
+
+            own = {key: options[key] for key in ("max_shard_size", "device")}
+            return cls(**read(options["recipe"]), **own, **others)
         chosen = ([target] if target else []) if "store" in METHODS[method].needs else targets
-        settings = {k: v for k, v in options.items() if k not in (*COMMON, "device", "method", "name", "dry_run")}
+        settings = {k: v for k, v in options.items() if k not in (*COMMON, *NO_SETTINGS)}
         common = {key: options[key] for key in (*COMMON, "device")}
         return cls(method, Path(pivot), [Path(path) for path in chosen], settings, **common, **others)
 
@@ -70,6 +88,8 @@ class Recipe:
         check("merge", **{key: getattr(self, key) for key in (*COMMON, "device")} | dict(self.settings))
         object.__setattr__(self, "device", device_named(self.device))
         self._check_numbers()
+        object.__setattr__(self, "pivot_path", Path(local_model(str(self.pivot_path))))
+        object.__setattr__(self, "target_paths", [Path(local_model(str(path))) for path in self.target_paths])
         self._check_paths()
 
     @property
@@ -81,6 +101,11 @@ class Recipe:
     def storing(self) -> bool:
         """Whether a delta store is written instead of a model."""
         return "store" in self.member.needs
+
+    @property
+    def count(self) -> int:
+        """How many models are merged: a stack of several is one."""
+        return 1 if self.blocks else len(self.target_paths)
 
     @cached_property
     def identities(self) -> dict[str, str]:
@@ -97,6 +122,7 @@ class Recipe:
         """The merged model's fingerprint."""
         common = {key: getattr(self, key) for key in COMMON}
         options = {"method": self.method, **common, "patterns": list(self.patterns), **self.settings}
+        options |= {"blocks": [list(block) for block in self.blocks]} if self.blocks else {}
         return stage_fingerprint(self.imports, merge=options, inputs=self.ordered, seed=self.seed)
 
     def pattern_at(self, name: str) -> Mapping[str, Any]:
@@ -112,37 +138,45 @@ class Recipe:
                     f"first is {next(iter(names), None)}; merge.dry_run=true lists them without patterns"
                 )
 
-    def per_target(self, key: str) -> list[float]:
-        """A setting as one value per target."""
-        value = self.settings[key]
-        return (
-            [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * len(self.target_paths)
-        )
+    def settings_at(self, name: str) -> dict[str, Any]:
+        """The method's settings for a parameter, with what its pattern says; density and gamma as one per target."""
+        own = {key: value for key, value in self.pattern_at(name).items() if key in self.settings}
+        found = {**self.settings, **own}
+        for key in self.member.needs & {"density", "gamma"}:
+            value = found[key]
+            found[key] = [float(v) for v in (value if isinstance(value, (list, tuple)) else [value] * self.count)]
+        return found
 
     def _check_numbers(self) -> None:
         count = len(self.target_paths)
         if self.storing and count != 1:
             raise UserError(f"merge={self.method} needs the target to store: add target=DIR ({count} given)")
-        if not self.storing and count < 2:
-            raise UserError(f"merging needs at least two targets, {count} given; see targets='[DIR,DIR]'")
-        lists = {"weights": self.weights or []}
-        lists |= {key: value for key, value in self.settings.items() if isinstance(value, (list, tuple))}
-        lists |= {f"patterns[{i}].weights": p.get("weights") or [] for i, p in enumerate(self.patterns)}
-        for key, values in lists.items():
-            if values and len(values) != count:
-                raise UserError(f"merge.{key} has {len(values)} values for {count} targets; give one for each")
-            if key.endswith("weights") and values:
-                self._check_weights(key, values)
+        if not self.storing and count < self.fewest:
+            wanted = "two targets" if self.fewest == 2 else "one target"
+            raise UserError(f"merging needs at least {wanted}, {count} given; see targets='[DIR,DIR]'")
+        self._check_lists("", {"weights": self.weights, **self.settings})
         for i, pattern in enumerate(self.patterns):
-            if "match" not in pattern or not (pattern.get("weights") or pattern.get("keep") == "pivot"):
+            known = [key for key in OF_PATTERNS if key in self.settings]
+            chosen = pattern.keys() - {"match", "keep"}
+            if "match" not in pattern or not (chosen or pattern.get("keep") == "pivot"):
+                more = f"; {', '.join(known)} can be given so too" if known else ""
                 told = f"merge.patterns[{i}]={dict(pattern)}"
-                raise UserError(f"{told} needs match and weights, or match and keep: pivot")
+                raise UserError(f"{told} needs match and weights, or match and keep: pivot{more}")
+            for key in sorted(chosen - {"weights", *known}):
+                raise UserError(f"merge.patterns[{i}].{key} is given, but merge={self.method} has none; remove it")
+            self._check_lists(f"patterns[{i}].", pattern)
 
-    def _check_weights(self, key: str, weights: Sequence[float]) -> None:
-        taken = self.member.needs & ({"weights", "variation"} if key.startswith("patterns") else {"weights"})
-        if not taken:
-            raise UserError(f"merge.{key} is given, but merge={self.method} takes no weights; remove it")
-        if self.settings.get("normalize"):
+    def _check_lists(self, place: str, settings: Mapping[str, Any]) -> None:
+        """Raises `UserError` for lists that are not one value for each target, and for weights that do nothing."""
+        for key, values in settings.items():
+            if isinstance(values, (list, tuple)) and values and len(values) != self.count:
+                told = f"{len(values)} values for {self.count} targets"
+                raise UserError(f"merge.{place}{key} has {told}; give one for each")
+        if not (weights := settings.get("weights")):
+            return
+        if not self.member.needs & ({"weights", "variation"} if place else {"weights"}):
+            raise UserError(f"merge.{place}weights is given, but merge={self.method} takes no weights; remove it")
+        if settings.get("normalize", self.settings.get("normalize")):
             total_of(weights)
 
     def _check_paths(self) -> None:
@@ -157,6 +191,5 @@ class Recipe:
             raise UserError(f"the target {twice[0]} is given twice; remove one, or give it a weight with merge.weights")
         if not self.pivot_path.is_dir():
             raise UserError(
-                f"pivot.path={self.pivot_path} is no directory; merging reads local checkpoints: "
-                "download it with `hf download`"
+                f"pivot.path={self.pivot_path} is no folder, and no Hub id (owner/name or owner/name@revision)"
             )

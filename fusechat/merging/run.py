@@ -56,10 +56,11 @@ def merge(
 ) -> Merged:
     """Merges targets of the pivot's shape into one model by a method of `fusechat.merging.METHODS`.
 
-    pivot, targets: local Hugging Face directories; a target may be a delta store or a LoRA adapter of the pivot.
-    settings: the method's own, the rest as its signature has them. weights: one per target; None is equal. patterns:
-    [{match: regex, weights: [...]}] or [{match: regex, keep: pivot}], the first that fits a parameter's name counts.
-    dtype: float32, bfloat16 or float16; None stores the pivot's. device: where slices are merged: cpu, cuda or auto.
+    pivot, targets: Hugging Face directories or Hub ids, owner/name or owner/name@revision; a target may be a delta
+    store or a LoRA adapter of the pivot. settings: the method's own, the rest as its signature has them. weights: one
+    per target; None is equal. patterns: [{match: regex, weights: [...]}] or [{match: regex, keep: pivot}], the first
+    that fits a parameter's name counts; density, gamma, epsilon, scale, normalize and t can be given so too. dtype:
+    float32, bfloat16 or float16; None stores the pivot's. device: where slices are merged: cpu, cuda or auto.
     seed: of methods that drop at random. overwrite: replaces a folder that other settings made. dry_run: writes
     nothing but describes the merge. record: what else ``fusechat.json`` is to hold. imports: name -> hash of modules
     with methods of your own; part of the fingerprint.
@@ -95,7 +96,7 @@ def _make(
     held = settled(output / RECORD, recipe.mark, what="merged model", keep="output_dir=DIR", overwrite=overwrite)
     if held is not None:
         return Merged(output, held.get("weights", {}), made=False)
-    inputs = open_inputs(recipe.pivot_path, recipe.target_paths, by_token=not recipe.storing)
+    inputs = open_inputs(recipe.pivot_path, recipe.target_paths, by_token=not recipe.storing, blocks=recipe.blocks)
     recipe.check_patterns(inputs.floating)
     if dry_run and recipe.storing:
         raise UserError(f"merge={recipe.method} has no plan to show; leave out merge.dry_run=true")

@@ -80,14 +80,12 @@ def keeps_pivot(recipe: Recipe, name: str) -> bool:
 def handed_over(recipe: Recipe, groups: GroupWeights, name: str, dimensions: int) -> dict[str, Any]:
     """The method's arguments for one parameter: its settings and what it needs, see `family.NEEDS`."""
     needs = recipe.member.needs
-    handed = dict(recipe.settings)
-    for key in needs & {"density", "gamma"}:
-        handed[key] = recipe.per_target(key)
+    handed = recipe.settings_at(name)
     of_pattern = recipe.pattern_at(name).get("weights")
     if "variation" in needs:
         handed["weights"] = of_pattern or groups.get(group_of(name, recipe.settings["granularity"]))
     if "weights" in needs:
-        handed["weights"] = list(of_pattern or recipe.weights or [1.0] * len(recipe.target_paths))
+        handed["weights"] = list(of_pattern or recipe.weights or [1.0] * recipe.count)
     if "seed" in needs:
         handed["seed"] = [recipe.seed, zlib.crc32(name.encode())]
     if "name" in needs:

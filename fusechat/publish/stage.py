@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fusechat.app.errors import UserError
 
@@ -40,6 +39,7 @@ def publish(
     """
     from fusechat.models.cards import measured_card
     from fusechat.models.whole import check_model
+    from fusechat.report.results import results_of
 
     directory = Path(model or "")
     if not model or not all((directory / name).exists() for name in ("fusechat.json", "config.json")):
@@ -49,19 +49,10 @@ def publish(
     if not repo or repo.count("/") != 1:
         raise UserError(f"repo={repo} is no Hub id; write owner/name")
     present = (f for f in directory.rglob("*") if f.is_file() and not f.name.startswith(".") and f.name != "README.md")
-    files, card = sorted(present), measured_card(directory, results_of(Path(experiment), directory))
+    files, card = sorted(present), measured_card(directory, results_of(Path(experiment) / "evaluation", directory))
     if dry_run:
         return Publication(directory, files, card)
     return Publication(directory, files, card, _send(directory, files, card, repo, private, message))
-
-
-def results_of(experiment: Path, directory: Path) -> list[dict[str, Any]]:
-    """Every result file of this model under the experiment."""
-    from fusechat.report.results import read_result
-
-    place = experiment / "evaluation"
-    found = [read_result(file) for file in sorted([*place.glob("*.json"), *place.glob("lm_eval/*.json")])]
-    return [content for content in found if Path(content["model"]).resolve() == directory.resolve()]
 
 
 def _send(directory: Path, files: Sequence[Path], card: str, repo: str, private: bool, message: str) -> str:

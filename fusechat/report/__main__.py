@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fusechat.app.command import entry, experiment_of
+from fusechat.app.command import entry, experiment_of, plain
+from fusechat.app.labels import labels
 from fusechat.app.tracking import wandb_run
 from fusechat.app.verbs import command_line
 
@@ -23,7 +24,8 @@ def run(cfg: DictConfig) -> None:
     from fusechat.report.published import beside
     from fusechat.report.stage import report
 
-    options = {"metric": cfg.report.metric, "baseline": cfg.report.baseline, "title": cfg.experiment_name}
+    options = {"metric": cfg.report.metric, "baseline": cfg.report.baseline, "labels": plain(cfg.report.labels)}
+    options["title"] = " and ".join(options["labels"] or labels(cfg.runs)) if cfg.runs else cfg.experiment_name
     hint = f"python -m fusechat.evaluate {experiment_of(cfg)} model=DIR"
     made = report(cfg.runs or [cfg.paths.experiment], cfg.output_dir, hint=hint, made_by=command_line(), **options)
     print_table(made.table)

@@ -15,10 +15,11 @@ MADE = ("targets", "merged models")  # what fusing made; the pivot and the sourc
 def conclusion(comparisons: pd.DataFrame) -> str:
     """Each kind's verdicts against the baseline, and the best of them with its interval. Empty without comparisons.
 
-    comparisons: as `fusechat.report.comparisons.comparisons` makes them; the pooled ones alone where there are some.
+    comparisons: as `fusechat.report.comparisons.comparisons` makes them; of several test sets the first one's count,
+    which are the pooled ones where there are some.
     """
     if len(comparisons):
-        comparisons = comparisons[comparisons["experiment"] == comparisons["experiment"].iloc[0]]
+        comparisons = comparisons[comparisons["tests"] == comparisons["tests"].iloc[0]]
     parts = [_of_kind(comparisons[comparisons["kind"] == kind], kind) for kind in MADE] if len(comparisons) else []
     return " ".join(part for part in parts if part)
 

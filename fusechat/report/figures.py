@@ -6,7 +6,6 @@ Every row is one mark: a bar with the id ``NAME-mark-N`` in the SVG, or one poin
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by every kind of colour vision
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000"]
 VERDICTS = {"better": ("#0072b2", "o"), "worse": ("#d55e00", "s"), "within noise": ("#767676", "D")}
-QUANTITIES = {
-    "train/sft": "SFT loss\nnats per token",
-    "train/fusion": "fusion loss\nnats per token",
-    "validation/bits_per_byte": "validation\nbits per byte",
-}
-PER_BAND = 4  # runs beside each other among the training curves
 
 
 def pyplot() -> Any:
@@ -78,7 +71,7 @@ def forest(rows: pd.DataFrame, unit: str) -> Any:
         axis.margins(x=0.08)
         axis.set_title(kind, loc="left", fontsize=10)
         for place, row in zip(places, part.itertuples(), strict=True):
-            told = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+            told = f"{signed(row.difference)} [{signed(row.low)}, {signed(row.high)}]"
             axis.annotate(told, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axes[-1, 0].set_xlabel(f"{unit}, difference from {rows['against'].iloc[0]} with 95 % interval")
     figure.legend(*_legend(axes[:, 0]), loc="upper right", ncol=3, fontsize=8, frameon=False)
@@ -87,22 +80,26 @@ def forest(rows: pd.DataFrame, unit: str) -> Any:
 
 
 def skills(rows: pd.DataFrame) -> Any:
-    """Exact match of every model, a panel a skill, with Wilson's 95 % intervals.
+    """Exact match of every model, a panel a skill, with Wilson's 95 % intervals; experiments side by side in colours.
 
-    rows: skill, model, n, correct, value, low, high (shares).
+    rows: skill, experiment, model, n, correct, value, low, high (shares).
     """
     parts = [(skill, part) for skill, part in rows.groupby("skill", sort=False)]
-    names = list(dict.fromkeys(rows["model"]))
+    names, experiments = list(dict.fromkeys(rows["model"])), list(dict.fromkeys(rows["experiment"]))
     columns = min(3, len(parts))
     bands = -(-len(parts) // columns)
-    figure, axes = pyplot().subplots(
-        bands, columns, figsize=(3.6 * columns, bands * (0.7 + 0.2 * len(names))), sharey=True, squeeze=False
-    )
+    size = (3.6 * columns, bands * (0.8 + (0.14 + 0.06 * len(experiments)) * len(names)))
+    figure, axes = pyplot().subplots(bands, columns, figsize=size, sharey=True, squeeze=False)
     for number, (axis, (skill, part)) in enumerate(zip(axes.flat, parts, strict=False)):
-        places = [names.index(model) for model in part["model"]]
-        axis.hlines(places, 100 * part["low"], 100 * part["high"], color=COLOURS[4], linewidth=1.6)
-        axis.scatter(100 * part["value"], places, color=COLOURS[0], s=16, zorder=3).set_gid(f"skills-points-{number}")
-        axis.set_title(f"{skill} (n = {part['n'].max()})", fontsize=10)
+        for e, (experiment, own) in enumerate(part.groupby("experiment", sort=False)):
+            apart = 0.24 * (e - (len(experiments) - 1) / 2)
+            places = [names.index(model) + apart for model in own["model"]]
+            colour = COLOURS[experiments.index(experiment) % len(COLOURS)]
+            axis.hlines(places, 100 * own["low"], 100 * own["high"], color=colour, linewidth=1.4, alpha=0.6)
+            points = axis.scatter(100 * own["value"], places, color=colour, s=14, zorder=3, label=experiment)
+            points.set_gid(f"skills-points-{number}-{e}")
+        counts = sorted({int(part["n"].min()), int(part["n"].max())})
+        axis.set_title(f"{skill} (n = {' to '.join(map(str, counts))})", fontsize=10)
         axis.set_xlim(-2, 102)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     for axis in axes.flat[len(parts) :]:
@@ -112,37 +109,7 @@ def skills(rows: pd.DataFrame) -> Any:
     for axis in axes[:, 0]:
         axis.tick_params(axis="y", labelsize=8)
     figure.supxlabel("exact match, %", fontsize=10)
-    figure.tight_layout()
-    return figure
-
-
-def training(rows: pd.DataFrame) -> Any:
-    """A column a run, a row a quantity, the other runs in grey behind. rows: run, quantity, step, value."""
-    runs = list(dict.fromkeys(rows["run"]))
-    shown = [quantity for quantity in QUANTITIES if (rows["quantity"] == quantity).any()]
-    columns = min(PER_BAND, len(runs))
-    bands = -(-len(runs) // PER_BAND)
-    figure, axes = pyplot().subplots(
-        bands * len(shown), columns, figsize=(2.6 * columns, 1.5 * bands * len(shown)), squeeze=False, sharex=True
-    )
-    for (number, run), (line, quantity) in itertools.product(enumerate(runs), enumerate(shown)):
-        axis = axes[number // PER_BAND * len(shown) + line, number % PER_BAND]
-        of_quantity = rows[rows["quantity"] == quantity]
-        for other, part in of_quantity.groupby("run", sort=False):
-            own = other == run
-            axis.plot(part["step"], part["value"], color=COLOURS[0] if own else "#d9d9d9", zorder=2 + own, linewidth=1)
-            if own:
-                points = axis.scatter(part["step"], part["value"], s=5, color=COLOURS[0], zorder=4)
-                points.set_gid(f"training-points-{number}-{line}")
-        if line == 0:
-            axis.set_title(run, fontsize=9)
-        if number % PER_BAND == 0:
-            axis.set_ylabel(QUANTITIES[quantity], fontsize=8)
-        axis.tick_params(labelsize=7)
-    for axis in axes[-len(shown) :, len(runs) - (bands - 1) * PER_BAND :].flat:
-        axis.set_visible(False)
-    figure.supxlabel("optimizer step", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, room_for(figure, experiments, axes.flat)))
     return figure
 
 
@@ -167,7 +134,7 @@ def wins(rows: pd.DataFrame) -> Any:
 
 def alignment(rows: pd.DataFrame) -> Any:
     """Shares of the pivot's positions by partner, a bar a source. rows: source, kind, positions, share."""
-    figure, axis = pyplot().subplots(figsize=(8, 1.1 + 0.35 * rows["source"].nunique()))
+    figure, axis = pyplot().subplots(figsize=(8, 1.1 + 0.3 * rows["source"].nunique()))
     _stacked(axis, rows, "source", "kind", KINDS, "alignment")
     axis.set_xlabel("% of the pivot's response positions")
     axis.legend(ncol=len(KINDS), loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
@@ -221,6 +188,22 @@ def _stacked(axis: Any, rows: pd.DataFrame, by: str, part: str, parts: Sequence[
     axis.set_yticks(range(len(bars)), bars, fontsize=8)
     axis.set_ylim(len(bars) - 0.4, -0.6)
     axis.set_xlim(0, 100)
+
+
+def signed(value: float) -> str:
+    """Three digits with their sign; nothing has none."""
+    text = f"{value:+.3f}"
+    return text[1:] if float(text) == 0 else text
+
+
+def room_for(figure: Any, experiments: Sequence[str], axes: Any) -> float:
+    """Tells several experiments' colours at the top; the height, as a share, that is left below."""
+    if len(experiments) < 2:
+        return 1.0
+    columns = min(4, len(experiments))
+    figure.legend(*_legend(axes), loc="upper right", ncol=columns, fontsize=8, frameon=False)
+    lines = -(-len(experiments) // columns)
+    return float(1 - 0.25 * lines / figure.get_size_inches()[1])
 
 
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:

@@ -14,11 +14,15 @@ from fusechat.stores.kinds import kind_counts
 if TYPE_CHECKING:
     import pandas as pd
 
+SPEED = "train/tokens_per_second"
 Weights = Mapping[str, Sequence[float] | None]  # group of parameters -> a weight for each target
 
 
 def skills(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Exact matches by skill with Wilson's 95 % interval. Columns: skill, model, n, correct, value, low, high."""
+    """Exact matches by skill with Wilson's 95 % interval.
+
+    Columns: skill, experiment, model, n, correct, value, low, high.
+    """
     from scipy.stats import binomtest
 
     found = []
@@ -27,22 +31,40 @@ def skills(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         for skill in sorted({sample["tag"] for sample in answered}):
             part = [bool(sample["correct"]) for sample in answered if sample["tag"] == skill]
             interval = binomtest(sum(part), len(part)).proportion_ci(method="wilson")
-            counts = {"skill": skill or "all", "model": short(row["name"]), "n": len(part), "correct": sum(part)}
+            counts = {"skill": skill or "all", "experiment": str(row["folder"]), "model": short(row["name"])}
+            counts |= {"n": len(part), "correct": sum(part)}
             bounds = {"low": float(interval.low), "high": float(interval.high)}
             found.append(counts | {"value": sum(part) / len(part), **bounds})
     frame = _frame(found)
     return frame.sort_values("skill", kind="stable", ignore_index=True) if len(frame) else frame
 
 
-def training(runs: Mapping[str, pd.DataFrame], quantities: Sequence[str]) -> pd.DataFrame:
-    """Points of the training curves. Columns: run, quantity, step, value; a loss that is always 0 is left out."""
+def training(runs: Mapping[tuple[str, str], pd.DataFrame], quantities: Sequence[str]) -> pd.DataFrame:
+    """Points of the training curves; a loss that is always 0 is left out. runs: by experiment and name.
+
+    Columns: experiment, run, quantity, step, value.
+    """
     rows = []
-    for run, logged in runs.items():
+    for (experiment, run), logged in runs.items():
         for quantity in (quantity for quantity in quantities if quantity in logged):
             part = logged[["step", quantity]].dropna()
             if (part[quantity] != 0).any():
                 pairs = part.itertuples(index=False)
-                rows += [{"run": run, "quantity": quantity, "step": int(s), "value": float(v)} for s, v in pairs]
+                about = {"experiment": experiment, "run": run, "quantity": quantity}
+                rows += [{**about, "step": int(step), "value": float(value)} for step, value in pairs]
+    return _frame(rows)
+
+
+def cost(
+    targets: Mapping[tuple[str, str], tuple[Mapping[str, Any], pd.DataFrame | None]], several: bool
+) -> pd.DataFrame:
+    """Steps and speed of trainings, by experiment and name. targets: records, with what was logged."""
+    rows = []
+    for (experiment, name), (record, logged) in targets.items():
+        speed = float("nan") if logged is None or SPEED not in logged else float(logged[SPEED].median())
+        line: dict[str, Any] = {"experiment": experiment} if several else {}
+        line |= {"target": name, "steps": record.get("steps"), "tokens per second": round(speed, 0)}
+        rows.append(line | {"hardware": ", ".join(f"{k} {v}" for k, v in record.get("hardware", {}).items())})
     return _frame(rows)
 
 
@@ -56,6 +78,31 @@ def wins(targets: Mapping[str, Mapping[str, Mapping[str, float]]]) -> pd.DataFra
             for model, share in shares.items()
         ]
     )
+
+
+def objective(
+    rows: Sequence[Mapping[str, Any]], targets: Mapping[tuple[str, str], Mapping[str, Any]], metric: str
+) -> pd.DataFrame:
+    """What searches over trainings minimise, the bits per byte held out of training, and what tests then say.
+
+    rows: evaluations; targets: records by experiment and name. Experiments with three targets and more are shown, each
+    with Spearman's rank correlation. Columns: experiment, model, held_out, test, correlation.
+    """
+    from scipy.stats import spearmanr
+
+    held: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        record = targets.get((str(row["folder"]), str(row["name"]).removeprefix("targets-")), {})
+        value = record.get("metrics", {}).get("validation/bits_per_byte")
+        if row["kind"] == "targets" and value is not None:
+            about = {"experiment": str(row["folder"]), "model": short(row["name"]), "held_out": value}
+            held.setdefault(about["experiment"], []).append(about | {"test": row["metrics"][metric]["all"]["value"]})
+    shown = [part for part in held.values() if len(part) > 2]
+    for part in shown:
+        found = spearmanr(*([line[column] for line in part] for column in ("held_out", "test"))).statistic
+        for line in part:
+            line["correlation"] = round(float(found), 3) if math.isfinite(found) else 0.0
+    return _frame([line for part in shown for line in part])
 
 
 def alignment(stores: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,24 +23,34 @@ th:first-child, td:first-child { text-align: left }
 tr:nth-child(even) { background: #f6f6f6 }
 th { background: #eaeaea }
 .wide { overflow-x: auto }
-.wide svg { width: 100%; height: auto; min-width: 620px }
+.wide svg { width: 100%; height: auto }
 figure { margin: 0 0 2em }
-figcaption { color: #444; max-width: 70ch }
+figcaption, .note { color: #444; max-width: 70ch }
 .said { font-size: 1.1em; border-left: 4px solid #0072b2; padding-left: .8em; max-width: 75ch }
 footer { color: #444; font-size: .85em; overflow-wrap: anywhere }
-@media print { .wide { overflow: visible } .wide svg { min-width: 0 } figure { break-inside: avoid } }
+@media print { .wide { overflow: visible } .wide svg { min-width: 0 !important } figure { break-inside: avoid } }
 """
+TABLE = "A row a model: pivot and sources first, then targets, then merged models, each from worst to best. "
+TABLE += "Intervals are bootstraps over the test chats. Accuracy is the share of exact answers, of all and by skill. "
+TABLE += "The last columns are settings that differ. Numbers: <a href='results.csv'>results.csv</a>."
 PACKAGES = ("fusechat", "torch", "transformers", "lightning")
 
 
-def page(title: str, said: str, table: pd.DataFrame, pictures: Sequence[Picture], made_by: str) -> str:
-    """One HTML file that asks no other host. said: the conclusion; made_by: the command that made the page."""
+def page(
+    title: str, said: str, table: pd.DataFrame, cost: pd.DataFrame, pictures: Sequence[Picture], about: str
+) -> str:
+    """One HTML file that asks no other host. said: the conclusion; about: see `made_from`."""
     name = html.escape(f"FuseChat: {title}")
     parts = [f"<h1>{name}</h1>"]
     parts += [f"<p class=said>{html.escape(said)}</p>"] if said else []
     figures = [_figure(picture) for picture in pictures]
-    parts += [*figures[:1], "<h2>Results</h2>", _wide(table.to_html(index=False, na_rep="")), *figures[1:]]
-    parts.append(f"<footer>{_footer(made_by)}</footer>")
+    results = ["<h2>Results</h2>", _wide(table.to_html(index=False, na_rep="")), f"<p class=note>{TABLE}</p>"]
+    parts += [*figures[:1], *results, *figures[1:]]
+    if len(cost):
+        told = "Optimizer steps of each target and tokens a second at the median step, on the machine that trained it."
+        shown = _wide(cost.to_html(index=False, na_rep=""))
+        parts.append(f"<h2>Cost</h2>{shown}<p class=note>{told} Numbers: <a href='cost.csv'>cost.csv</a>.</p>")
+    parts.append(f"<footer>{about}</footer>")
     head = "<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
     head += f"<title>{name}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>"
@@ -69,18 +81,28 @@ def print_rows(rows: Sequence[Mapping[str, Any]], title: str) -> None:
 def _figure(picture: Picture) -> str:
     """An SVG under its heading, with caption and the file that holds its numbers."""
     title, caption = html.escape(picture.title), html.escape(picture.caption)
-    drawing = picture.svg.replace("<svg", f"<svg role='img' aria-label='{title}' data-name='{picture.name}'", 1)
+    natural = round(float(picture.svg.partition('width="')[2].partition("pt")[0]) * 4 / 3)  # pixels
+    size = f"style='max-width:{round(1.3 * natural)}px;min-width:{min(620, natural)}px'"
+    told = f"role='img' aria-label='{title}' data-name='{picture.name}' {size}"
+    drawing = picture.svg.replace("<svg", f"<svg {told}", 1)
     numbers = f"<a href='{picture.name}.csv'>{picture.name}.csv</a>"
     return f"<h2>{title}</h2><figure>{_wide(drawing)}<figcaption>{caption} Numbers: {numbers}.</figcaption></figure>"
 
 
-def _footer(made_by: str) -> str:
-    """What made the page; not when, so that the same results give the same page."""
+def made_from(places: Mapping[str, Path], made_by: str) -> str:
+    """What made the page, and of when the results are: the same results give the same page. made_by: the command."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return f"Made with {html.escape(versions)}" + (f" by <code>{html.escape(made_by)}</code>" if made_by else "")
+    files = [file for folder in places.values() for file in (folder / "evaluation").glob("**/*.json")]
+    latest = max((file.stat().st_mtime for file in files), default=0.0)
+    told = f"Evaluations of {datetime.fromtimestamp(latest, UTC):%Y-%m-%d %H:%M} UTC at the latest, from "
+    told += ", ".join(f"<code>{html.escape(str(folder))}</code>" for folder in places.values())
+    command = f" by <code>{html.escape(made_by)}</code>" if made_by else ""
+    return f"{told}. Made with {html.escape(versions)}{command}."
 
 
 def _cell(line: Any, column: str) -> str:
+    if line[column] != line[column]:  # not measured
+        return ""
     if f"{column} 95 %" not in line:
         return str(line[column])
     low, high = (float(v) for v in str(line[f"{column} 95 %"]).split("–"))

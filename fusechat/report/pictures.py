@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat.app.checksums import check_first_use
 from fusechat.app.outputs import read_json
-from fusechat.report import figures, frames
+from fusechat.report import curves, figures, frames
 from fusechat.report.comparisons import POOLED
 
 if TYPE_CHECKING:
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 MARKS = "Blue circles lie on the better side of the line with their whole interval, orange squares on the worse side, "
 MARKS += "grey diamonds are within noise. "
 CAPTIONS = {
-    "comparisons_pooled": MARKS + "Mean over the test sets of the difference on each, with Student's interval.",
+    "comparisons_pooled": MARKS + "Mean over the seeds of the difference from each seed's own baseline, with Student's "
+    "interval: a seed is one observation, whatever the number of its chats.",
     "comparisons": MARKS + "Paired bootstrap over the same test chats, 2,000 draws.",
     "skills": "Share of answers that match the reference exactly, by the test chats' tag; Wilson's 95 % intervals.",
-    "training": "One column a run; grey: the other runs, for comparison. Losses are those of single optimizer steps.",
+    "training": "One column a run; grey: the other runs, for comparison; where there are several experiments, these in "
+    "colours. Losses are those of single optimizer steps.",
+    "objective": "Each target by the bits per byte of the chats held out of its training, by which trainings are "
+    "stopped and searched, and by the test. Spearman's rank correlation says how well the one foretells the other.",
     "wins": "Share of the response tokens at which each model gave the fused distribution, by the chats' tag. MinCE "
     "takes the model with the lower loss on the reference answer, chat by chat.",
     "alignment": "same: one source token for one of the pivot's; n:1: several source tokens for one; 1:n: one for "
@@ -44,45 +48,56 @@ class Picture:
 
 
 def draw(
-    folders: Sequence[Path], rows: Sequence[Mapping[str, Any]], comparisons: pd.DataFrame, output: Path
+    places: Mapping[str, Path], rows: Sequence[Mapping[str, Any]], comparisons: pd.DataFrame, metric: str, output: Path
 ) -> list[Picture]:
-    """Draws what the folders allow, in the order of the page, and writes the PNG and the CSV of each."""
+    """Draws what the folders allow, in the order of the page, with a PNG and a CSV each. places: by label."""
     return [
         _drawn(name, title, table, figure, output)
-        for name, title, table, figure in _found(folders, rows, comparisons)
+        for name, title, table, figure in _found(places, rows, comparisons, metric)
         if len(table)
     ]
 
 
 def _found(
-    folders: Sequence[Path], rows: Sequence[Mapping[str, Any]], comparisons: pd.DataFrame
+    places: Mapping[str, Path], rows: Sequence[Mapping[str, Any]], comparisons: pd.DataFrame, metric: str
 ) -> Iterator[tuple[str, str, pd.DataFrame, Callable[[pd.DataFrame], Any]]]:
     """Name, title, rows and figure."""
-    targets = records(folders, "targets/*/fusechat.json")
+    targets = records(places, "targets/*/fusechat.json")
     yield from _forests(comparisons)
     yield "skills", "By skill", frames.skills(rows), figures.skills
-    curves = {name: curve for folder in folders for name, curve in training_curves(folder).items()}
-    yield "training", "Training", frames.training(curves, list(figures.QUANTITIES)), figures.training
-    fused = {name: made["wins"] for name, made in targets.items() if made.get("sources")}
+    logged = {(e, run): curve for e, folder in places.items() for run, curve in training_curves(folder).items()}
+    yield "training", "Training", frames.training(logged, list(curves.QUANTITIES)), curves.training
+    unit = metric.replace("_", " ")
+    judged = frames.objective(rows, targets, metric)
+    yield "objective", "What searches minimise, and the test", judged, lambda found: curves.objective(found, unit)
+    fused = {_called(key, places): made["wins"] for key, made in targets.items() if made.get("sources")}
     yield "wins", "Which model spoke where", frames.wins(fused), figures.wins
-    yield "alignment", "Alignment", frames.alignment(records(folders, "aligned/*/manifest.json")), figures.alignment
-    for name, made in records(folders, "merged/*/fusechat.json").items():
+    stores = {_called(key, places): made for key, made in records(places, "aligned/*/manifest.json").items()}
+    yield "alignment", "Alignment", frames.alignment(stores), figures.alignment
+    for key, made in records(places, "merged/*/fusechat.json").items():
         if made.get("weights"):
+            name = "_".join(key if len(places) > 1 else key[1:]).replace("/", "-")
             table = frames.merge_weights(made["weights"], made["targets"])
-            yield f"merge_weights_{name}", f"Merge weights: {name}", table, figures.merge_weights
+            yield f"merge_weights_{name}", f"Merge weights: {_called(key, places)}", table, figures.merge_weights
+
+
+def _called(key: tuple[str, str], places: Mapping[str, Path]) -> str:
+    """An output's name, with its experiment's where there are several."""
+    return f"{key[0]}: {key[1]}" if len(places) > 1 else key[1]
 
 
 def _forests(
     comparisons: pd.DataFrame,
 ) -> Iterator[tuple[str, str, pd.DataFrame, Callable[[pd.DataFrame], Any]]]:
     """A forest plot a test set, the pooled one first."""
-    places = comparisons["experiment"].unique() if len(comparisons) else []
-    for n, place in enumerate(places):
-        part = comparisons[comparisons["experiment"] == place]
+    sets = list(comparisons["tests"].unique()) if len(comparisons) else []
+    for n, tests in enumerate(sets):
+        part = comparisons[comparisons["tests"] == tests]
         unit = str(part["metric"].iloc[0]).replace("_", " ")
-        title = f"Against {part['against'].iloc[0]}" + (f": {place}" if len(places) > 1 else "")
-        name = "comparisons" if len(places) == 1 else f"comparisons_{n or POOLED}"
-        yield name, title, part, lambda found, unit=unit: figures.forest(found, unit)  # type: ignore[misc]
+        whose = f": {', '.join(part['experiment'].unique())}" if len(sets) > 1 else ""
+        title = f"Against {part['against'].iloc[0]}{whose}"
+        name = "comparisons" if len(sets) == 1 else f"comparisons_{POOLED if tests == POOLED else n}"
+        yield name, title, part.drop(columns="tests"), lambda found, unit=unit: figures.forest(found, unit)  # type: ignore[misc]
 
 
 def _drawn(name: str, title: str, table: pd.DataFrame, figure: Callable[[pd.DataFrame], Any], output: Path) -> Picture:
@@ -92,10 +107,17 @@ def _drawn(name: str, title: str, table: pd.DataFrame, figure: Callable[[pd.Data
     return Picture(name, title, caption, table, path, figures.save(figure(table), path))
 
 
-def records(folders: Sequence[Path], pattern: str) -> dict[str, Any]:
-    """What the stages' outputs say of themselves, by the name of their folder."""
-    files = [file for folder in folders for file in sorted(folder.glob(pattern))]
-    return {file.parent.name: read_json(file) for file in files}
+def records(places: Mapping[str, Path], pattern: str) -> dict[tuple[str, str], Any]:
+    """What the stages' outputs say of themselves, by experiment and name of their folder."""
+    files = [(label, file) for label, folder in places.items() for file in sorted(folder.glob(pattern))]
+    return {(label, file.parent.name): read_json(file) for label, file in files}
+
+
+def cost(places: Mapping[str, Path]) -> pd.DataFrame:
+    """What trainings took: experiment (where there are several), target, steps, tokens per second, hardware."""
+    targets = records(places, "targets/*/fusechat.json")
+    logged = {(e, run): curve for e, folder in places.items() for run, curve in training_curves(folder).items()}
+    return frames.cost({key: (made, logged.get(key)) for key, made in targets.items()}, len(places) > 1)
 
 
 def training_curves(folder: Path) -> dict[str, pd.DataFrame]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +26,26 @@ def read_result(path: Path) -> dict[str, Any]:
     return content
 
 
-def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Every evaluation under the folders. A file that is cut short is an error that names it."""
+def collect(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Every evaluation under the folders, by label. A file that is cut short is an error that names it."""
     rows = []
-    for folder in folders:
+    for label, folder in folders.items():
         for file in sorted((folder / "evaluation").glob("*.json")):
             content = read_result(file)
-            rows.append({**content, "folder": folder, "kind": content["name"].split("-")[0]})
+            rows.append({**content, "folder": label, "kind": content["name"].split("-")[0]})
         for file in sorted((folder / "evaluation").glob("lm_eval/*.json")):  # shown beside the model's own
             content = read_result(file)
-            row = next((r for r in rows if r["model"] == content["model"]), None)
+            own = (r for r in rows if r["model"] == content["model"] and r["folder"] == label)
+            row = next(own, None)
             if row is not None:
                 row["others"] = row.get("others", {}) | content["metrics"]
     return rows
+
+
+def results_of(folder: Path, model: Path) -> list[dict[str, Any]]:
+    """Every result of a model in a folder of evaluations."""
+    found = [read_result(file) for file in sorted([*folder.glob("*.json"), *folder.glob("lm_eval/*.json")])]
+    return [content for content in found if Path(content["model"]).resolve() == model.resolve()]
 
 
 def metrics(samples: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
@@ -90,6 +97,11 @@ def ordered(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
         raise UserError(f"report.metric={metric!r} is in no evaluation; use one of: {', '.join(known)}")
     sign = -1 if metric in LOWER_IS_BETTER else 1
     return sorted(rows, key=lambda row: (ORDER.get(row["kind"], 3), sign * row["metrics"][metric]["all"]["value"]))
+
+
+def by_experiment(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """The same rows, experiment after experiment, so that each has its place and colour in every figure."""
+    return sorted(rows, key=lambda row: list(labels).index(row["folder"]))
 
 
 def markdown(frame: pd.DataFrame) -> str:

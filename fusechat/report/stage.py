@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusechat.app.errors import UserError
+from fusechat.app.labels import labels as labels_of
 from fusechat.app.outputs import RECORD, whole_directory, write_durably, write_json
 from fusechat.app.places import writes, writing
 from fusechat.report import results
@@ -39,6 +40,7 @@ def report(
     metric: str = "bits_per_byte",
     baseline: str | None = None,
     title: str = "results",
+    labels: Sequence[str] | None = None,
     hint: str = EVALUATE,
     made_by: str = "",
 ) -> Report:
@@ -46,12 +48,19 @@ def report(
 
     metric: sorts the table and is compared with the evaluation ``baseline`` (see `comparisons.comparisons`),
     paired on the same samples. hint: the command that makes an evaluation, for the `UserError` where there is none.
-    made_by: the command, shown at the page's end.
+    made_by: the command, shown at the page's end. labels: what the folders are called, where their names do not do.
     """
     places, output = [Path(folder) for folder in folders], Path(output_dir)
     reads = [place / part for place in places for part in READS]
     with writing(output, "report", reads=reads, known=is_report):
-        return _report(places, output, metric, baseline, title, hint, made_by)
+        return _report(_labelled(places, labels), output, metric, baseline, title, hint, made_by)
+
+
+def _labelled(places: Sequence[Path], given: Sequence[str] | None) -> dict[str, Path]:
+    """Label -> folder. Raises `UserError` for another number of labels than folders."""
+    if given and len(given) != len(places):
+        raise UserError(f"report.labels has {len(given)} names for {len(places)} runs; give one for each")
+    return dict(zip(given or labels_of(places), places, strict=True))
 
 
 def is_report(folder: Path) -> bool:
@@ -61,25 +70,28 @@ def is_report(folder: Path) -> bool:
 
 
 def _report(
-    places: Sequence[Path], output: Path, metric: str, baseline: str | None, title: str, hint: str, made_by: str
+    places: Mapping[str, Path], output: Path, metric: str, baseline: str | None, title: str, hint: str, made_by: str
 ) -> Report:
     from fusechat.report.comparisons import comparisons
     from fusechat.report.conclusion import conclusion
-    from fusechat.report.page import page
-    from fusechat.report.pictures import draw
+    from fusechat.report.page import made_from, page
+    from fusechat.report.pictures import cost, draw
     from fusechat.report.table import table_of
 
     rows = results.collect(places)
     if not rows:
-        raise UserError(f"{places[0]} holds no evaluations; make one with: {hint}")
+        raise UserError(f"{next(iter(places.values()))} holds no evaluations; make one with: {hint}")
     rows = results.ordered(rows, metric)
-    table, compared = table_of(rows), comparisons(rows, baseline, metric)
+    table, rows = table_of(rows), results.by_experiment(rows, [*places])
+    compared, spent = comparisons(rows, baseline, metric), cost(places)
     with whole_directory(output, overwrite=True) as directory:
         table.to_csv(directory / "results.csv", index=False)
+        if len(spent):
+            spent.to_csv(directory / "cost.csv", index=False)
         (directory / "results.md").write_text(results.markdown(table))
-        pictures = draw(places, rows, compared, directory)
-        said = conclusion(compared)
-        (directory / "index.html").write_text(page(title, said, table, pictures, made_by), encoding="utf-8")
+        pictures = draw(places, rows, compared, metric, directory)
+        said, about = conclusion(compared), made_from(places, made_by)
+        (directory / "index.html").write_text(page(title, said, table, spent, pictures, about), encoding="utf-8")
         write_json(directory / RECORD, {"stage": "report"})
     drawn = [replace(picture, path=output / picture.path.name) for picture in pictures]
     return Report(table, compared, said, drawn, output / "index.html")

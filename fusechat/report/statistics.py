@@ -68,6 +68,17 @@ def compare(first: Sequence[Sample], second: Sequence[Sample], name: str, seed: 
     }
 
 
+def over_seeds(differences: Sequence[float]) -> dict[str, float]:
+    """The mean of a difference over seeds, with Student's 95 % interval and two-sided p: a seed is one observation."""
+    from scipy.stats import ttest_1samp
+
+    values = np.array(differences)
+    test, mean = ttest_1samp(values, 0.0), float(values.mean())
+    bounds = (float(bound) for bound in test.confidence_interval(0.95))
+    low, high = (bound if np.isfinite(bound) else mean for bound in bounds)  # all alike: no width
+    return {"difference": mean, "low": low, "high": high, "p": float(np.nan_to_num(test.pvalue, nan=1.0))}
+
+
 def mean_of(runs: Sequence[Sequence[Sample]]) -> list[Sample]:
     """Several models' samples as one model's: every number is their mean, chat by chat.
 

@@ -39,7 +39,10 @@ def table_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         by_skill = row["metrics"].get("accuracy", {})
         line |= {tag: round(100 * entry["value"], 1) for tag, entry in by_skill.items() if tag != "all"}
         out.append(line | {key: made.get(key, "") for key in differing})
-    return pd.DataFrame(out)
+    frame = pd.DataFrame(out)
+    numbers = frame.select_dtypes("number").columns
+    frame[numbers] += 0.0  # no -0.0
+    return frame
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:

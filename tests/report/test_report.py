@@ -1,6 +1,8 @@
 """Results: metrics resample honestly, tables and comparisons say what differs, pictures and the page hold everything."""
 
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pandas as pd
 import pytest
 
 from fusechat.app.errors import UserError
+from fusechat.app.labels import labels, report_place
 from fusechat.report import compare as compare_files
 from fusechat.report import frames, report, results
 from fusechat.report.comparisons import comparisons
@@ -62,7 +65,7 @@ def test_table_shows_the_overrides_that_differ(fresh: Mini) -> None:
     for weight in ("0.5", "0.9"):
         fresh.run("train", "source=a", f"run_name=w{weight}", f"loss.lm_weight={weight}")
         fresh.run("evaluate", f"model={fresh.experiment}/targets/w{weight}")
-    frame = table_of(results.ordered(results.collect([fresh.experiment]), "bits_per_byte"))
+    frame = table_of(results.ordered(results.collect({"mine": fresh.experiment}), "bits_per_byte"))
     assert set(frame["loss.lm_weight"]) == {0.5, 0.9}
     assert "optimizer.lr" not in frame
     assert results.markdown(frame).count("\n") == 4
@@ -144,7 +147,7 @@ def test_the_conclusion_is_computed() -> None:
         },
     ]
     frame = pd.DataFrame(
-        [row | {"against": "target sft", "metric": "bits_per_byte", "experiment": "e"} for row in rows]
+        [row | {"against": "target sft", "metric": "bits_per_byte", "experiment": "e", "tests": "t"} for row in rows]
     )
     assert conclusion(frame) == (
         "Targets against target sft: 1 better, 1 worse, 0 within noise; the best of them, target a, lies 0.0200 below it "
@@ -205,10 +208,79 @@ def test_seeds_are_pooled_by_their_differences() -> None:
     assert conclusion(found).count("target a") == 1
 
 
+def of(experiment: str, name: str, tests: int, nats: float) -> dict[str, Any]:
+    return evaluated(name, tests, nats) | {"folder": experiment}
+
+
+def test_experiments_on_one_test_set_share_an_axis_each_against_its_own_baseline() -> None:
+    rows = [of("one", "targets-sft", 0, 0.5), of("one", "targets-a", 0, 0.2)]
+    rows += [of("two", "targets-sft", 0, 0.1), of("two", "targets-a", 0, 0.2), of("bare", "targets-a", 0, 0.2)]
+    found = comparisons(rows, None, "bits_per_byte")
+    assert found["model"].tolist() == ["one: target a", "two: target a", "bare: target a"]
+    assert found["verdict"].tolist()[:2] == ["better", "worse"]
+    assert found["tests"].nunique() == 1
+    assert "pooled" not in found["experiment"].tolist(), "these differ in more than a seed"
+    assert conclusion(found).startswith("Targets against target sft: ")
+
+
+def test_seeds_of_two_experiments_are_pooled_apart() -> None:
+    rows = []
+    for family, gain in (("old", 0.3), ("new", 0.6)):
+        for seed in range(2):
+            rows += [
+                of(f"{family}/seed{seed}", f"targets-{n}", seed, d)
+                for n, d in (("sft", 1.0), ("a", 1.0 - gain - 0.02 * seed))
+            ]
+    pooled = comparisons(rows, None, "bits_per_byte").query("experiment == 'pooled'").set_index("model")
+    assert pooled.index.tolist() == ["old: target a", "new: target a"]
+    gains = [-0.31 / 5 / math.log(2), -0.61 / 5 / math.log(2)]
+    assert pooled["difference"].tolist() == pytest.approx(gains, abs=1e-4)
+    assert not pooled[["low", "high", "p"]].isna().any().any()
+
+
+def test_what_is_held_out_foretells_the_test() -> None:
+    """Ranks 1 2 3 4 against 1 2 4 3: ρ = 1 − 6 · 2 / (4 · 15) = 0.8."""
+    values = {"a": (0.1, 0.5), "b": (0.2, 0.6), "c": (0.3, 0.8), "d": (0.4, 0.7)}
+    rows = [
+        {"folder": "e", "name": f"targets-{name}", "kind": "targets", "metrics": {"m": {"all": {"value": test}}}}
+        for name, (_, test) in values.items()
+    ]
+    records = {("e", n): {"metrics": {"validation/bits_per_byte": held}} for n, (held, _) in values.items()}
+    assert frames.objective(rows, records, "m")["correlation"].tolist() == [0.8] * 4
+    assert not len(frames.objective(rows[:2], records, "m"))
+
+
+def test_a_report_of_several_runs_lies_in_none_of_them(fresh: Mini, tmp_path: Path) -> None:
+    fresh.run("evaluate", f"model={fresh.experiment}/world/models/pivot", "evaluation.generate=false")
+    fresh.run("evaluate", f"model={fresh.experiment}/world/models/a")
+    other = fresh.root / "mine" / "seed0"
+    shutil.copytree(fresh.experiment / "evaluation", other / "evaluation")
+    shutil.copytree(fresh.experiment / "aligned", other / "aligned")
+    fresh.run("report", f"runs=[{fresh.experiment},{other}]", "report.labels=[first,second]")
+    (place,) = (fresh.root / "reports").iterdir()
+    assert place.name.startswith("tiny-seed0+mine-seed0-")
+    assert not (fresh.experiment / "report").exists()
+    table = pd.read_csv(place / "results.csv")
+    assert set(table["experiment"]) == {"first", "second"}
+    page = (place / "index.html").read_text()
+    assert "<h1>FuseChat: first and second</h1>" in page
+    assert not re.search(r">(nan|NaN|-0\.0+)<", page)
+    assert "nan" not in (place / "results.md").read_text()
+    stores = pd.read_csv(place / "alignment.csv")["source"]
+    assert {"first: a", "second: a"} <= set(stores), "nothing is written over by another of the same name"
+    with pytest.raises(UserError, match=r"report\.labels has 1 names for 2 runs; give one for each"):
+        fresh.run("report", f"runs=[{fresh.experiment},{other}]", "report.labels=[first]")
+    with pytest.raises(UserError, match=r"is given twice among runs; remove one"):
+        labels([other, other])
+    assert labels([other]) == ["seed0"]
+    assert report_place([str(other)], "x", "y") == f"{other}/report"
+    assert report_place(None, "x", "y") == "x/report"
+
+
 def test_skills_have_wilsons_intervals() -> None:
     """8 of 10: 0.4902 to 0.9433 by the closed form (Wilson 1927)."""
     answers = [{"tag": "sort", "correct": n < 8} for n in range(10)]
-    (row,) = frames.skills([{"name": "targets-a", "samples": answers}]).to_dict("records")
+    (row,) = frames.skills([{"name": "targets-a", "folder": "e", "samples": answers}]).to_dict("records")
     z = 1.959964
     middle, half = (0.8 + z**2 / 20) / (1 + z**2 / 10), z / (1 + z**2 / 10) * math.sqrt(0.8 * 0.2 / 10 + z**2 / 400)
     assert (row["n"], row["correct"]) == (10, 8)

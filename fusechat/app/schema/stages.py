@@ -91,32 +91,38 @@ class Alignment(Section, total=False):
     num_proc: Count
 
 
-class Pattern(Section, total=False):
+class PerParameter(Section, total=False):
+    """Settings of methods that patterns may give other values."""
+
+    density: Portion | Annotated[Sequence[Portion], Len(1)]
+    gamma: Fraction | Annotated[Sequence[Fraction], Len(1)]
+    epsilon: Fraction
+    scale: Finite
+    normalize: bool
+    filter_wise: bool
+    t: Share
+
+
+class Pattern(PerParameter, total=False):
     match: Regex
     weights: Sequence[Finite]
     keep: Literal["pivot"]
 
 
-class Merge(Section, total=False):
+class Merge(PerParameter, total=False):
     """Keys of every method of ours."""
 
     name: Name
     method: str
+    recipe: Path | None
     weights: Annotated[Sequence[Finite], Len(1)] | None
     patterns: Sequence[Pattern]
     dtype: Literal["float32", "bfloat16", "float16"] | None
     max_shard_size: Size
     dry_run: bool
     device: Place
-    density: Portion | Annotated[Sequence[Portion], Len(1)]
-    gamma: Fraction | Annotated[Sequence[Fraction], Len(1)]
-    epsilon: Fraction
-    scale: Finite
-    normalize: bool
     consensual: bool
-    filter_wise: bool
     select: Literal["weights", "deltas"]
-    t: Share
     granularity: Literal["model", "layer", "module", "matrix", "parameter"]
     variation: Literal["square", "abs"]
     weighting: Literal["share", "softmax"]
@@ -161,6 +167,7 @@ class Evaluation(Section, total=False):
 
 class Report(Section, total=False):
     metric: str
+    labels: Annotated[Sequence[str], Len(1), Predicate(are_distinct), Says("a list of names, each once")] | None
     published: Path | None
     baseline: str | None
 
