@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fusechat.align.vocabulary import special_roles
+from fusechat.chats.vocabulary import special_roles
 from fusechat.app.errors import UserError
 from fusechat.stores.store import DistributionStore
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusechat.align.nearest import Ints, nearest
-from fusechat.align.vocabulary import marker, token_bytes, token_names, written
+from fusechat.chats.vocabulary import marker, token_bytes, token_names, written
 from fusechat.app.registry import Family
 
 TOKEN_MAPS = Family("token_map.name", needs=("fast", "chain", "counts"))

@@ -17,7 +17,7 @@ from fusechat.align.maps import TOKEN_MAPS
 from fusechat.align.paths import lexicon
 from fusechat.align.sequence import SEQUENCES
 from fusechat.align.summary import summary
-from fusechat.align.vocabulary import token_bytes
+from fusechat.chats.vocabulary import token_bytes
 from fusechat.app import outputs
 from fusechat.app.errors import UserError
 from fusechat.app.places import writes
