@@ -10,7 +10,10 @@ Take = Callable[[str, Any, bytes], tuple[int, Any]]
 
 
 def serve(take: Take) -> ThreadingHTTPServer:
-    """Starts one; take(path, headers, body) gives status and content, one request at a time. Ends with ``shutdown()``."""
+    """Starts one; take(path, headers, body) gives status and content, one request at a time. Ends with ``shutdown()``.
+
+    content: written as JSON; bytes go out as they are, for a page of HTML.
+    """
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -30,9 +33,10 @@ def serve(take: Take) -> ThreadingHTTPServer:
         def reply(self, body: bytes) -> None:
             with lock:
                 status, content = take(self.path, self.headers, body)
-            data = json.dumps(content).encode()
+            page = isinstance(content, bytes)
+            data = content if page else json.dumps(content).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", "text/html" if page else "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

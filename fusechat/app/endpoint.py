@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server over HTTP: asked again where it is busy, many requests under way, one line where it fails."""
+"""An OpenAI-compatible server over HTTP: asked again where it is busy, many requests under way."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Endpoint:
         self.client = httpx.Client(headers=headers, timeout=timeout, limits=httpx.Limits(max_connections=None))
         self.base_url, self.retries, self.wait = base_url.rstrip("/"), retries, wait
         self.name, self.kept, self._told = f"{who} at {self.base_url}", kept, False
-        denied = f"see {section}.key_env"
-        self.remedies = {401: denied, 403: denied, 404: f"see {section}.base_url and {section}.model", **(remedies or {})}
+        denied, place = f"see {section}.key_env", f"see {section}.base_url and {section}.model"
+        self.remedies = {401: denied, 403: denied, 404: place, **(remedies or {})}
 
     def __enter__(self) -> Endpoint:
         return self
@@ -99,7 +99,10 @@ class Endpoint:
 
 
 def in_flight(work: Callable[[T], R], todo: Sequence[T], parallel: int) -> Iterator[R]:
-    """What ``work`` makes of each, in order, ``parallel`` under way at a time. After the first that fails none is begun."""
+    """What ``work`` makes of each, which is never None, in order; ``parallel`` under way at a time.
+
+    After the first that fails none is begun.
+    """
     failed = threading.Event()
 
     def one(task: T) -> R | None:
