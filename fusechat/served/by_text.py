@@ -68,9 +68,10 @@ class ByText:
 
     def top(self, rendered: Rendered, k: int) -> tuple[TopK, Noted]:
         """As `Asked`. lost: mass without an id, at most; bounded: next tokens whose log-probability is not listed."""
-        asked = min(max(k, WIDE) if self.early else k, len(self.texts))
+        wide = min(max(k, WIDE), len(self.texts))
+        asked = wide if self.early else k
         rows, early = self._rows(rendered, asked)
-        if early and not self.early:
+        if early and asked < wide:
             self.early = True
             return self.top(rendered, k)
         read = [

@@ -262,7 +262,7 @@ def test_texts_that_belong_to_one_id_are_taken(mini: Mini, serving: Serve, tmp_p
     logits = peaked(tokenizer)
     store = run(mini, serving(LlamaCpp, "pivot", logits), tmp_path / "pivot", name="pivot")
     sums = totals(store.manifest)
-    assert sums["positions"] > 100 and sums["bounded"] == 0 and sums["lost"] < 1e-6 * sums["positions"]
+    assert sums["positions"] > 40 and sums["bounded"] == 0 and sums["lost"] < 1e-6 * sums["positions"]
     agree(store, logits, path, mini)
 
 
@@ -325,7 +325,7 @@ def test_mass_without_an_id_is_counted_and_too_much_refused(mini: Mini, serving:
     for row in range(12):
         rendered = ChatRenderer(tokenizer)([chats[row]["messages"]])[0]
         probs = logits(rendered.input_ids.tolist()).softmax(-1)[rendered.positions]
-        counts, stored = store.row(row, "counts", "logprobs")
+        (stored,) = store.row(row, "logprobs")
         kept = np.exp(decode_logprobs(stored)).sum()
         missing += float(probs.topk(10).values.sum()) - float(kept)
     assert 0 < missing <= totals(store.manifest)["lost"] * 1.02
