@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusechat.app import checksums
 from fusechat.app.errors import UserError
@@ -23,9 +23,13 @@ from fusechat.evaluate import chats as _chats  # noqa: F401
 from fusechat.evaluate import harness as _harness  # noqa: F401
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Sample, Work
 
+if TYPE_CHECKING:
+    from fusechat.served.server import Server
+
 __all__ = ["EVALUATIONS", "evaluate", "evaluate_by"]
 
 LOG = logging.getLogger(__name__)
+OURS = ("dtype", "batch_size", "device_map")  # how a model runs here, which no server heeds
 
 
 def evaluate(
@@ -45,6 +49,7 @@ def evaluate(
     device_map: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
+    server: Server | None = None,
     overwrite: bool = False,
     record: Mapping[str, Any] | None = None,
     imports: Mapping[str, str] | None = None,
@@ -56,14 +61,15 @@ def evaluate(
     that are likeliest), and with ``generate`` accuracy (exact match of greedy answers). ``samples`` has the same chat
     by chat. A result of the same model, chats and settings is returned as it is there. record: kept in the result
     beside it. imports: the user's own modules with their hashes. device: as in `device_of`; it is no part of the
-    fingerprint. Raises `UserError`.
+    fingerprint. server: where the model runs, if not here; of ``model`` only tokenizer and config are read then. Raises
+    `UserError`.
     """
     settings = {"kind": "chats", "chats": str(chats), "split": split, "limit": limit, "template": template}
     settings |= {"generate": generate, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype}
     settings |= {"max_length": max_length, "device_map": device_map, "trust_remote_code": trust_remote_code}
     settings |= {"device": device}
     more: dict[str, Any] = {"seed": seed, "overwrite": overwrite, "record": record, "imports": imports}
-    return evaluate_by(model, settings, output_file, **more)[0]
+    return evaluate_by(model, settings, output_file, server=server, **more)[0]
 
 
 def evaluate_by(
@@ -72,6 +78,7 @@ def evaluate_by(
     output_file: str | Path,
     *,
     seed: int = 0,
+    server: Server | None = None,
     overwrite: bool = False,
     record: Mapping[str, Any] | None = None,
     imports: Mapping[str, str] | None = None,
@@ -83,7 +90,7 @@ def evaluate_by(
     path, output = str(model), Path(output_file)
     reads = [model, *(settings.get(key) for key in ("chats", "questions", "include_path"))]
     with writing(output, "evaluate", reads=reads, file=True, known=is_result):
-        return _evaluate(path, settings, output, seed, overwrite, record or {}, imports)
+        return _evaluate(path, settings, output, seed, server, overwrite, record or {}, imports)
 
 
 def is_result(file: Path) -> bool:
@@ -102,6 +109,7 @@ def _evaluate(
     settings: Mapping[str, Any],
     output: Path,
     seed: int,
+    server: Server | None,
     overwrite: bool,
     record: Mapping[str, Any],
     imports: Mapping[str, str] | None,
@@ -111,11 +119,14 @@ def _evaluate(
     check_place(path, "model")
     check("evaluation", **settings)
     kind = EVALUATIONS[settings["kind"]]
-    work: Work = kind.function(Job(path, output.stem, settings, seed))
+    work: Work = kind.function(Job(path, output.stem, settings, seed, server))
     deciding = {key: value for key, value in settings.items() if key != "device" or value is None}  # not where it ran
+    if server:
+        deciding = {key: value for key, value in deciding.items() if key not in OURS} | server.decides
     mark = stage_fingerprint(imports, model=model_identity(path), evaluation=deciding, seed=seed)
     mark = fingerprint(mark=mark, **work.inputs)
     about = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path, "fingerprint": mark}
+    about |= server.decides if server else {}
     held = None if overwrite else _held(output, about, work)
     part = output.with_suffix(f".{mark}.part")
     if held is not None:
