@@ -13,7 +13,7 @@ LAYERS = [  # the floor first; a room imports from the layers below its own, nev
     {"app"},
     {"models", "chats"},
     {"stores"},
-    {"report"},
+    {"report", "served"},
     {"evaluate", "tiny"},
     {"extract", "align", "fusion", "merging", "judge", "publish", "compare", "inspect"},
     {"train", "merge", "pipeline", "preview", "merge_search", "__main__"},

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fusechat.align.vocabulary import special_roles
 from fusechat.app.errors import UserError
+from fusechat.chats.vocabulary import special_roles
 from fusechat.stores.store import DistributionStore
 
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusechat.align.nearest import Ints, nearest
-from fusechat.align.vocabulary import marker, token_bytes, token_names, written
 from fusechat.app.registry import Family
+from fusechat.chats.vocabulary import marker, token_bytes, token_names, written
 
 TOKEN_MAPS = Family("token_map.name", needs=("fast", "chain", "counts"))
 Roles = Sequence[tuple[int, int]]

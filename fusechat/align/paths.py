@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fusechat.align.nearest import Ints
 from fusechat.align.trie import NOWHERE, Texts, Trie, texts, trie
-from fusechat.align.vocabulary import token_bytes, written
+from fusechat.chats.vocabulary import token_bytes, written
 
 SPACE = 32
 

@@ -17,11 +17,11 @@ from fusechat.align.maps import TOKEN_MAPS
 from fusechat.align.paths import lexicon
 from fusechat.align.sequence import SEQUENCES
 from fusechat.align.summary import summary
-from fusechat.align.vocabulary import token_bytes
 from fusechat.app import outputs
 from fusechat.app.errors import UserError
 from fusechat.app.places import writes
 from fusechat.app.settings import check
+from fusechat.chats.vocabulary import token_bytes
 from fusechat.models.load import load_tokenizer
 from fusechat.stores.kinds import KINDS, SAME
 from fusechat.stores.store import DistributionStore

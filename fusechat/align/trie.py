@@ -36,7 +36,7 @@ class Texts(NamedTuple):
 
 
 def texts(pieces: Sequence[bytes | None]) -> Texts:
-    """`fusechat.align.vocabulary.token_bytes` end to end."""
+    """`fusechat.chats.vocabulary.token_bytes` end to end."""
     known = [piece or b"" for piece in pieces]
     return Texts(np.frombuffer(b"".join(known), np.uint8), np.cumsum([0, *map(len, known)]))
 

@@ -38,7 +38,7 @@ def check_surroundings(values: Mapping[str, Any]) -> None:
     models = [*MODELS.get(verb, ())]
     models += ["pivot.path"] if verb == "extract" and values.get("chat.template") == "pivot" else []
     for key in models:
-        check_place(str(values[key]), key)
+        check_place(str(values.get(key) or values["source.model"]), key if key in values else "source.model")
     section = "extract.trainer" if "extract.trainer" in values and verb == "extract" else "trainer"
     if verb in TRAINS:
         check_devices(section, values.get(f"{section}.accelerator"), values.get(f"{section}.devices"))

@@ -25,9 +25,11 @@ NEEDS = {  # verb -> keys without which it cannot begin
     "publish": ("model", "repo"),
     "pipeline": ("pipeline.steps",),
 }
+SERVED = {"extract": "source", "evaluate": "evaluation"}  # verb -> section with the keys of a server
 QUESTIONS = {"chats": "evaluation.chats", "mt_bench": "evaluation.questions", "alpaca_eval": "evaluation.questions"}
 EXAMPLES = {"source.name": "NAME", "chat.path": "FILE", "evaluation.chats": "FILE", "evaluation.questions": "FILE"}
 EXAMPLES |= {"answers": "FILE", "judge.base_url": "http://HOST/v1", "judge.model": "NAME", "repo": "owner/name"}
+EXAMPLES |= dict.fromkeys(("source.base_url", "evaluation.base_url"), "http://HOST:8000/v1")
 EXAMPLES |= {"first": "A.json", "second": "B.json"}
 GROUPS = {"tiny.models": "experiment=tiny", "pipeline.steps": "experiment=NAME"}  # keys that an experiment brings
 GROUPS |= {"targets": "targets='[DIR,DIR]'"}
@@ -56,6 +58,10 @@ def needed(verb: str, values: Values) -> list[str]:
     if verb == "merge" and values.get("merge.recipe"):
         return []
     keys = [*NEEDS.get(verb, ())]
+    if asked_of(verb, values):
+        keys.append(f"{SERVED[verb]}.base_url")
+        if verb == "extract" and values.get("source.model"):
+            keys.remove("source.path")  # the name is the tokenizer's Hub id too
     if verb == "extract" and values.get("chat.template") == "pivot":
         keys.append("pivot.path")
     if verb == "train" and values.get("sources") == [None] and values.get("fusion.rule") != "sft":
@@ -65,6 +71,11 @@ def needed(verb: str, values: Values) -> list[str]:
     if verb == "evaluate" and (asked := QUESTIONS.get(str(values.get("evaluation.kind")))):
         keys.append(asked)
     return keys
+
+
+def asked_of(verb: str, values: Values) -> bool:
+    """Whether a command asks a server for what its model says."""
+    return verb in SERVED and values.get(f"{SERVED[verb]}.engine") not in (None, "transformers")
 
 
 def excluding(verb: str, values: Values) -> Iterator[str]:

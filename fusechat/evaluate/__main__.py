@@ -20,12 +20,14 @@ def run(cfg: DictConfig) -> float | None:
     """Writes ``output_file`` by the evaluation of ``evaluation.kind``. Returns its first metric, if it has one."""
     from fusechat.evaluate.places import place
     from fusechat.evaluate.stage import evaluate_by
+    from fusechat.served.server import server_of
 
     model = str(cfg.model)
     settings = {key: value for key, value in plain(cfg.evaluation).items() if key != "file"}
+    server = server_of(settings, model, "evaluation")
     output = place(Path(cfg.output_file), model, str(cfg.paths.experiment))
     given: dict[str, Any] = {"seed": cfg.seed, "overwrite": cfg.overwrite, "record": provenance(cfg)}
-    result, made = evaluate_by(model, settings, output, imports=imported(cfg), **given)
+    result, made = evaluate_by(model, settings, output, server=server, imports=imported(cfg), **given)
     if "metrics" not in result:
         return None
     if made:

@@ -12,7 +12,6 @@ from fusechat.app.checksums import check_first_use
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import file_hash, sealed_line, whole_lines, write_durably
 from fusechat.app.texts import json_rows
-from fusechat.app.trainer import seed_everything
 from fusechat.chats.render import Message
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Work
 
@@ -53,26 +52,13 @@ def _work(job: Job, records: Records, form: Literal["lines", "list"]) -> Work:
         done = whole_lines(part)
         done = done[: len(done) - len(done) % PART]  # questions are asked in parts: the same parts again
         write_durably(part, "".join(map(sealed_line, done)).encode())
-        with part.open("a", encoding="utf-8") as file:
-            for record in records(questions[len(done) :], _asking(job)):
+        with job.speaker() as speaker, part.open("a", encoding="utf-8") as file:
+            for record in records(questions[len(done) :], speaker.answer):
                 file.write(sealed_line(record))
                 file.flush()
         return {"samples": whole_lines(part)}
 
     return Work(measure, {"questions": file_hash(path)}, job.stops, answers=form)
-
-
-def _asking(job: Job) -> Generate:
-    from fusechat.evaluate.generation import generate
-
-    model, renderer = job.load()
-    limits = {"max_new_tokens": job.settings["max_new_tokens"], "batch_size": job.settings["batch_size"]}
-
-    def ask(prompts: list[list[Message]], temperature: float) -> list[str]:
-        seed_everything(job.seed)  # the same answers whether or not a kill came between
-        return generate(model, renderer, prompts, temperature=temperature, **limits)
-
-    return ask
 
 
 def load_questions(path: Path, kind: str) -> list[Question]:

@@ -15,6 +15,7 @@ from fusechat.evaluate.kinds import EVALUATIONS, Job, Sample, Work
 @EVALUATIONS.register("lm_eval", "tasks of lm-evaluation-harness")
 def lm_eval(job: Job) -> Work:
     """Every setting is an argument of `run_tasks`; local task files decide the result by their content."""
+    job.refuse_server()
     options = {key: value for key, value in job.settings.items() if key != "kind"}
     folder = options["include_path"]
     own = sorted(file for file in Path(folder).rglob("*") if file.is_file()) if folder else []

@@ -13,15 +13,19 @@ One of ten lines in a module of your own, chosen by ``evaluation.kind=parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fusechat.app.errors import UserError
 from fusechat.app.registry import Family
 
 if TYPE_CHECKING:
     from fusechat.chats.render import ChatRenderer
+    from fusechat.evaluate.speakers import Speaker
+    from fusechat.served.server import Server
 
 EVALUATIONS = Family("evaluation.kind")
 Sample = dict[str, Any]
@@ -29,16 +33,25 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """The model to evaluate (directory or Hub id), the name of its result, the kind's own settings, and the seed."""
+    """The model to evaluate (directory or Hub id), the name of its result, the kind's own settings, and the seed.
+
+    server: where the model runs, if not here; of ``model`` only tokenizer and config are read then.
+    """
 
     model: str
     name: str
     settings: Mapping[str, Any]
     seed: int
+    server: Server | None = None
 
     def load(self) -> tuple[Any, Any]:
-        """The model on its device, and a renderer with its own tokenizer and the template that the settings name."""
+        """The model on its device, and a renderer with its own tokenizer and the template that the settings name.
+
+        Raises `UserError` for a model behind a server.
+        """
         from fusechat.models import load as models
+
+        self.refuse_server()
         from fusechat.models.devices import device_of
 
         chosen, renderer = self.settings, self.renderer()
@@ -47,6 +60,29 @@ class Job:
         model = models.load_model(self.model, **loading, device=device, trust_remote_code=self.trust)
         models.check_vocabulary(model, renderer.tokenizer, self.model)
         return model, renderer
+
+    @contextmanager
+    def speaker(self) -> Iterator[Speaker]:
+        """The model, wherever it runs, for the time of a block."""
+        from fusechat.evaluate.speakers import Here, There
+        from fusechat.models.load import embedding_rows
+
+        if self.server is None:
+            yield Here(*self.load(), self.settings, self.seed)
+            return
+        renderer, limit = self.renderer(), self.settings["max_new_tokens"]
+        with self.server.endpoint("what is measured is kept") as endpoint:
+            rows = embedding_rows(self.model, trust_remote_code=self.trust) if self.server.engine == "server" else None
+            asked = self.server.opened(endpoint, renderer.tokenizer, tokens=renderer.max_length, rows=rows)
+            yield There(asked, self.server, renderer, limit=limit, stops=self._stop_tokens(renderer), seed=self.seed)
+
+    def refuse_server(self) -> None:
+        """Raises `UserError` where the model is behind a server, for kinds that want the model itself."""
+        if self.server is not None:
+            raise UserError(
+                f"evaluation.kind={self.settings['kind']} wants the model itself, and evaluation.engine="
+                f"{self.server.engine} gives what it says; set evaluation.engine=transformers"
+            )
 
     def renderer(self) -> ChatRenderer:
         """A renderer of chats with the model's tokenizer, without the model."""
@@ -62,6 +98,11 @@ class Job:
 
         So what was made when no other was looked for stays what it is.
         """
+        renderer = self.renderer()
+        found = self._stop_tokens(renderer)
+        return {} if found == [renderer.tokenizer.eos_token_id] else {"stops": found}
+
+    def _stop_tokens(self, renderer: ChatRenderer) -> list[int]:
         from transformers import AutoConfig, GenerationConfig
 
         from fusechat.evaluate.generation import stop_tokens
@@ -72,9 +113,7 @@ class Job:
             config = GenerationConfig.from_pretrained(self.model)
         except OSError:  # the model has none: as transformers makes one
             config = AutoConfig.from_pretrained(place, **named, trust_remote_code=self.trust)
-        renderer = self.renderer()
-        found = stop_tokens(renderer, config)
-        return {} if found == [renderer.tokenizer.eos_token_id] else {"stops": found}
+        return stop_tokens(renderer, config)
 
     @property
     def trust(self) -> bool:

@@ -6,17 +6,15 @@ without asking, unlike stores and models. Only another model's result is never w
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusechat.app import checksums
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import (
-    RECORD,
     fingerprint,
     read_json,
     stage_fingerprint,
@@ -32,9 +30,13 @@ from fusechat.evaluate import chats as _chats  # noqa: F401
 from fusechat.evaluate import harness as _harness  # noqa: F401
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Sample, Work
 
+if TYPE_CHECKING:
+    from fusechat.served.server import Server
+
 __all__ = ["EVALUATIONS", "evaluate", "evaluate_by"]
 
 LOG = logging.getLogger(__name__)
+OURS = ("dtype", "batch_size", "device_map")  # how a model runs here, which no server heeds
 
 
 def evaluate(
@@ -54,6 +56,7 @@ def evaluate(
     device_map: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
+    server: Server | None = None,
     overwrite: bool = False,
     record: Mapping[str, Any] | None = None,
     imports: Mapping[str, str] | None = None,
@@ -65,14 +68,15 @@ def evaluate(
     that are likeliest), and with ``generate`` accuracy (exact match of greedy answers). ``samples`` has the same chat
     by chat. A result of the same model, chats and settings is returned as it is there. record: kept in the result
     beside it. imports: the user's own modules with their hashes. device: as in `device_of`; it is no part of the
-    fingerprint. Raises `UserError`.
+    fingerprint. server: where the model runs, if not here; of ``model`` only tokenizer and config are read then. Raises
+    `UserError`.
     """
     settings = {"kind": "chats", "chats": str(chats), "split": split, "limit": limit, "template": template}
     settings |= {"generate": generate, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype}
     settings |= {"max_length": max_length, "device_map": device_map, "trust_remote_code": trust_remote_code}
     settings |= {"device": device}
     more: dict[str, Any] = {"seed": seed, "overwrite": overwrite, "record": record, "imports": imports}
-    return evaluate_by(model, settings, output_file, **more)[0]
+    return evaluate_by(model, settings, output_file, server=server, **more)[0]
 
 
 def evaluate_by(
@@ -81,6 +85,7 @@ def evaluate_by(
     output_file: str | Path,
     *,
     seed: int = 0,
+    server: Server | None = None,
     overwrite: bool = False,
     record: Mapping[str, Any] | None = None,
     imports: Mapping[str, str] | None = None,
@@ -92,20 +97,7 @@ def evaluate_by(
     path, output = str(model), Path(output_file)
     reads = [model, *(settings.get(key) for key in ("chats", "questions", "include_path"))]
     with writing(output, "evaluate", reads=reads, file=True, known=is_result):
-        found, made = _evaluate(path, settings, output, seed, overwrite, record or {}, imports)
-        if made and "metrics" in found:
-            _tell_on_card(Path(path), output.parent)
-    return found, made
-
-
-def _tell_on_card(model: Path, evaluations: Path) -> None:
-    """Writes what was measured on the card of a model of ours; one that cannot be written stays as it is."""
-    from fusechat.models.cards import CARD, measured_card
-    from fusechat.report.results import results_of
-
-    if (model / RECORD).exists() and (model / CARD).exists():
-        with contextlib.suppress(OSError):
-            write_durably(model / CARD, measured_card(model, results_of(evaluations, model)).encode())
+        return _evaluate(path, settings, output, seed, server, overwrite, record or {}, imports)
 
 
 def is_result(file: Path) -> bool:
@@ -124,6 +116,7 @@ def _evaluate(
     settings: Mapping[str, Any],
     output: Path,
     seed: int,
+    server: Server | None,
     overwrite: bool,
     record: Mapping[str, Any],
     imports: Mapping[str, str] | None,
@@ -133,10 +126,13 @@ def _evaluate(
     check_place(path, "model")
     check("evaluation", **settings)
     kind = EVALUATIONS[settings["kind"]]
-    work: Work = kind.function(Job(path, output.stem, settings, seed))
+    work: Work = kind.function(Job(path, output.stem, settings, seed, server))
     deciding = {key: value for key, value in settings.items() if key != "device" or value is None}  # not where it ran
+    if server:
+        deciding = {key: value for key, value in deciding.items() if key not in OURS} | server.decides
     mark = stage_fingerprint(imports, model=model_identity(path), evaluation=deciding, seed=seed)
     about = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path}
+    about |= server.decides if server else {}
     about["asked"] = fingerprint(mark=mark, **work.inputs)
     there = {} if overwrite else _there(output, work)
     fits = there.get("asked") == about["asked"]  # then what the model's files say need not be read again

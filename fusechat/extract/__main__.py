@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from fusechat.app.command import entry, imported, plain
 from fusechat.app.places import writing
+from fusechat.app.session import MISSING
 from fusechat.app.tracking import log_made, wandb_run
 
 LOG = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ def run(cfg: DictConfig) -> None:
     """Extracts ``cfg.source`` over ``cfg.chat`` into ``output_dir``; goes on where an earlier run stopped."""
     from fusechat.stores.writer import is_store
 
-    reads = (cfg.source.path, cfg.chat.path, cfg.pivot.path)
+    reads = [plain(cfg[section])["path"] for section in ("source", "chat", "pivot")]
     with writing(Path(cfg.output_dir), "extract", reads=reads, known=is_store):  # before the chats are read
         _extract(cfg)
 
@@ -31,8 +32,10 @@ def _extract(cfg: DictConfig) -> None:
     from fusechat.chats.formats import load_chats
     from fusechat.extract import extract
     from fusechat.models.load import load_tokenizer
+    from fusechat.served.server import server_of
 
     source, chat, pivot = plain(cfg.source), plain(cfg.chat), None
+    source["path"] = source["model"] if source["path"] == MISSING else source["path"]
     reading = {key: chat[key] for key in ("split", "name", "limit", "streaming", "format")}
     chats, found = load_chats(chat["path"], **reading)
     LOG.info("%s: %d chats (%s) from %s", source["name"], len(chats), found, chat["path"])
@@ -41,6 +44,7 @@ def _extract(cfg: DictConfig) -> None:
         pivot = load_tokenizer(
             cfg.pivot.path, revision=cfg.pivot.revision, trust_remote_code=cfg.pivot.trust_remote_code
         )
+    server = server_of(source, source["model"] or source["path"], "source")
     extract(
         source.pop("path"),
         chats,
@@ -51,6 +55,7 @@ def _extract(cfg: DictConfig) -> None:
         **{key: chat[key] for key in ("template", "max_length", "end_of_turn")},
         pivot=pivot,
         seed=cfg.seed,
+        server=server,
         overwrite=cfg.overwrite,
         imports=imported(cfg),
         when_made=lambda manifest: _follow(cfg, manifest),

@@ -1,23 +1,24 @@
-"""Chats of one shard, rendered, in batches by token budget."""
+"""Chats of one shard in batches: what runs together, or comes back together from a server."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from fusechat.chats.render import ChatRenderer, Rendered
+from fusechat.chats.render import Rendered
+from fusechat.stores.distributions import TopK
 
-Batch = tuple[list[int], list[Rendered]]  # places in the shard, and what lies there
+Batch = tuple[list[int], list[TopK | None]]  # places in the shard, and the distributions of the chats there
 
 
-def batches(chats: Sequence[Any], renderer: ChatRenderer, budget: int) -> Iterator[Batch]:
-    """All batches of a shard; nothing outside it decides them, so that it is the same whoever makes it.
+class Predictor(Protocol):
+    """A source that is ready."""
 
-    budget: padded tokens of a batch.
-    """
-    rendered = renderer([chat["messages"] for chat in chats])
-    for places in by_token_budget([len(r.input_ids) for r in rendered], budget):
-        yield places, [rendered[i] for i in places]
+    def batches(self, rendered: Sequence[Rendered]) -> Iterator[Batch]:
+        """Distributions of all chats of a shard at their response positions; None where one is not finite."""
+
+    def noted(self) -> dict[str, Any]:
+        """What there is to say of the shard that was made: statistics of it beside those of its rows."""
 
 
 def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fusechat.app.errors import UserError
 from fusechat.chats.padding import pad
 from fusechat.chats.render import Rendered
+from fusechat.extract.batches import Batch, by_token_budget
 from fusechat.extract.kinds import KINDS, Keep, generator_for, joined
 from fusechat.models.devices import fed_at
 from fusechat.models.heads import OutputHead, chunk_rows
@@ -26,14 +27,24 @@ class Extractor:
     """Runs a causal LM, and its head only where a position is stored. The device is waited for once a batch.
 
     D hidden size, N response positions of all chats of a batch, V rows of the lm_head.
-    unfit: padded tokens of every batch that did not fit in memory since this was last emptied.
+    budget: padded tokens of a batch. unfit: those of every batch that did not fit in memory since this was last told.
     """
 
-    def __init__(self, model: Any, kind: str, keep: Keep, *, seed: int = 0) -> None:
+    def __init__(self, model: Any, kind: str, keep: Keep, *, seed: int = 0, budget: int = 16384) -> None:
         self.head = OutputHead(model)
         self.kind, self.keep, self.seed = KINDS[kind], keep, seed
-        self.device = fed_at(model)
+        self.device, self.budget = fed_at(model), budget
         self.unfit: list[int] = []
+
+    def batches(self, rendered: Sequence[Rendered]) -> Iterator[Batch]:
+        """All chats of a shard, batch by batch; nothing outside the shard decides them."""
+        for places in by_token_budget([len(r.input_ids) for r in rendered], self.budget):
+            yield places, self([rendered[i] for i in places])
+
+    def noted(self) -> dict[str, Any]:
+        """What there is to say of the shard that was made."""
+        found, self.unfit = self.unfit, []
+        return {"out_of_memory": found}
 
     @torch.inference_mode()
     def __call__(self, rendered: Sequence[Rendered]) -> list[TopK | None]:

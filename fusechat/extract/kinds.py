@@ -8,7 +8,7 @@ by the chat's content, so that neither batches nor other chats decide what is dr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +41,7 @@ def top_k(logits: Tensor, gold: Tensor, keep: Keep, generator: torch.Generator |
 @KINDS.register("top_p", "the fewest most likely tokens that hold the mass top_p, at most top_k of them")
 def top_p(logits: Tensor, gold: Tensor, keep: Keep, generator: torch.Generator | None = None) -> TopK:
     """Entry i of the sorted top_k is kept while p_1 + … + p_(i-1) < top_p."""
-    top = top_k(logits, gold, keep)
-    probs = top.logprobs.exp()
-    mass_before = probs.cumsum(-1) - probs
-    return TopK(top.ids, top.logprobs.masked_fill(mass_before >= keep.top_p, NEG_INF), top.gold_logprob)
+    return _nucleus(top_k(logits, gold, keep), keep)
 
 
 @KINDS.register(
@@ -61,6 +58,18 @@ def sampled(logits: Tensor, gold: Tensor, keep: Keep, generator: torch.Generator
     ids, shares = merge_duplicates(drawn, torch.full(drawn.shape, 1.0 / keep.draws, device=drawn.device))
     order = shares.argsort(dim=-1, descending=True, stable=True)  # spare entries last: what is absent is -inf
     return TopK(ids.gather(-1, order), shares.gather(-1, order).log(), _at(logprobs, gold))
+
+
+def _nucleus(top: TopK, keep: Keep) -> TopK:
+    probs = top.logprobs.exp()
+    mass_before = probs.cumsum(-1) - probs
+    return TopK(top.ids, top.logprobs.masked_fill(mass_before >= keep.top_p, NEG_INF), top.gold_logprob)
+
+
+OF_TOP: dict[str, Callable[[TopK, Keep], TopK]] = {  # kinds that the top_k entries, falling, are enough for
+    "top_k": lambda top, keep: top,
+    "top_p": _nucleus,
+}
 
 
 def entries_of(kind: str, keep: Keep) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
@@ -13,7 +14,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.registry import import_modules
 from fusechat.chats.render import ChatRenderer
 from fusechat.extract import writer as columns
-from fusechat.extract.batches import batches
+from fusechat.extract.batches import Predictor
 from fusechat.extract.extractor import Extractor
 from fusechat.extract.kinds import Keep
 from fusechat.extract.processes import Tell
@@ -21,14 +22,27 @@ from fusechat.models import load as models
 from fusechat.stores.writer import StoreWriter
 
 
+class Source(Protocol):
+    """A model, wherever it runs."""
+
+    def opened(self, device: torch.device | None, shards: Shards) -> AbstractContextManager[Predictor]:
+        """The model, ready to predict for the time of a block. device: None where the source itself decides."""
+
+
 @dataclass(frozen=True)
-class Source:
-    """A model and how it is loaded: options of `load_model`."""
+class Loaded:
+    """A model that runs here. options: of `load_model`; tokens_per_batch: padded tokens."""
 
     path: str
     options: Mapping[str, Any]
+    tokens_per_batch: int
 
-    def load(self, device: torch.device | None, tokenizer: Any, max_length: int) -> Any:
+    def opened(self, device: torch.device | None, shards: Shards) -> AbstractContextManager[Predictor]:
+        """As `Source`."""
+        model = self._load(device, shards.renderer.tokenizer, shards.renderer.max_length)
+        return nullcontext(Extractor(model, shards.kind, shards.keep, seed=shards.seed, budget=self.tokens_per_batch))
+
+    def _load(self, device: torch.device | None, tokenizer: Any, max_length: int) -> Any:
         """The model, checked against its tokenizer and the length of chats. device: None where a device_map decides."""
         try:
             model = models.load_model(self.path, device=device, **self.options).eval()
@@ -46,7 +60,7 @@ class Source:
 class Shards:
     """Makes shards of a store. Plain values alone: it is sent to processes of their own.
 
-    chats: of `load_chats`. rows_per_shard: chats; tokens_per_batch: padded tokens; logprobs: how they are stored.
+    chats: of `load_chats`. rows_per_shard: chats; logprobs: how they are stored.
     bad: chats with NaN or inf in the shards that are there already, of which there may be ``max_bad_fraction``.
     imports: the user's own modules, which may have registered the kind.
     """
@@ -59,7 +73,6 @@ class Shards:
     keep: Keep
     seed: int
     rows_per_shard: int
-    tokens_per_batch: int
     logprobs: str
     max_bad_fraction: float
     bad: Sequence[str]
@@ -68,25 +81,25 @@ class Shards:
     def __call__(self, device: torch.device | None, indices: Sequence[int], tell: Tell) -> None:
         """Makes the shards ``indices`` on a device, one after another."""
         import_modules(self.imports)
-        model = self.source.load(device, self.renderer.tokenizer, self.renderer.max_length)
-        extractor, bad = Extractor(model, self.kind, self.keep, seed=self.seed), list(self.bad)
-        for index in indices:
-            self._make(index, extractor, bad, tell)
+        bad = list(self.bad)
+        with self.source.opened(device, self) as predictor:
+            for index in indices:
+                self._make(index, predictor, bad, tell)
 
-    def _make(self, index: int, extractor: Extractor, bad: list[str], tell: Tell) -> None:
+    def _make(self, index: int, predictor: Predictor, bad: list[str], tell: Tell) -> None:
         first = index * self.rows_per_shard
         chats = self.chats.select(range(first, min(first + self.rows_per_shard, len(self.chats)))).to_list()
+        rendered = self.renderer([chat["messages"] for chat in chats])
         rows: dict[int, columns.Row] = {}
-        extractor.unfit = []
-        for places, rendered in batches(chats, self.renderer, self.tokens_per_batch):
-            for place, one, top in zip(places, rendered, extractor(rendered), strict=True):
-                rows[place] = columns.row(chats[place], one, top)
+        for places, tops in predictor.batches(rendered):
+            for place, top in zip(places, tops, strict=True):
+                rows[place] = columns.row(chats[place], rendered[place], top)
                 bad += [chats[place]["id"]] if rows[place]["bad"] else []
             check_bad(bad, len(self.chats), self.max_bad_fraction)
-            tell(len(places), sum(len(one.input_ids) for one in rendered))
+            tell(len(places), sum(len(rendered[place].input_ids) for place in places))
         ordered = [rows[place] for place in range(len(rows))]
         table = columns.table(ordered, self.keep.vocab_size, self.logprobs, self.renderer.max_length)
-        self.writer.write(index, table, {**columns.statistics(ordered), "out_of_memory": extractor.unfit})
+        self.writer.write(index, table, {**columns.statistics(ordered), **predictor.noted()})
 
 
 def check_bad(bad: Sequence[str], total: int, most: float) -> None:
@@ -94,7 +107,7 @@ def check_bad(bad: Sequence[str], total: int, most: float) -> None:
     if len(bad) > most * total:
         raise UserError(
             f"{len(bad)} of {total} chats gave NaN or inf (first: {bad[0]}), more than "
-            f"extract.max_bad_fraction={most}; try source.dtype=float32 or bfloat16"
+            f"extract.max_bad_fraction={most}; try source.dtype=float32 or bfloat16 (of a server: --dtype)"
         )
 
 

@@ -10,18 +10,20 @@ from typing import Any
 import datasets
 
 from fusechat.app import outputs, settings
-from fusechat.app.errors import UserError
+from fusechat.app.errors import UserError, one_of
 from fusechat.app.places import writes
 from fusechat.app.surroundings import check_room
 from fusechat.chats.formats import load_chats
 from fusechat.chats.render import ChatRenderer, renderer_for
-from fusechat.extract.kinds import KINDS, Keep, entries_of
+from fusechat.extract.kinds import KINDS, OF_TOP, Keep, entries_of
 from fusechat.extract.processes import share
 from fusechat.extract.progress import progress
-from fusechat.extract.shards import Shards, Source, bad_of, check_bad
+from fusechat.extract.served import Served
+from fusechat.extract.shards import Loaded, Shards, Source, bad_of, check_bad
 from fusechat.extract.summary import summary
 from fusechat.models import load as models
 from fusechat.models.devices import devices_of
+from fusechat.served.server import Server
 from fusechat.stores.store import FORMAT
 from fusechat.stores.writer import StoreWriter, finished, is_store
 
@@ -56,6 +58,7 @@ def extract(
     max_bad_fraction: float = 0.01,
     seed: int = 0,
     trainer: Mapping[str, Any] | None = None,
+    server: Server | None = None,
     overwrite: bool = False,
     imports: Mapping[str, str] | None = None,
     when_made: Callable[[dict[str, Any]], None] | None = None,
@@ -68,15 +71,14 @@ def extract(
     tokens_per_batch: padded tokens run together; a batch that does not fit in memory runs in halves, which the
     manifest notes. max_bad_fraction: chats with NaN or inf before the run stops. when_made: called with the manifest
     where it is new. trainer: accelerator and devices as in `devices_of`, a process for each (one where a device_map
-    spreads the model); more than one need a main module that can be imported, as multiprocessing's spawn does.
+    spreads the model); more than one need a main module that can be imported, as multiprocessing's spawn does. server:
+    where the model runs, if not here; of ``model`` only tokenizer and config are read then.
 
     A finished store of the same settings is left as it is, an unfinished one is gone on with; the number of devices
     decides nothing of its content. Raises `UserError` for unusable models, chats or settings, and for a store of other
     settings at ``output_dir`` unless ``overwrite``.
     """
-    devices = devices_of(**{**ONE_PROCESS, **(trainer or {})}, key="extract.trainer")
     more = {"draws": "by content"} if "generator" in KINDS[kind].needs else {}
-    more |= {"load_in": load_in} if load_in else {}
     amount = {"kind": kind, "top_k": top_k, "top_p": top_p, "draws": draws}
     amount |= {"tokens_per_batch": tokens_per_batch, "rows_per_shard": rows_per_shard}
     settings.check("extract", **amount, max_bad_fraction=max_bad_fraction)
@@ -89,20 +91,31 @@ def extract(
     rows, _ = load_chats(chats)
     chats_mark = outputs.fingerprint(ids=list(rows["id"]))
     about = _about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=chats_mark)
-    identity, store = models.model_identity(model, revision), {"logprobs": logprobs, "format": FORMAT}
+    loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    loading |= {"attn_implementation": attn_implementation, "device_map": device_map, "load_in": load_in}
+    source: Source = Loaded(model, loading, tokens_per_batch)
+    devices: Sequence[Any] = [None]
+    if server:
+        one_of(kind, tuple(OF_TOP), "a server gives the likeliest tokens and nothing else: extract.kind")
+        source = Served(server, model, {key: loading[key] for key in ("revision", "trust_remote_code")})
+        ran: dict[str, Any] = server.decides
+        del amount["tokens_per_batch"]
+    else:
+        ran = {"model": models.model_identity(model, revision), "dtype": dtype} | (
+            {"load_in": load_in} if load_in else {}
+        )
+        devices = devices if device_map else devices_of(**{**ONE_PROCESS, **(trainer or {})}, key="extract.trainer")
     deciding = {key: about[key] for key in ("tokenizer", "chats", "template", "max_length", "end_of_turn")}
-    deciding |= {"model": identity, "extract": amount, "store": store, "dtype": dtype, **more}
+    deciding |= {"extract": amount, "store": {"logprobs": logprobs, "format": FORMAT}, **ran, **more}
     mark = outputs.stage_fingerprint(imports, **deciding)
     output = Path(output_dir)
     if held := finished(output, mark, overwrite=overwrite):
         return held
     check_room(output, rows.data.nbytes * entries_of(kind, keep), "the store")
     writer = StoreWriter(output, mark, -(-len(rows) // rows_per_shard), stage="extract", overwrite=overwrite)
-    loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    loading |= {"attn_implementation": attn_implementation, "device_map": device_map, "load_in": load_in}
     whole = {index: entry for index in range(writer.total) if (entry := writer.done(index))}
     shards = Shards(
-        Source(model, loading),
+        source,
         rows,
         renderer,
         writer,
@@ -110,15 +123,15 @@ def extract(
         keep,
         seed=seed,
         rows_per_shard=rows_per_shard,
-        tokens_per_batch=tokens_per_batch,
         logprobs=logprobs,
         max_bad_fraction=max_bad_fraction,
         bad=bad_of(whole.values()),
         imports=list(imports or {}),
     )
-    _fill(shards, whole, [None] if device_map else devices)
+    _fill(shards, whole, devices)
     manifest = writer.finish(
         **about,
+        **(server.decides if server else {}),
         extract={**amount, "max_bad_fraction": max_bad_fraction},
         drawn="generator" in KINDS[kind].needs,
         logprobs=logprobs,

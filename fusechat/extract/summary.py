@@ -29,6 +29,9 @@ def numbers(manifest: dict[str, Any]) -> dict[str, float]:
         "bits_per_byte": float(bits_per_byte(sums["nats"], max(1, sums["text_bytes"]))),
         "megabytes": size / 1e6,
         "out_of_memory": len(sums.get("out_of_memory", [])),
+        "lost": sums.get("lost", 0.0) / max(1, sums["positions"]),
+        "bounded": sums.get("bounded", 0),
+        "padding": sums.get("padding", 0),
         "bytes_per_token": size / max(1, sums["tokens"]),
     }
 
@@ -37,9 +40,15 @@ def summary(manifest: dict[str, Any], path: Path) -> str:
     """The closing line."""
     n = numbers(manifest)
     halved = f"{n['out_of_memory']} batches ran in halves for want of memory; " if n["out_of_memory"] else ""
+    served = (
+        f"from {manifest['served']} behind a server: {n['lost']:.2%} of the mass without a token id, {n['bounded']} "
+        f"next tokens not listed, {n['padding']} entries of padding; "
+        if "served" in manifest
+        else ""
+    )
     return (
         f"{manifest['model']}: {n['chats']} chats, {n['tokens']:,} tokens ({n['positions']:,} predicted), "
         f"dropped: {n['no_response']} without an assistant token, {n['bad']} with NaN/inf; "
-        f"truncated: {n['truncated']}; {halved}{n['bits_per_byte']:.4f} bits per byte; "
+        f"truncated: {n['truncated']}; {halved}{served}{n['bits_per_byte']:.4f} bits per byte; "
         f"{n['megabytes']:.1f} MB ({n['bytes_per_token']:.1f} B/token) in {path}"
     )

@@ -6,21 +6,15 @@ answer files to FastChat's llm_judge or to alpaca_eval.
 
 from __future__ import annotations
 
-import random
+import json
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fusechat.app.errors import UserError
+from fusechat.app.endpoint import Endpoint
 from fusechat.app.settings import check
 from fusechat.judge.files import Turns
-
-if TYPE_CHECKING:
-    import httpx
 
 GRADE = """\
 You grade the last answer of an AI assistant in the conversation below. Look at whether it is correct, does what was
@@ -41,8 +35,6 @@ clear. Neither the order nor the length of the answers is an argument.{reference
 {other}
 
 Say in two or three sentences why. Then end with your verdict in double brackets: [[A]], [[B]], or [[C]] for a tie."""
-BUSY = (429, 500, 502, 503, 504)
-LONGEST = 120.0  # seconds between two attempts
 VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
@@ -80,9 +72,8 @@ class Task:
 class Judge:
     """A chat endpoint, for several threads at a time; closes its connections at the end of a with block.
 
-    retries: how often a request is sent again after 429, 5xx and broken connections; wait: seconds before the first
-    time, twice as many before each next one, and up to ``wait`` more by chance. tries: how often the judge is asked
-    again where its answer holds no grade. Raises `UserError` where it refuses, or fails more often than that.
+    retries, wait: of an `Endpoint`. tries: how often the judge is asked again where its answer holds no grade. Raises
+    `UserError` where it refuses, or fails more often than that.
     """
 
     def __init__(
@@ -99,18 +90,16 @@ class Judge:
     ) -> None:
         check("judge", base_url=base_url, model=model, temperature=temperature, max_tokens=max_tokens)
         check("judge", retries=retries, wait=wait, tries=tries)
-        import httpx
-
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(headers=headers, timeout=120, limits=httpx.Limits(max_connections=None))
-        self.base_url, self.retries, self.wait, self.tries = base_url.rstrip("/"), retries, wait, tries
+        kept = "judgements so far are kept"
+        self.endpoint = Endpoint(base_url, key, "judge", retries=retries, wait=wait, who="the judge", kept=kept)
+        self.tries = tries
         self.options = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
 
     def __enter__(self) -> Judge:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.client.close()
+        self.endpoint.__exit__(*error)
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """The judgement of a task; value None where the judge answered garbage ``tries`` times."""
@@ -124,35 +113,12 @@ class Judge:
 
     def _ask(self, prompt: str) -> str:
         """The model's text; empty where the body is no completion."""
-        response = self._send({"messages": [{"role": "user", "content": prompt}], **self.options})
-        if response.status_code != 200:
-            told = f"({response.status_code}): {response.text[:200]!r}; see judge.key_env"
-            raise UserError(f"the judge at {self.base_url} refuses {told}")
+        body = {"messages": [{"role": "user", "content": prompt}], **self.options}
+        answer = self.endpoint.post("/chat/completions", body)
         try:
-            return str(response.json()["choices"][0]["message"]["content"])
+            return str(json.loads(answer)["choices"][0]["message"]["content"])
         except (ValueError, LookupError, TypeError):
             return ""
-
-    def _send(self, body: dict[str, Any]) -> httpx.Response:
-        import httpx
-
-        reason = ""
-        for attempt in range(self.retries + 1):
-            asked_to_wait = 0.0
-            try:
-                response = self.client.post(f"{self.base_url}/chat/completions", json=body)
-                if response.status_code not in BUSY:
-                    return response
-                reason = f"status {response.status_code}"
-                after = response.headers.get("Retry-After", "")
-                asked_to_wait = float(after) if after.isdigit() else 0.0
-            except httpx.RequestError as error:
-                reason = type(error).__name__
-            if attempt < self.retries:
-                pause = self.wait * 2**attempt + random.uniform(0, self.wait)
-                time.sleep(min(LONGEST, max(pause, asked_to_wait)))
-        kept = f"failed {self.retries + 1} times; judgements so far are kept: run the same command again"
-        raise UserError(f"the judge at {self.base_url} {kept} ({reason})")
 
 
 def tasks(
@@ -175,27 +141,6 @@ def tasks(
                 for order in ("AB", "BA"):
                     pair: dict[str, Any] = {"other": others[name][:n], "swapped": order == "BA"}
                     yield Task(f"{sample}/{repeat}/{order}", **pair, **about)
-
-
-def judge_all(todo: Sequence[Task], judge: Callable[[Task], dict[str, Any]], parallel: int) -> Iterator[dict[str, Any]]:
-    """Judgements in the order of the tasks, several under way at a time. After the first that fails none is begun."""
-    failed = threading.Event()
-
-    def one(task: Task) -> dict[str, Any] | None:
-        if failed.is_set():
-            return None  # never read: the failure before it ends the iteration
-        try:
-            return judge(task)
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(parallel) as pool:
-        try:
-            yield from (found for found in pool.map(one, todo) if found is not None)
-        finally:
-            failed.set()
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _shown(turns: Turns) -> str:

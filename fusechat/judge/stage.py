@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusechat.app.endpoint import in_flight
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import fingerprint, sealed_line, settled, stamp, whole_lines, write_json
 from fusechat.app.places import writes
 from fusechat.app.settings import check as check_settings
-from fusechat.judge.endpoint import Judge, Task, judge_all, tasks
+from fusechat.judge.endpoint import Judge, Task, tasks
 from fusechat.judge.files import asked_of, read_answers, read_questions
 
 LOG = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def judge(
         "tries": tries,
     }
     with Judge(base_url, model, key, **options) as ask, part.open("a", encoding="utf-8") as file:
-        for judgement in judge_all([task for task in todo if task.key not in done], ask, parallel):
+        for judgement in in_flight(ask, [task for task in todo if task.key not in done], parallel):
             file.write(sealed_line(judgement))
             file.flush()
             done[judgement["key"]] = judgement

@@ -106,6 +106,18 @@ def empty_model(
     return model.eval()
 
 
+def embedding_rows(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """Rows of a model's embedding, padding included, as its config says; None where there is only a tokenizer."""
+    from transformers import AutoConfig
+
+    place, named = given(path)
+    try:
+        config = AutoConfig.from_pretrained(place, **named, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception:  # whatever transformers raises for a broken file
+        return None
+    return int(config.get_text_config().vocab_size)
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
     """Raises `UserError` where the tokenizer has ids beyond the model's embedding; a padded embedding is fine."""
     rows = model.get_input_embeddings().weight.shape[0]

@@ -32,7 +32,7 @@ def collect(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
     for label, folder in folders.items():
         for file in sorted((folder / "evaluation").glob("*.json")):
             content = read_result(file)
-            rows.append({**content, "folder": label, "kind": content["name"].split("-")[0]})
+            rows.append({**content, "folder": label, "result": file, "kind": content["name"].split("-")[0]})
         for file in sorted((folder / "evaluation").glob("lm_eval/*.json")):  # shown beside the model's own
             content = read_result(file)
             own = (r for r in rows if r["model"] == content["model"] and r["folder"] == label)

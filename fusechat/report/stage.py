@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,8 +94,23 @@ def _report(
         said, about = conclusion(compared), made_from(places, made_by)
         (directory / "index.html").write_text(page(title, said, table, spent, pictures, about), encoding="utf-8")
         write_json(directory / RECORD, {"stage": "report"})
+    _tell_on_cards({Path(row["model"]): Path(row["result"]).parent for row in rows})
     drawn = [replace(picture, path=output / picture.path.name) for picture in pictures]
     return Report(table, compared, said, drawn, output / "index.html")
+
+
+def _tell_on_cards(evaluated: Mapping[Path, Path]) -> None:
+    """Writes what was measured on the cards of models of ours; a card that cannot be written stays as it is.
+
+    evaluated: model -> the folder with its evaluations.
+    """
+    from fusechat.models.cards import CARD, measured_card
+
+    for model, evaluations in evaluated.items():
+        if (model / RECORD).exists() and (model / CARD).exists():
+            with contextlib.suppress(OSError):
+                card = measured_card(model, results.results_of(evaluations, model))
+                write_durably(model / CARD, card.encode())
 
 
 def is_comparison(file: Path) -> bool:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fusechat.align.maps import prefix
 from fusechat.align.projection import Ragged, gold_path, project
 from fusechat.align.sequence import align_offsets
-from fusechat.align.vocabulary import token_bytes
 from fusechat.chats.render import PLAIN_TEMPLATE, ChatRenderer, Rendered
+from fusechat.chats.vocabulary import token_bytes
 from fusechat.tiny.models import make_tokenizer
 
 PAIRS = [("a", "pivot"), ("pivot", "a"), ("torn", "c"), ("c", "torn"), ("torn", "a")]

@@ -14,8 +14,8 @@ from fusechat.align import maps as token_maps
 from fusechat.align.nearest import nearest
 from fusechat.align.projection import Ragged, gold_path, project
 from fusechat.align.sequence import align_offsets, dtw
-from fusechat.align.vocabulary import marker
 from fusechat.chats.render import PLAIN_TEMPLATE, ChatRenderer
+from fusechat.chats.vocabulary import marker
 from fusechat.stores.kinds import KINDS
 from tests.benchmarks import tokenizers
 from tests.benchmarks.measure import table

@@ -163,14 +163,14 @@ def test_nobody_there(tmp_path: Path) -> None:
     failed = r"the judge at http://127\.0\.0\.1:9/v1 failed 2 times; .* \(ConnectError\)"
     with Judge("http://127.0.0.1:9/v1", "m", None, **options) as ask, pytest.raises(UserError, match=failed):
         ask(Task("1/1/0", "1/1", "", [("q", "a")]))
-    assert ask.client.is_closed
+    assert ask.endpoint.client.is_closed
     with pytest.raises(UserError, match=r"judge\.base_url='localhost:9/v1': expected an address, http"):
         Judge("localhost:9/v1", "m", None, **options)
 
 
 def test_waits_double_with_jitter_(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("fusechat.judge.endpoint.time.sleep", pauses.append)
+    monkeypatch.setattr("fusechat.app.endpoint.time.sleep", pauses.append)
     server.answer = lambda prompt, call: (429, "slow down") if call < 5 else (200, "[[5]]")
     options = {"temperature": 0.0, "max_tokens": 8, "retries": 4, "wait": 1.0, "tries": 1}
     with Judge(server.url, "m", None, **options) as ask:

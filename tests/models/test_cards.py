@@ -87,7 +87,7 @@ def test_scores_replace_what_stood_there(tmp_path: Path) -> None:
     assert measured_card(tmp_path, []) == text
 
 
-def test_an_evaluation_is_on_the_merged_models_card(fresh: Mini) -> None:
+def test_a_report_tells_the_merged_models_card(fresh: Mini) -> None:
     for source in ("a", "b"):
         fresh.run("train", f"source={source}", "trainer.max_steps=1")
     targets = ",".join(str(fresh.experiment / "targets" / source) for source in ("a", "b"))
@@ -96,6 +96,8 @@ def test_an_evaluation_is_on_the_merged_models_card(fresh: Mini) -> None:
     assert "model-index" not in head((merged / CARD).read_text())
     before = json.loads((merged / "fusechat.json").read_text())
     fresh.run("evaluate", f"model={merged}", "evaluation.generate=false")
+    assert "model-index" not in head((merged / CARD).read_text()), "evaluate leaves models as they are"
+    fresh.run("report")
     text = (merged / CARD).read_text()
     measured = json.loads((fresh.experiment / "evaluation/merged-linear.json").read_text())["metrics"]
     results = head(text)["model-index"][0]["results"]

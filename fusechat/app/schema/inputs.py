@@ -5,13 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from fusechat.app.schema.values import Attention, Count, DeviceMap, Dtype, Label, Name, Path, Section, Template, Tokens
+from fusechat.app.schema.values import (
+    Address,
+    Attention,
+    Count,
+    DeviceMap,
+    Dtype,
+    Label,
+    Name,
+    Natural,
+    NonNegative,
+    Path,
+    Section,
+    Template,
+    Tokens,
+)
 
 
 class Paths(Section, total=False):
     root: Path
     experiment: Path
     logs: Path
+
+
+class Served(Section, total=False):
+    """Keys of whatever may be asked for a model behind a server."""
+
+    engine: Literal["transformers", "server", "text_server"]
+    base_url: Address | None
+    model: Label | None
+    key_env: str
+    requests: Count
+    retries: Natural
+    wait: NonNegative
 
 
 class Pivot(Section, total=False):
@@ -24,7 +50,7 @@ class Pivot(Section, total=False):
     load_in: Literal["8bit", "4bit"] | None
 
 
-class Source(Pivot, total=False):
+class Source(Pivot, Served, total=False):
     device_map: DeviceMap
 
 

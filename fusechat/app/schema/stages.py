@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Len, Predicate
 
+from fusechat.app.schema.inputs import Served
 from fusechat.app.schema.values import (
     Address,
     Count,
@@ -142,7 +143,7 @@ class Search(Section, total=False):
     space: Mapping[str, Mapping[str, Annotated[Sequence[Scalar], Len(1)]]]
 
 
-class Evaluation(Section, total=False):
+class Evaluation(Served, total=False):
     kind: str
     file: Path
     chats: Path

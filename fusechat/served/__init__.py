@@ -1,0 +1,1 @@
+"""A model behind a server: its distributions and its answers, as if it ran here."""
