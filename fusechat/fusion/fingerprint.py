@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.marks import SHARED_OUT, SHOWN, UNDECIDING
 from fusechat.app.outputs import read_json, stage_fingerprint
-
-SHARED_OUT = {"devices", "num_nodes", "accelerator", "strategy", "timeout"}  # keys of trainer: who does the work
-SHOWN = {"log_every_n_steps", "enable_model_summary"}
-UNDECIDING = {"trainer": SHARED_OUT | SHOWN, "data": {"batch_size", "num_workers"}}
 
 
 def settings_fingerprint(imports: Mapping[str, str] | None, parts: Mapping[str, Any]) -> str:
