@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json
+from fusechat.app.parts import made, split
 from fusechat.app.session import plain
 
 SUMMARIES = {"validation/bits_per_byte": "min", "validation/loss": "min", "train/tokens_per_second": "max"}
@@ -19,17 +20,21 @@ Made = tuple[str, Path]  # kind (distributions, aligned, target, merged) and fol
 
 
 def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
-    """The Lightning loggers that the ``logger`` group names: CSV always, wandb beside it, or none.
+    """The Lightning loggers that the ``logger`` group names: CSV and wandb beside it, or none; and the user's own.
 
-    In wandb: group = experiment, job_type = stage, the flat config as columns. A resumed run has its own CSV.
+    A resumed run has a CSV of its own.
     """
-    if cfg.logger.kind == "none":
-        return False
-    from lightning.pytorch.loggers import CSVLogger
+    kind, own = cfg.logger.kind, split(plain(cfg.logger))[1]
+    found = [_wandb_logger(cfg, name)] if kind == "wandb" else []
+    if kind != "none":
+        from lightning.pytorch.loggers import CSVLogger
 
-    csv = CSVLogger(cfg.paths.logs, name=name, version=f"from_step_{resumed_at}")
-    if cfg.logger.kind == "csv":
-        return [csv]
+        found.append(CSVLogger(cfg.paths.logs, name=name, version=f"from_step_{resumed_at}"))
+    return [*found, *made("logger", own)] or False
+
+
+def _wandb_logger(cfg: DictConfig, name: str) -> Any:
+    """group = experiment, job_type = stage, the flat config as columns."""
     if not cfg.logger.offline:
         check_account()
     from lightning.pytorch.loggers import WandbLogger
@@ -53,7 +58,7 @@ def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
     )
     for metric, best in SUMMARIES.items():
         wandb.experiment.define_metric(metric, step_metric="trainer/global_step", summary=best)
-    return [wandb, csv]
+    return wandb
 
 
 def check_account() -> None:
@@ -78,7 +83,7 @@ def wandb_run(cfg: DictConfig, name: str) -> Any:
         return None
     import wandb
 
-    return wandb.run or make_logger(cfg, name)[0].experiment
+    return wandb.run or _wandb_logger(cfg, name).experiment
 
 
 def open_run() -> Any:

@@ -46,5 +46,14 @@ def earlier_fingerprint(record: Path, imports: Mapping[str, str] | None, parts: 
     return str(held["fingerprint"]) if same else None
 
 
+def before_stopping(record: Path, imports: Mapping[str, str] | None, parts: Mapping[str, Any]) -> str | None:
+    """The fingerprint that a finished target carries from when early stopping was no part of it."""
+    held, others = read_json(record) if record.exists() else {}, {**parts}
+    told = (held.get("config") or {}).get("callbacks", {}).get("early_stopping")
+    if told is None or others.pop("callbacks", None) != {"early_stopping": told}:
+        return None
+    return str(held["fingerprint"]) if held["fingerprint"] == settings_fingerprint(imports, others) else None
+
+
 def _deciding(name: str, value: Any) -> Any:
     return {k: v for k, v in value.items() if k not in UNDECIDING[name]} if name in UNDECIDING else value

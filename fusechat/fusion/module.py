@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning
 import torch
-import transformers
 from torch import Tensor
 
 from fusechat.app.errors import UserError
@@ -17,6 +16,7 @@ from fusechat.fusion.adapters import with_adapters
 from fusechat.fusion.batches import FusionBatch
 from fusechat.fusion.gradient import Targets, chunk_targets, fused_loss, loss_from_logits
 from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.optimizers import make_optimizer, make_schedule
 from fusechat.fusion.options import Optimizer
 from fusechat.fusion.ranks import gathered, generators, set_generators
 from fusechat.fusion.rules import FusionRule, cross_entropy
@@ -61,7 +61,7 @@ class FusionModule(lightning.LightningModule):
         self.path, self.compute, self.gradient_checkpointing, self.lora = path, compute, gradient_checkpointing, lora
         self.loading: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
         self.loading |= {"attn_implementation": attn_implementation, "load_in": load_in}
-        settings = asdict(self.rule) | asdict(self.loss) | asdict(self.optimizer)
+        settings = asdict(self.rule) | asdict(self.loss) | self.optimizer.settings
         settings |= {"schedule": self.loss.schedule, "lr_schedule": self.optimizer.schedule}
         settings |= {"path": path, "source_names": list(source_names), "lora": lora and dict(lora), **self.loading}
         self.save_hyperparameters(settings | {"gradient_checkpointing": gradient_checkpointing})
@@ -197,15 +197,10 @@ class FusionModule(lightning.LightningModule):
         return loss_from_logits(logits.flatten(0, 1)[batch.at], targets, self.loss)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and a schedule of transformers with warm-up."""
-        chosen, steps = self.optimizer, self._total_steps()
-        trained = [p for p in self.parameters() if p.requires_grad]
-        betas = (chosen.betas[0], chosen.betas[1])
-        optimizer = torch.optim.AdamW(trained, lr=chosen.lr, betas=betas, weight_decay=chosen.weight_decay)
-        warmup = int(chosen.warmup_ratio * steps)
-        schedule = transformers.get_scheduler(
-            chosen.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps
-        )
+        """The optimizer, and its schedule over the steps of the training."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.optimizer, trained)
+        schedule = make_schedule(self.optimizer, optimizer, self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def all_wins(self) -> Counter[tuple[str, str]]:
