@@ -56,6 +56,7 @@ def _wandb_logger(cfg: DictConfig, name: str) -> Any:
         tags=tags,
         config=flat,
     )
+    wandb._wandb_init.pop("anonymous", None)  # given as None, wandb warns of it
     for metric, best in SUMMARIES.items():
         wandb.experiment.define_metric(metric, step_metric="trainer/global_step", summary=best)
     return wandb

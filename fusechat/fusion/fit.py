@@ -59,7 +59,7 @@ def fit(
     failures = Explained()
     own = made("callbacks", training.own_callbacks)
     beside = [*make_callbacks(callbacks, checkpoints, bool(loggers)), *own, failures]
-    options = {"enable_progress_bar": callbacks.progress_bar, "use_distributed_sampler": False}
+    options = {"enable_progress_bar": False, "use_distributed_sampler": False}
     trainer = quiet_trainer({**training.trainer, **options}, beside, loggers)
     trainer.accumulate_grad_batches = _share(training, trainer).accumulate
     with group_of_one(trainer.world_size), failures.around(trainer, module):
