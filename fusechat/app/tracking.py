@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from fusechat.app.columns import columns, seeded, tags
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json
 from fusechat.app.parts import made, split
@@ -30,31 +31,32 @@ def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
         from lightning.pytorch.loggers import CSVLogger
 
         found.append(CSVLogger(cfg.paths.logs, name=name, version=f"from_step_{resumed_at}"))
-    return [*found, *made("logger", own)] or False
+    others = [*found[kind == "wandb" :], *made("logger", own)]
+    for logger in others:
+        logger.log_hyperparams(columns(flatten(plain(cfg))))
+    return [*found[: kind == "wandb"], *others] or False
 
 
 def _wandb_logger(cfg: DictConfig, name: str) -> Any:
-    """group = experiment, job_type = stage, the flat config as columns."""
+    """group = experiment with its seed, job_type = stage, the keys that decide the job as columns."""
     if not cfg.logger.offline:
         check_account()
     from lightning.pytorch.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_SILENT", "true")
     Path(cfg.paths.logs).mkdir(parents=True, exist_ok=True)
-    keys = {"extract": "source.name", "align": "source.name", "train": "run_name", "merge": "merge.method"}
-    own = OmegaConf.select(cfg, keys[cfg.stage]) if cfg.stage in keys else None
-    tags = [cfg.experiment_name, cfg.stage, *([own] if own else []), *cfg.logger.tags]
-    flat: Any = flatten(plain(cfg))
+    values = flatten(plain(cfg))
+    config: Any = columns(values)
     wandb = WandbLogger(
-        name=name,
+        name=seeded(name, values),
         project=cfg.logger.project,
         entity=cfg.logger.entity,
         save_dir=cfg.paths.logs,
         offline=cfg.logger.offline,
-        group=cfg.experiment_name,
+        group=seeded(cfg.experiment_name, values),
         job_type=cfg.stage,
-        tags=tags,
-        config=flat,
+        tags=tags(values),
+        config=config,
     )
     wandb._wandb_init.pop("anonymous", None)  # given as None, wandb warns of it
     for metric, best in SUMMARIES.items():

@@ -65,7 +65,8 @@ class FusionModule(lightning.LightningModule):
         settings = asdict(self.rule) | asdict(self.loss) | self.optimizer.settings
         settings |= {"schedule": self.loss.schedule, "lr_schedule": self.optimizer.schedule}
         settings |= {"path": path, "source_names": list(source_names), "lora": lora and dict(lora), **self.loading}
-        self.save_hyperparameters(settings | {"gradient_checkpointing": gradient_checkpointing})
+        settings |= {"gradient_checkpointing": gradient_checkpointing}
+        self.save_hyperparameters(settings, logger=False)  # loggers have them under the config's names
         self.source_names = list(source_names)
         sources = [f"{name} (source)" if name == "pivot" else name for name in source_names]
         self.names = ["pivot", *sources] if self.rule.include_pivot else sources
