@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from fusechat.app.command import entry, experiment_of, imported, plain, provenance
 from fusechat.app.errors import UserError
+from fusechat.app.parts import TARGET, own_modules, split
 from fusechat.app.ranks import launch
 from fusechat.app.tracking import log_made, make_logger, open_run
 
@@ -25,6 +26,8 @@ def run(cfg: DictConfig) -> float | None:
     pivot_store, aligned = experiment / "distributions/pivot", {s: experiment / "aligned" / s for s in sources}
     stage = experiment_of(cfg)
     pivot = {key: value for key, value in plain(cfg.pivot).items() if key not in ("name", "path")}
+    (callbacks, own), optimizer = split(plain(cfg.callbacks)), plain(cfg.optimizer)
+    targets = [*own.values(), *(part for part in (optimizer, optimizer.get("schedule", "")) if TARGET in part)]
     value = train(
         cfg.pivot.path,
         pivot_store,
@@ -32,9 +35,10 @@ def run(cfg: DictConfig) -> float | None:
         output,
         rule=rule,
         loss=FusionLoss(**plain(cfg.loss)),
-        optimizer=Optimizer(**plain(cfg.optimizer)),
+        optimizer=Optimizer.of(optimizer),
         data=Data(**plain(cfg.data)),
-        callbacks=Callbacks(**plain(cfg.callbacks)),
+        callbacks=Callbacks(**callbacks),
+        own_callbacks=own,
         lora=plain(cfg.lora),
         trainer=plain(cfg.trainer),
         **pivot,
@@ -47,7 +51,7 @@ def run(cfg: DictConfig) -> float | None:
         validation=cfg.validation.path,
         logger=lambda step: make_logger(cfg, f"{cfg.stage}-{output.name}", step),
         record=provenance(cfg),
-        imports=imported(cfg),
+        imports=imported(cfg) | own_modules(targets),
         remedies=[
             f"python -m fusechat.extract {stage} source=pivot",
             *(f"python -m fusechat.align {stage} source={source}" for source in sources),

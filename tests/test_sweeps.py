@@ -51,14 +51,10 @@ def metric(world: Mini, name: str) -> float:
 
 
 def test_a_grid_trains_every_combination(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = ["source=a,b", "fusion=min_ce,avg_ce", "trainer.max_steps=2", "run_name=${source.name}_${fusion.rule}"]
+    grid = ["source=a,b", "loss.lm_weight=.5,.9", "trainer.max_steps=2"]
     sweep(monkeypatch, fresh, *grid)
-    assert {path.name for path in (fresh.experiment / "targets").iterdir()} == {
-        "a_min_ce",
-        "a_avg_ce",
-        "b_min_ce",
-        "b_avg_ce",
-    }
+    names = {path.name for path in (fresh.experiment / "targets").iterdir()}
+    assert names == {f"{source}_lm_weight_{weight}" for source in "ab" for weight in (0.5, 0.9)}
     before = {path: path.stat().st_mtime_ns for path in fresh.experiment.glob("targets/*/model.safetensors")}
     sweep(monkeypatch, fresh, *grid)
     assert before == {path: path.stat().st_mtime_ns for path in before}, "the same sweep again trains nothing"
@@ -89,7 +85,7 @@ def test_joblib_names_the_failed_job_and_finishes_the_others(fresh: Mini) -> Non
         "trainer.max_steps=2",
     ]
     done = subprocess.run(
-        [*command, "source=a", "run_name=x", "loss.lm_weight=0.5,7"],
+        [*command, "source=a", "loss.lm_weight=0.5,7"],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -99,7 +95,7 @@ def test_joblib_names_the_failed_job_and_finishes_the_others(fresh: Mini) -> Non
     assert "1 job(s) failed" in done.stderr
     assert "loss.lm_weight=7" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert (fresh.experiment / "targets/x/model.safetensors").exists()
+    assert (fresh.experiment / "targets/a_lm_weight_0.5/model.safetensors").exists(), "named by what the jobs differ in"
 
 
 def test_a_merge_search_ends_with_a_table_and_the_best_model(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +207,7 @@ def test_the_slurm_sweep_submits_each_job(fresh: Mini) -> None:
         "hydra/launcher=submitit_local",
         "hydra.launcher.gpus_per_node=0",
     ]
-    jobs = [f"targets=[{fresh.root}/t1,{fresh.root}/t2]", "merge=linear,task_arithmetic"]
+    jobs = [f"targets=[{fresh.root}/t1,{fresh.root}/t2]", "merge=task_arithmetic", "merge.scale=0.5,1.0"]
     done = subprocess.run(
         [sys.executable, "merge.py", "-m", *fresh.base, *slurm, *jobs],
         cwd=ROOT,
@@ -221,7 +217,7 @@ def test_the_slurm_sweep_submits_each_job(fresh: Mini) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert {path.parent.name for path in fresh.experiment.glob("merged/*/model.safetensors")} == {
-        "linear",
-        "task_arithmetic",
+        "task_arithmetic_scale_0.5",
+        "task_arithmetic_scale_1.0",
     }
     assert len([*fresh.root.glob("multirun/*/*/.submitit/*/*_submitted.pkl")]) == 2

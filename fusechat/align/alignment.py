@@ -19,6 +19,7 @@ from fusechat.align.nearest import Ints
 from fusechat.align.projection import Ragged, gold_path, project, ranked
 from fusechat.align.sequence import SEQUENCES, Kinds, unmatched
 from fusechat.app.errors import UserError
+from fusechat.app.progress import progress
 from fusechat.app.registry import import_modules
 from fusechat.stores import common
 from fusechat.stores.encoding import Array, decode_logprobs, encode_counts, encode_logprobs, narrowest
@@ -148,14 +149,21 @@ def write_aligned(alignment: Alignment, writer: StoreWriter, num_proc: int = 1, 
     """Writes the shards that are not there yet; the result does not depend on ``num_proc``."""
     todo = [index for index in range(writer.total) if writer.done(index) is None]
     made = each_shard(alignment, Alignment.shard, todo, num_proc, modules)
-    for index, (table, statistics) in zip(todo, made, strict=True):
-        writer.write(index, table, statistics)
+    chats = [stop - start for start, stop in alignment.source.ranges]
+    with progress("align", sum(chats), "chats", sum(chats) - sum(chats[index] for index in todo)) as tell:
+        for index, (table, statistics) in zip(todo, made, strict=True):
+            writer.write(index, table, statistics)
+            tell(chats[index])
 
 
 def corpus_counts(alignment: Alignment, num_proc: int = 1, modules: Sequence[str] = ()) -> PairCounts:
     """`Alignment.pair_counts` of all shards, added up."""
     shards, size = range(len(alignment.source.ranges)), alignment.vocab_size
-    parts = [*each_shard(alignment, Alignment.pair_counts, shards, num_proc, modules)]
+    parts = []
+    with progress("count token pairs", len(shards), "shards") as tell:
+        for part in each_shard(alignment, Alignment.pair_counts, shards, num_proc, modules):
+            parts.append(part)
+            tell()
     source, pivot, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     pairs, inverse = np.unique(source * size + pivot, return_inverse=True)
     return PairCounts(pairs // size, pairs % size, np.bincount(inverse, weights=counts).astype(np.int64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from fusechat.align.alignment import Alignment, corpus_counts, write_aligned
 from fusechat.align.maps import TOKEN_MAPS
 from fusechat.align.paths import lexicon
 from fusechat.align.sequence import SEQUENCES
-from fusechat.align.summary import summary
+from fusechat.align.summary import summary, warn_of_few
 from fusechat.app import outputs
 from fusechat.app.errors import UserError
 from fusechat.app.places import writes
+from fusechat.app.progress import spell
 from fusechat.app.settings import check
 from fusechat.chats.vocabulary import token_bytes
 from fusechat.models.load import load_tokenizer
@@ -69,6 +71,7 @@ def align(
     """
     _ = TOKEN_MAPS[token_map], SEQUENCES[sequence]  # an unknown name is told before anything is opened
     check("alignment", unmatched=unmatched, num_proc=num_proc)
+    began = time.monotonic()
     check("store", logprobs=logprobs)
     stores = DistributionStore(pivot, remedies[0]), DistributionStore(source, remedies[1])
     checks.check_chats(*stores)
@@ -100,7 +103,8 @@ def align(
     about |= {name: stores[1].manifest[name] for name in ("model", "path") if name in stores[1].manifest}
     about |= {"kind": "aligned", "logprobs": logprobs}
     manifest = writer.finish(**about, **marks, **made)
-    LOG.info(summary(manifest, output))
+    LOG.info(f"{summary(manifest, output)}, in {spell(time.monotonic() - began)}")
+    warn_of_few(manifest)
     if when_made:
         when_made(manifest)
     return manifest

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fusechat.stores.kinds import KINDS, NONE, kind_counts
+
+LOG = logging.getLogger(__name__)
+FEW = 0.5  # share of the positions that have a partner, below which it is a warning
 
 
 def numbers(manifest: Mapping[str, Any]) -> dict[str, float]:
@@ -16,6 +20,13 @@ def numbers(manifest: Mapping[str, Any]) -> dict[str, float]:
     nats = sum(entry["statistics"].get("matched_nats", 0) for entry in manifest["shards"])
     shares = {kind: count / total for kind, count in counts.items()}
     return {"positions": total, **shares, "matched_nats": nats / max(1, total - counts[KINDS[NONE]])}
+
+
+def warn_of_few(manifest: Mapping[str, Any]) -> None:
+    """A warning where under half of the pivot's positions have a distribution of the source."""
+    if (found := 1 - numbers(manifest)[KINDS[NONE]]) < FEW:
+        told = "only %.0f %% of the pivot's positions have a distribution of %s: the others teach nothing of it; %s"
+        LOG.warning(told, 100 * found, manifest["model"], "try alignment=offsets, or another token_map")
 
 
 def summary(manifest: Mapping[str, Any], path: Path) -> str:

@@ -26,6 +26,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.hints import config_folders, experiment_of, task_overrides, with_near_names
 from fusechat.app.labels import report_place
 from fusechat.app.locks import waiting
+from fusechat.app.naming import SWEPT, label, named, swept
 from fusechat.app.session import imported, plain, provenance
 from fusechat.app.trainer import quiet_trainer, seed_everything
 from fusechat.app.verbs import as_typed
@@ -44,12 +45,8 @@ MULTIRUN = {"-m", "--multirun"}
 WITHOUT_JOBS = {"--cfg", "-c", "--hydra-help", "--info", "-i"}  # flags that look and run nothing
 
 
-def label(path: str | None) -> str:
-    """A short name for a model: its folder and the one above, or the Hub id, joined by a dash."""
-    return "-".join(Path(path).parts[-2:]) if path else "none"
-
-
 OmegaConf.register_new_resolver("label", label, replace=True)
+OmegaConf.register_new_resolver("named", named, replace=True)
 OmegaConf.register_new_resolver("stem", lambda path: Path(path).stem, replace=True)
 OmegaConf.register_new_resolver("report_place", report_place, replace=True)
 OmegaConf.register_new_resolver("recipe_name", lambda file, name: Path(file).stem if file else name, replace=True)
@@ -96,7 +93,8 @@ def _command(command: Callable[[], None]) -> None:
     asked = os.environ.get("HYDRA_FULL_ERROR", "0")
     with tempfile.NamedTemporaryFile("r", prefix="fusechat-failed-") as noted:
         # with full errors hydra lets exceptions through, to be told here
-        with _environment(**{"HYDRA_FULL_ERROR": "1", TRACEBACK: asked, FAILED: noted.name}):
+        shared = {"HYDRA_FULL_ERROR": "1", TRACEBACK: asked, FAILED: noted.name, SWEPT: json.dumps(swept(sys.argv[1:]))}
+        with _environment(**shared):
             mistake = _mistake(command, traceback=asked == "1")
         jobs = [json.loads(line) for line in noted.read().splitlines()]
     failed = [job for job in jobs if job]

@@ -10,7 +10,18 @@ from typing import Any
 FORMAT = 2  # of everything that is stored; part of every fingerprint
 PARTS = "decided_by"  # key of a record beside "fingerprint"
 LONG = 120  # characters: a longer value is kept as its hash
-SHOWN = 6  # differences that a message lists
+TOLD = 6  # differences that a message lists
+SHARED_OUT = {"devices", "num_nodes", "accelerator", "strategy", "timeout"}  # keys of trainer: who does the work
+SHOWN = {"log_every_n_steps", "enable_model_summary"}
+UNDECIDING = {  # section -> keys that decide nothing of an output
+    "trainer": SHARED_OUT | SHOWN,
+    "data": {"batch_size", "num_workers"},
+    "extract": {"trainer"},
+    "alignment": {"num_proc"},
+    "evaluation": {"device"},
+    "merge": {"name", "device", "dry_run"},
+    "callbacks": {"checkpoint_every_n_steps", "progress_bar", "keep_checkpoints"},
+}
 
 
 class Mark(str):
@@ -49,8 +60,8 @@ def difference(record: Mapping[str, Any], mark: str) -> str:
 def differing(there: Mapping[str, Any], now: Mapping[str, Any], when: str = "there") -> str:
     """The keys in which two flat mappings differ, with both values; empty where there are none. when: of the first."""
     keys = [key for key in {**there, **now} if there.get(key, "unset") != now.get(key, "unset")]
-    listed = [f"{key}: {_shown(there, key)} {when}, {_shown(now, key)} now" for key in keys[:SHOWN]]
-    return "; ".join([*listed, *([f"and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else [])])
+    listed = [f"{key}: {_shown(there, key)} {when}, {_shown(now, key)} now" for key in keys[:TOLD]]
+    return "; ".join([*listed, *([f"and {len(keys) - TOLD} more"] if len(keys) > TOLD else [])])
 
 
 def _shown(parts: Mapping[str, Any], key: str) -> str:

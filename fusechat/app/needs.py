@@ -41,6 +41,11 @@ PACKAGES = {  # key -> verbs that heed it, module, how it is installed
     "evaluation.device_map": (("evaluate",), "accelerate", "'fusechat[large]'"),
     "search.device_map": (("merge_search",), "accelerate", "'fusechat[large]'"),
 }
+TARGETS = {  # what a _target_ begins with -> its package, how it is installed
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+    "lightning.pytorch.loggers.MLFlowLogger": ("mlflow", "'fusechat[mlflow]'"),
+    "lightning.pytorch.loggers.TensorBoardLogger": ("tensorboard", "'fusechat[tensorboard]'"),
+}
 
 
 def check(verb: str, values: Values) -> None:
@@ -108,6 +113,8 @@ def lacking(verb: str, values: Values) -> Iterator[str]:
     for section in ("pivot", "source"):
         if values.get(f"{section}.attn_implementation") == "flash_attention_2" and verb in ("extract", "train"):
             asked.append((f"{section}.attn_implementation", "flash_attn", "flash-attn"))
+    for key in [key for key in values if key.endswith("._target_")] if verb == "train" else []:
+        asked += [(key, *TARGETS[start]) for start in TARGETS if str(values[key]).startswith(start)]
     for key, module, extra in asked:
         if values.get(key) and importlib.util.find_spec(module) is None:
             yield f"{key}={values[key]} needs {module}: pip install {extra}"

@@ -120,7 +120,8 @@ def import_modules(names: Sequence[str]) -> dict[str, str]:
             raise UserError(
                 f"imports: {name!r} cannot be imported from {here}: {type(error).__name__}: {error}"
             ) from error
-        hashes[name] = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+        file = getattr(module, "__file__", None)  # none: built in, or a folder without __init__.py
+        hashes[name] = hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()
     return hashes
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.progress import in_terminal
 from fusechat.app.registry import import_modules
 
 MISSING = "???"  # in a config: no value
@@ -72,6 +73,9 @@ def session() -> Iterator[None]:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not in_terminal():  # transformers heeds the first too
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         yield
     finally:

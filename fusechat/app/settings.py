@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import is_typeddict
 
 from fusechat.app.errors import UserError
+from fusechat.app.parts import TARGET, split
 from fusechat.app.registry import GROUPS
 from fusechat.app.schema import Config
 from fusechat.app.schema.words import (
@@ -30,6 +31,11 @@ from fusechat.app.verbs import near
 
 Kind = Any  # a type as annotations have it
 Place = tuple[str | int, ...]  # keys and indices from the root on
+SWAPPED = ("callbacks", "logger", "optimizer")  # sections in which a _target_ names a class with keys of its own
+ELSEWHERE = {  # keys that people look for, and where they are
+    "trainer.callbacks": "; a callback of your own is +callbacks.NAME._target_=module.Class",
+    "trainer.logger": "; a logger of your own is +logger.NAME._target_=module.Class",
+}
 OPEN = {key.partition(".")[0] for key in GROUPS}  # sections in which a user's own members have keys of their own
 
 
@@ -53,6 +59,7 @@ def check_config(values: Mapping[str, Any], own_members: bool = False) -> None:
 
 def faults(values: Mapping[str, Any], own_members: bool = False) -> Iterator[str]:
     """A sentence for every mistake in a config."""
+    values = {**values, **{section: _settings(section, values[section]) for section in SWAPPED if section in values}}
     try:
         _adapter().validate_python(values)
     except ValidationError as error:
@@ -62,8 +69,8 @@ def faults(values: Mapping[str, Any], own_members: bool = False) -> Iterator[str
             if fault["type"] == "extra_forbidden":
                 if not (own_members and len(place) == 1 and place[0] in OPEN):
                     name = fault["loc"][len(place)]
-                    hint = near(str(name), list(fields(kind)))
-                    yield f"the config has no key {_dotted((*place, name))!r}{hint}"
+                    key = _dotted((*place, name))
+                    yield f"the config has no key {key!r}{ELSEWHERE.get(key) or near(str(name), list(fields(kind)))}"
             elif place not in told:
                 yield sentence(_dotted(place), kind, value)
                 told.add(place)
@@ -78,6 +85,16 @@ def sentence(key: str, kind: Kind, value: Any) -> str:
     if isinstance(value, str) and value and is_list(kind):
         hint = f"; write '{key}=[{value}]'"
     return f"{key}={shown(value)}: expected {expected(kind)}{hint}"
+
+
+def _settings(section: str, values: Any) -> Any:
+    """A section without what a ``_target_`` in it brings: that class says what it takes."""
+    if not isinstance(values, Mapping):
+        return values
+    own, _ = split(values)
+    if section == "optimizer" and TARGET in own:
+        return {key: value for key, value in own.items() if key in fields(fields(Config)[section])}
+    return own
 
 
 @cache

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from fusechat.app.columns import columns, seeded, tags
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json
+from fusechat.app.parts import made, split
 from fusechat.app.session import plain
 
 SUMMARIES = {"validation/bits_per_byte": "min", "validation/loss": "min", "train/tokens_per_second": "max"}
@@ -19,41 +21,47 @@ Made = tuple[str, Path]  # kind (distributions, aligned, target, merged) and fol
 
 
 def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
-    """The Lightning loggers that the ``logger`` group names: CSV always, wandb beside it, or none.
+    """The Lightning loggers that the ``logger`` group names: CSV and wandb beside it, or none; and the user's own.
 
-    In wandb: group = experiment, job_type = stage, the flat config as columns. A resumed run has its own CSV.
+    A resumed run has a CSV of its own.
     """
-    if cfg.logger.kind == "none":
-        return False
-    from lightning.pytorch.loggers import CSVLogger
+    kind, own = cfg.logger.kind, split(plain(cfg.logger))[1]
+    found = [_wandb_logger(cfg, name)] if kind == "wandb" else []
+    if kind != "none":
+        from lightning.pytorch.loggers import CSVLogger
 
-    csv = CSVLogger(cfg.paths.logs, name=name, version=f"from_step_{resumed_at}")
-    if cfg.logger.kind == "csv":
-        return [csv]
+        found.append(CSVLogger(cfg.paths.logs, name=name, version=f"from_step_{resumed_at}"))
+    others = [*found[kind == "wandb" :], *made("logger", own)]
+    for logger in others:
+        logger.log_hyperparams(columns(flatten(plain(cfg))))
+    return [*found[: kind == "wandb"], *others] or False
+
+
+def _wandb_logger(cfg: DictConfig, name: str) -> Any:
+    """group = experiment with its seed, job_type = stage, the keys that decide the job as columns."""
     if not cfg.logger.offline:
         check_account()
     from lightning.pytorch.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_SILENT", "true")
     Path(cfg.paths.logs).mkdir(parents=True, exist_ok=True)
-    keys = {"extract": "source.name", "align": "source.name", "train": "run_name", "merge": "merge.method"}
-    own = OmegaConf.select(cfg, keys[cfg.stage]) if cfg.stage in keys else None
-    tags = [cfg.experiment_name, cfg.stage, *([own] if own else []), *cfg.logger.tags]
-    flat: Any = flatten(plain(cfg))
+    values = flatten(plain(cfg))
+    config: Any = columns(values)
     wandb = WandbLogger(
-        name=name,
+        name=seeded(name, values),
         project=cfg.logger.project,
         entity=cfg.logger.entity,
         save_dir=cfg.paths.logs,
         offline=cfg.logger.offline,
-        group=cfg.experiment_name,
+        group=seeded(cfg.experiment_name, values),
         job_type=cfg.stage,
-        tags=tags,
-        config=flat,
+        tags=tags(values),
+        config=config,
     )
+    wandb._wandb_init.pop("anonymous", None)  # given as None, wandb warns of it
     for metric, best in SUMMARIES.items():
         wandb.experiment.define_metric(metric, step_metric="trainer/global_step", summary=best)
-    return [wandb, csv]
+    return wandb
 
 
 def check_account() -> None:
@@ -78,7 +86,7 @@ def wandb_run(cfg: DictConfig, name: str) -> Any:
         return None
     import wandb
 
-    return wandb.run or make_logger(cfg, name)[0].experiment
+    return wandb.run or _wandb_logger(cfg, name).experiment
 
 
 def open_run() -> Any:

@@ -16,7 +16,12 @@ from fusechat.app.errors import UserError
 
 TIMEOUT = 30.0  # minutes that a rank waits for the others
 NOISE = [".*does not have many workers.*", ".*`IterableDataset` has `__len__`.*", ".*LeafSpec.*"]
-NOISE += [".*sync_dist=True.*", ".*Checkpoint directory .* exists.*", ".*find_unused_parameters=True was specified.*"]
+NOISE += [
+    ".*sync_dist=True.*",
+    ".*Checkpoint directory .* exists.*",
+    ".*smaller than the logging interval.*",
+    ".*find_unused_parameters=True was specified.*",
+]
 
 
 def seed_everything(seed: int) -> None:

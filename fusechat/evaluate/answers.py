@@ -11,6 +11,7 @@ from typing import Any, Literal
 from fusechat.app.checksums import check_first_use
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import file_hash, sealed_line, whole_lines, write_durably
+from fusechat.app.progress import progress
 from fusechat.app.texts import json_rows
 from fusechat.chats.render import Message
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Work
@@ -52,10 +53,12 @@ def _work(job: Job, records: Records, form: Literal["lines", "list"]) -> Work:
         done = whole_lines(part)
         done = done[: len(done) - len(done) % PART]  # questions are asked in parts: the same parts again
         write_durably(part, "".join(map(sealed_line, done)).encode())
-        with job.speaker() as speaker, part.open("a", encoding="utf-8") as file:
+        shown = progress(f"evaluate {job.name}", len(questions), "questions", len(done))
+        with job.speaker() as speaker, shown as tell, part.open("a", encoding="utf-8") as file:
             for record in records(questions[len(done) :], speaker.answer):
                 file.write(sealed_line(record))
                 file.flush()
+                tell()
         return {"samples": whole_lines(part)}
 
     return Work(measure, {"questions": file_hash(path)}, job.stops, answers=form)

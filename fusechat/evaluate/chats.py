@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.outputs import fingerprint, sealed_line, whole_lines
+from fusechat.app.progress import Progress, progress
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Sample, Work
 from fusechat.evaluate.speakers import Speaker
 
@@ -27,21 +28,24 @@ def chats(job: Job) -> Work:
 def _measure(job: Job, rows: Sequence[Chat], part: Path) -> list[Sample]:
     """Scores and answers chat by chat; goes on after those that ``part`` holds from a killed run."""
     done: list[Sample] = whole_lines(part)
-    with job.speaker() as speaker:
+    shown = progress(f"evaluate {job.name}", len(rows), "chats", len(done))
+    with job.speaker() as speaker, shown as tell:
         for start in range(len(done), len(rows), PART):
-            samples = _samples(speaker, rows[start : start + PART], job.settings["generate"])
+            samples = _samples(speaker, rows[start : start + PART], job.settings["generate"], tell)
             with part.open("a", encoding="utf-8") as file:
                 file.writelines(sealed_line(sample) for sample in samples)
             done += samples
     return done
 
 
-def _samples(speaker: Speaker, rows: Sequence[Chat], generate: bool) -> list[Sample]:
+def _samples(speaker: Speaker, rows: Sequence[Chat], generate: bool, tell: Progress) -> list[Sample]:
+    """Chats are told when they are answered, or scored where that is all."""
     scores = speaker.score([row["messages"] for row in rows])
     samples = [{"id": row["id"], "tag": row["tag"], **score} for row, score in zip(rows, scores, strict=True)]
     if not generate:
+        tell(len(rows))
         return samples
-    answers = speaker.answer([row["messages"][:-1] for row in rows])
+    answers = speaker.answer([row["messages"][:-1] for row in rows], tell=tell)
     for sample, row, answer in zip(samples, rows, answers, strict=True):
         question, reference = (message["content"] for message in row["messages"][-2:])
         correct = answer == reference.strip()

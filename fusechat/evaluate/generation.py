@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     temperature: float = 0.0,
+    tell: Callable[[int], None] | None = None,
 ) -> list[str]:
     """An answer to every prompt (messages up to the user's last), greedy at temperature 0, in the order given.
 
-    Prompts of about one length run together. An answer ends with any of the model's `stop_tokens`.
+    Prompts of about one length run together. An answer ends with any of the model's `stop_tokens`. tell: called with
+    the number of answers after every batch.
     """
     model.eval()
     tokenizer, device = renderer.tokenizer, fed_at(model)
@@ -50,6 +52,8 @@ def generate(
         ).cpu()
         for row, i in enumerate(part):
             answers[i] = tokenizer.decode(out[row, ids.shape[1] :], skip_special_tokens=True).strip()
+        if tell is not None:
+            tell(len(part))
     return answers
 
 

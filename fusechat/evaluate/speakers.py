@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fusechat.app.endpoint import in_flight
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fusechat.served.server import Server
 
 Prompts = Sequence[Sequence["Message"]]
+Tell = Callable[[int], None]  # called with how many more are answered
 
 
 class Speaker(Protocol):
@@ -23,7 +24,7 @@ class Speaker(Protocol):
     def score(self, chats: Prompts) -> list[dict[str, float]]:
         """nats, bytes, tokens and hits of every chat's response, in the order given."""
 
-    def answer(self, prompts: Prompts, temperature: float = 0.0) -> list[str]:
+    def answer(self, prompts: Prompts, temperature: float = 0.0, tell: Tell | None = None) -> list[str]:
         """An answer to every prompt, greedy at temperature 0; the same ones whenever it is asked."""
 
 
@@ -39,13 +40,13 @@ class Here:
 
         return score(self.model, self.renderer, chats, self.settings["batch_size"])
 
-    def answer(self, prompts: Prompts, temperature: float = 0.0) -> list[str]:
+    def answer(self, prompts: Prompts, temperature: float = 0.0, tell: Tell | None = None) -> list[str]:
         """As `Speaker`."""
         from fusechat.evaluate.generation import generate
 
         seed_everything(self.seed)
         limits = {"max_new_tokens": self.settings["max_new_tokens"], "batch_size": self.settings["batch_size"]}
-        return generate(self.model, self.renderer, prompts, temperature=temperature, **limits)
+        return generate(self.model, self.renderer, prompts, temperature=temperature, tell=tell, **limits)
 
 
 class There:
@@ -66,11 +67,16 @@ class There:
             )
         return list(in_flight(self._score, self.renderer(chats), self.server.requests))
 
-    def answer(self, prompts: Prompts, temperature: float = 0.0) -> list[str]:
+    def answer(self, prompts: Prompts, temperature: float = 0.0, tell: Tell | None = None) -> list[str]:
         """As `Speaker`."""
         texts = [self.renderer.prompt(messages) for messages in prompts]
         ask = lambda text: self.asked.answer(text, temperature=temperature, **self.options)
-        return list(in_flight(ask, texts, self.server.requests))
+        answers = []
+        for answer in in_flight(ask, texts, self.server.requests):
+            answers.append(answer)
+            if tell is not None:
+                tell(1)
+        return answers
 
     def _score(self, rendered: Rendered) -> dict[str, float]:
         found = {"nats": 0.0, "bytes": float(rendered.n_bytes), "tokens": float(len(rendered.positions)), "hits": 0.0}

@@ -222,5 +222,5 @@ def _write_result(
     content = {**about, "tests": tests, "metrics": values, **found, **record}
     write_json(output, content)
     shown = ", ".join(f"{name} {entry['all']['value']:.4f}" for name, entry in values.items())
-    LOG.info("%s: %s on %d samples", about["model"], shown, len(samples))
+    LOG.info("%s: %s on %d samples; %s", about["model"], shown, len(samples), output)
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,15 @@ import datasets
 from fusechat.app import outputs, settings
 from fusechat.app.errors import UserError, one_of
 from fusechat.app.places import writes
+from fusechat.app.progress import Progress, progress, spell
 from fusechat.app.surroundings import check_room
 from fusechat.chats.formats import load_chats
 from fusechat.chats.render import ChatRenderer, renderer_for
 from fusechat.extract.kinds import KINDS, OF_TOP, Keep, entries_of
-from fusechat.extract.processes import share
-from fusechat.extract.progress import progress
+from fusechat.extract.processes import Tell, share
 from fusechat.extract.served import Served
 from fusechat.extract.shards import Loaded, Shards, Source, bad_of, check_bad
-from fusechat.extract.summary import summary
+from fusechat.extract.summary import summary, warn_of_cut
 from fusechat.models import load as models
 from fusechat.models.devices import devices_of
 from fusechat.served.server import Server
@@ -78,6 +79,7 @@ def extract(
     decides nothing of its content. Raises `UserError` for unusable models, chats or settings, and for a store of other
     settings at ``output_dir`` unless ``overwrite``.
     """
+    began = time.monotonic()
     more = {"draws": "by content"} if "generator" in KINDS[kind].needs else {}
     amount = {"kind": kind, "top_k": top_k, "top_p": top_p, "draws": draws}
     amount |= {"tokens_per_batch": tokens_per_batch, "rows_per_shard": rows_per_shard}
@@ -136,7 +138,8 @@ def extract(
         drawn="generator" in KINDS[kind].needs,
         logprobs=logprobs,
     )
-    LOG.info(summary(manifest, output))
+    LOG.info(f"{summary(manifest, output)}, in {spell(time.monotonic() - began)}")
+    warn_of_cut(manifest)
     if when_made:
         when_made(manifest)
     return manifest
@@ -148,9 +151,21 @@ def _fill(shards: Shards, whole: Mapping[int, Any], devices: Sequence[Any]) -> N
     if whole:
         LOG.info("going on after %d whole shards of %d", len(whole), writer.total)
     left = [index for index in range(writer.total) if index not in whole]
-    with progress(total, sum(entry["rows"] for entry in whole.values())) as tell:
-        share(shards, left, devices, tell)
+    with progress("extract", total, "chats", sum(entry["rows"] for entry in whole.values())) as shown:
+        share(shards, left, devices, _telling(shown))
     check_bad(bad_of(writer.recorded()), total, shards.max_bad_fraction)
+
+
+def _telling(shown: Progress) -> Tell:
+    """Shows chats, and tokens per second."""
+    seen = 0
+
+    def tell(chats: int, tokens: int) -> None:
+        nonlocal seen
+        seen += tokens
+        shown(chats, lambda: f"{seen / max(1e-9, shown.seconds):,.0f} tokens/s")
+
+    return tell
 
 
 def _keep(vocab_size: int, top_k: int, top_p: float, draws: int) -> Keep:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from fusechat.stores.units import bits_per_byte
+
+LOG = logging.getLogger(__name__)
+MANY = 0.01  # share of the chats that may be cut before it is a warning
 
 
 def totals(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +38,14 @@ def numbers(manifest: dict[str, Any]) -> dict[str, float]:
         "padding": sums.get("padding", 0),
         "bytes_per_token": size / max(1, sums["tokens"]),
     }
+
+
+def warn_of_cut(manifest: dict[str, Any]) -> None:
+    """A warning where more than a hundredth of the chats was cut."""
+    cut, chats = totals(manifest)["truncated"], sum(entry["rows"] for entry in manifest["shards"])
+    if cut > MANY * chats:
+        told = "%d of %d chats (%.0f %%) are longer than chat.max_length=%s tokens of %s and were cut; raise it, or: %s"
+        LOG.warning(told, cut, chats, 100 * cut / chats, manifest["max_length"], manifest["model"], "shorten the chats")
 
 
 def summary(manifest: dict[str, Any], path: Path) -> str:

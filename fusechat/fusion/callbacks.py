@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from fusechat.app import checksums
 from fusechat.app.outputs import whole_directory, write_json
+from fusechat.app.progress import spell
+from fusechat.app.steps import StepsTold
 from fusechat.fusion.adapters import merged_adapters
 from fusechat.fusion.checkpoints import list_of
 from fusechat.fusion.options import Callbacks
@@ -28,12 +30,12 @@ class Throughput(Callback):
     """Logs tokens per second over all ranks since it was last logged, and the gradient's norm before clipping."""
 
     def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
+        self.last = time.perf_counter()
         self.counted = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Starts the clock."""
-        self.start = self.last = time.perf_counter()
+        self.last = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Norm of the whole step's gradient, gathered where it is in shards."""
@@ -53,18 +55,19 @@ class Throughput(Callback):
             pl_module.log("train/tokens_per_second", rate, batch_size=1)
             self.last, self.counted = now, tokens
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """The summary line."""
-        seconds, told = time.perf_counter() - self.start, ("sft", "fusion", "bits_per_byte")
-        metrics = trainer.callback_metrics.items()
-        shown = {name: round(float(value), 4) for name, value in metrics if name.split("/")[-1] in told}
-        tokens = float(pl_module.tokens)
-        speed = trainer.global_step, tokens, seconds, tokens / seconds
-        LOG.info("%d steps, %.0f tokens in %.0f s (%.0f tokens/s); %s", *speed, shown)
+
+NEVER = 0.001  # share of the response tokens below which a source is never chosen
+LOST = (
+    "source %s spoke for %.2f %% of the response tokens: the pivot alone is likelier almost everywhere, and nothing of "
+    "the source is learned; see its bits per byte, or set fusion.include_pivot=false"
+)
 
 
 class FusionShares(Callback):
     """Logs how much of the response each source covers, and, per epoch and tag, how often each model was chosen."""
+
+    def __init__(self) -> None:
+        self.lost: set[str] = set()  # sources that were warned of
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Coverage is a property of the stores: logged once."""
@@ -75,8 +78,13 @@ class FusionShares(Callback):
             logger.log_metrics(shares, step=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Shares since training began."""
-        rates = {f"wins/{tag}/{name}": r for tag, of in pl_module.win_rates().items() for name, r in of.items()}
+        """Shares since training began; a warning of sources that never win against the pivot."""
+        found = pl_module.win_rates()
+        rates = {f"wins/{tag}/{name}": r for tag, of in found.items() for name, r in of.items()}
+        for name, share in found.get("all", {}).items():
+            if name != "pivot" and "pivot" in pl_module.names and share < NEVER and name not in self.lost:
+                self.lost.add(name)
+                LOG.warning(LOST, name, 100 * share)
         for logger in trainer.loggers:
             logger.log_metrics(rates, step=trainer.global_step)
 
@@ -88,7 +96,7 @@ class SavePretrained:
     """
 
     def __init__(self, output_dir: Path, describe: Callable[[Path, Mapping[str, Any]], None]) -> None:
-        self.output_dir, self.describe = output_dir, describe
+        self.output_dir, self.describe, self.began = output_dir, describe, time.monotonic()
 
     def save(self, pl_module: Any, facts: Mapping[str, Any]) -> None:
         """Every rank calls it: shards are gathered, adapters merged into the pivot's weights. The first one writes."""
@@ -101,7 +109,18 @@ class SavePretrained:
         with whole_directory(self.output_dir, overwrite=True) as directory:
             model.save_pretrained(directory, state_dict=state)
             self.describe(directory, facts)
-        LOG.info("saved %s", self.output_dir)
+        LOG.info(closing(self.output_dir, facts, float(pl_module.tokens), time.monotonic() - self.began))
+
+
+NAMES = {"train/sft": "SFT loss", "train/fusion": "fusion loss", "validation/sft": "held-out SFT loss"}
+NAMES |= {"validation/fusion": "held-out fusion loss", "validation/bits_per_byte": "held-out bits per byte"}
+
+
+def closing(place: Path, facts: Mapping[str, Any], tokens: float, seconds: float) -> str:
+    """A training in a line: what was made, the numbers that matter, how long, where. tokens: of this run."""
+    numbers = ", ".join(f"{NAMES[name]} {value:.4f}" for name, value in facts["metrics"].items() if name in NAMES)
+    speed = f"{tokens:,.0f} tokens at {tokens / max(1e-9, seconds):,.0f} a second" if tokens else "no step in this run"
+    return f"target {place.name}: {facts['steps']} steps, {speed}; {numbers}; in {spell(seconds)}, {place}"
 
 
 class Checkpoints(ModelCheckpoint):
@@ -133,11 +152,10 @@ def make_callbacks(settings: Callbacks, checkpoints: Path, logged: bool) -> list
         save_on_train_epoch_end=every is None or None,
         enable_version_counter=False,
     )
-    found: list[Callback] = [Throughput(), FusionShares(), StopOnSignal(), saver]
+    told = StepsTold(f"train {checkpoints.name.rpartition('-')[0]}", bar=settings.progress_bar)
+    found: list[Callback] = [Throughput(), FusionShares(), StopOnSignal(), told, saver]
     if settings.early_stopping:
         found.append(EarlyStopping("validation/bits_per_byte", patience=settings.early_stopping))
     if logged:
         found.append(LearningRateMonitor("step"))
-    if settings.progress_bar:
-        found.append(RichProgressBar(leave=False))
     return found

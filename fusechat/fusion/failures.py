@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +12,13 @@ from lightning.pytorch.callbacks import Callback
 
 from fusechat.app.errors import UserError
 
+LOG = logging.getLogger(__name__)
 LOST = ("Timed out", "timed out", "Connection closed by peer", "Connection reset by peer", "timeout")
 ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 ACTIVATION = 34  # bytes a layer, token and hidden unit keeps in bf16 for its backward pass (arXiv 2205.05198, eq. 2)
 
 
+PATIENCE = 10  # steps in a row that may be skipped
 STAGES = {"train": "training", "validate": "validating", "sanity_check": "validating"}
 
 
@@ -70,6 +73,23 @@ def out_of_memory(trainer: Any, module: Any, place: str) -> str:
         helps.append(f"lora.enabled=true about {_gb(12 * trained // shards)} of gradients and optimizer state")
     helps.append("trainer=fsdp shares weights, gradients and optimizer state among more devices")
     return f"{told}; " + ", ".join(helps)
+
+
+def skip_step(module: Any, loss: Any, before: int) -> int:
+    """Drops the gradients of a step whose loss is NaN or inf: the optimizer passes it over. Returns how many in a row.
+
+    before: of these. The loss is the same on every rank. Raises `UserError` where there are too many.
+    """
+    for parameter in module.parameters():
+        parameter.grad = None
+    step = module.trainer.global_step + 1
+    if before + 1 >= PATIENCE:
+        raise UserError(
+            f"the loss is {float(loss)} in {PATIENCE} steps in a row, at step {step}: lower optimizer.lr, or look for "
+            "NaN in the pivot's weights; the last checkpoint may be whole"
+        )
+    LOG.warning("step %d is skipped: its loss is %s", step, float(loss))
+    return before + 1
 
 
 def _half(size: int) -> int:

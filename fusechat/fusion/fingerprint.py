@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.marks import SHARED_OUT, SHOWN, UNDECIDING
 from fusechat.app.outputs import read_json, stage_fingerprint
-
-SHARED_OUT = {"devices", "num_nodes", "accelerator", "strategy", "timeout"}  # keys of trainer: who does the work
-SHOWN = {"log_every_n_steps", "enable_model_summary"}
-UNDECIDING = {"trainer": SHARED_OUT | SHOWN, "data": {"batch_size", "num_workers"}}
 
 
 def settings_fingerprint(imports: Mapping[str, str] | None, parts: Mapping[str, Any]) -> str:
@@ -47,6 +44,15 @@ def earlier_fingerprint(record: Path, imports: Mapping[str, str] | None, parts: 
         for key, value in _deciding(name, parts[name]).items()
     )
     return str(held["fingerprint"]) if same else None
+
+
+def before_stopping(record: Path, imports: Mapping[str, str] | None, parts: Mapping[str, Any]) -> str | None:
+    """The fingerprint that a finished target carries from when early stopping was no part of it."""
+    held, others = read_json(record) if record.exists() else {}, {**parts}
+    told = (held.get("config") or {}).get("callbacks", {}).get("early_stopping")
+    if told is None or others.pop("callbacks", None) != {"early_stopping": told}:
+        return None
+    return str(held["fingerprint"]) if held["fingerprint"] == settings_fingerprint(imports, others) else None
 
 
 def _deciding(name: str, value: Any) -> Any:

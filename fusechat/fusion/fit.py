@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusechat.app.parts import made
 from fusechat.app.trainer import quiet_trainer, seed_everything
 from fusechat.fusion.callbacks import SavePretrained, make_callbacks
 from fusechat.fusion.checkpoints import step_of, to_resume
@@ -56,8 +57,9 @@ def fit(
     loggers = logger(step_of(checkpoint)) if logger else False
     saver = SavePretrained(output, Description.of(training, output.name, module, data, tokenizer, record).write)
     failures = Explained()
-    beside = [*make_callbacks(callbacks, checkpoints, bool(loggers)), failures]
-    options = {"enable_progress_bar": callbacks.progress_bar, "use_distributed_sampler": False}
+    own = made("callbacks", training.own_callbacks)
+    beside = [*make_callbacks(callbacks, checkpoints, bool(loggers)), *own, failures]
+    options = {"enable_progress_bar": False, "use_distributed_sampler": False}
     trainer = quiet_trainer({**training.trainer, **options}, beside, loggers)
     trainer.accumulate_grad_batches = _share(training, trainer).accumulate
     with group_of_one(trainer.world_size), failures.around(trainer, module):

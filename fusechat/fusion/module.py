@@ -9,14 +9,15 @@ from typing import Any
 
 import lightning
 import torch
-import transformers
 from torch import Tensor
 
 from fusechat.app.errors import UserError
 from fusechat.fusion.adapters import with_adapters
 from fusechat.fusion.batches import FusionBatch
+from fusechat.fusion.failures import skip_step
 from fusechat.fusion.gradient import Targets, chunk_targets, fused_loss, loss_from_logits
 from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.optimizers import make_optimizer, make_schedule
 from fusechat.fusion.options import Optimizer
 from fusechat.fusion.ranks import gathered, generators, set_generators
 from fusechat.fusion.rules import FusionRule, cross_entropy
@@ -61,10 +62,11 @@ class FusionModule(lightning.LightningModule):
         self.path, self.compute, self.gradient_checkpointing, self.lora = path, compute, gradient_checkpointing, lora
         self.loading: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
         self.loading |= {"attn_implementation": attn_implementation, "load_in": load_in}
-        settings = asdict(self.rule) | asdict(self.loss) | asdict(self.optimizer)
+        settings = asdict(self.rule) | asdict(self.loss) | self.optimizer.settings
         settings |= {"schedule": self.loss.schedule, "lr_schedule": self.optimizer.schedule}
         settings |= {"path": path, "source_names": list(source_names), "lora": lora and dict(lora), **self.loading}
-        self.save_hyperparameters(settings | {"gradient_checkpointing": gradient_checkpointing})
+        settings |= {"gradient_checkpointing": gradient_checkpointing}
+        self.save_hyperparameters(settings, logger=False)  # loggers have them under the config's names
         self.source_names = list(source_names)
         sources = [f"{name} (source)" if name == "pivot" else name for name in source_names]
         self.names = ["pivot", *sources] if self.rule.include_pivot else sources
@@ -75,6 +77,7 @@ class FusionModule(lightning.LightningModule):
         self.held_out = torch.zeros(5)  # of this rank's part of a validation: loss, sft, fusion, tokens, bytes
         self.tokens = 0  # of this run, over all ranks; a tensor once there are some
         self.generators: list[dict[str, Tensor]] | None = None  # states to resume with, rank by rank
+        self.skipped = 0  # steps in a row whose loss was not finite
         self.validated_at = -1  # the optimizer step that the validation metrics are of
 
     def configure_model(self) -> None:
@@ -133,6 +136,7 @@ class FusionModule(lightning.LightningModule):
         assert self.sums is not None
         loss, sft, fusion, tokens = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
         self.sums, self.tokens = None, self.tokens + tokens
+        self.skipped = 0 if bool(torch.isfinite(loss)) else skip_step(self, loss, self.skipped)
         for name, value in (("loss", loss), ("sft", sft / self.step_tokens), ("fusion", fusion / self.step_tokens)):
             self.log(f"train/{name}", value, on_step=True, batch_size=1, prog_bar=name != "loss")
 
@@ -169,7 +173,7 @@ class FusionModule(lightning.LightningModule):
         own, common = (batch.nats, batch.n_tokens), (batch.common_nats, batch.common_bytes)
         ce = cross_entropy(*(common if self.rule.metric == "bits_per_byte" else own))[:, first:]
         fused = self.rule(ids[first:], p[first:], batch.gold_logprob[first:], ce, batch.sequence, (ids[0], p[0]))
-        progress = self.global_step / max(1, self._total_steps())
+        progress = self.global_step / max(1, self.total_steps())
         lam = self.loss.sft_share(progress, fused.reward)[batch.sequence]
         per_token = 1.0 / batch.step_tokens.clamp_min(1)
         if self.loss.on_chunks and batch.chunk.shape[1]:  # of one's own chats nobody has said anything
@@ -197,15 +201,10 @@ class FusionModule(lightning.LightningModule):
         return loss_from_logits(logits.flatten(0, 1)[batch.at], targets, self.loss)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and a schedule of transformers with warm-up."""
-        chosen, steps = self.optimizer, self._total_steps()
-        trained = [p for p in self.parameters() if p.requires_grad]
-        betas = (chosen.betas[0], chosen.betas[1])
-        optimizer = torch.optim.AdamW(trained, lr=chosen.lr, betas=betas, weight_decay=chosen.weight_decay)
-        warmup = int(chosen.warmup_ratio * steps)
-        schedule = transformers.get_scheduler(
-            chosen.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps
-        )
+        """The optimizer, and its schedule over the steps of the training."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.optimizer, trained)
+        schedule = make_schedule(self.optimizer, optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def all_wins(self) -> Counter[tuple[str, str]]:
@@ -245,7 +244,7 @@ class FusionModule(lightning.LightningModule):
                 if tag:
                     self.wins[tag, name] += share  # type: ignore[assignment]
 
-    def _total_steps(self) -> int:
+    def total_steps(self) -> int:
         """Optimizer steps of the training; asking Lightning would begin an epoch before a resume can tell where."""
         if self._trainer is None:
             return 1

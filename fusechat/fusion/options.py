@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from fusechat.app import settings
+from fusechat.app.parts import TARGET
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,39 @@ class Data:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW, published values. schedule: any name of `transformers.get_scheduler`; warmup_ratio: share of the steps."""
+    """AdamW, published values. schedule: any name of `transformers.get_scheduler`; warmup_ratio: share of the steps.
+
+    target: another optimizer, the dotted name of a class that is called with the parameters (with their names, where it
+    has an argument ``named_parameters``), lr and ``options`` in place of betas and weight_decay. A schedule by dotted
+    name is a mapping with ``_target_`` and arguments.
+    """
 
     lr: float = 5e-6
     betas: Sequence[float] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup_ratio: float = 0.03
-    schedule: str = "cosine"
+    schedule: str | Mapping[str, Any] = "cosine"
+    target: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settings.check("optimizer", **vars(self))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Optimizer:
+        """From a section of the config."""
+        if TARGET not in config:
+            return cls(**config)
+        own = {key: config[key] for key in ("lr", "warmup_ratio", "schedule") if key in config}
+        options = {key: value for key, value in config.items() if key not in (*own, TARGET)}
+        return cls(**own, target=config[TARGET], options=options)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The section of the config that says the same; part of the fingerprint."""
+        same = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
+        own = same if self.target is None else {"lr": self.lr, **self.options, TARGET: self.target}
+        return {**own, "warmup_ratio": self.warmup_ratio, "schedule": self.schedule}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ def train(
     optimizer: Optimizer | None = None,
     data: Data | None = None,
     callbacks: Callbacks | None = None,
+    own_callbacks: Mapping[str, Mapping[str, Any]] | None = None,
     lora: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
     dtype: str = "float32",
@@ -70,8 +71,9 @@ def train(
     keeps fp32 weights, unless trainer's precision and precision_loss say otherwise (`precision.weights_dtype`).
     pivot_store: the pivot's distributions; aligned: source name -> the store aligned to them (none for
     ``FusionRule("sft")``). output_dir: becomes the target, a Hugging Face directory with ``fusechat.json``; checkpoints
-    lie in ``../../checkpoints`` until it is whole. trainer: options of `quiet_trainer`, over `TRAINER`; lora:
-    ``enabled`` and options of `peft.LoraConfig`, over `LORA`. max_length: the longest chat in tokens where
+    lie in ``../../checkpoints`` until it is whole. own_callbacks: name -> ``_target_`` (a Lightning callback) and its
+    arguments, part of the fingerprint: it may change the training. trainer: options of `quiet_trainer`, over `TRAINER`;
+    lora: ``enabled`` and options of `peft.LoraConfig`, over `LORA`. max_length: the longest chat in tokens where
     data.max_tokens says none. resume: ``last`` checkpoint of the same settings, a path, or None. validation: chats of
     one's own (file, folder or Hub dataset) to validate with in place of data.validation_fraction, all chats of the
     stores being trained on. logger: makes Lightning's loggers from the step that training goes on from. record: more to
@@ -113,6 +115,8 @@ def train(
         seed=seed,
         validation=_own_chats(validation),
         imports=imports,
+        own_callbacks=own_callbacks or {},
+        early_stopping=callbacks.early_stopping if callbacks else None,
     )
     beside: dict[str, Any] = {"resume": resume, "logger": logger, "record": record, "remedies": remedies}
     return _made(training, output, callbacks or Callbacks(), overwrite, launch, beside)

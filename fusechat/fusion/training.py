@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.outputs import fingerprint
-from fusechat.fusion.fingerprint import earlier_fingerprint, settings_fingerprint
+from fusechat.fusion.fingerprint import before_stopping, earlier_fingerprint, settings_fingerprint
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.options import Data, Optimizer
 from fusechat.fusion.rules import FusionRule
@@ -21,7 +21,8 @@ from fusechat.stores.store import DistributionStore
 class Training:
     """What `fusechat.fusion.train` has been given, checked. stores: the pivot's first, then one for each of sources.
 
-    dtype: what weights are held in. validation: chats of one's own, a `datasets.Dataset`.
+    dtype: what weights are held in. validation: chats of one's own, a `datasets.Dataset`. own_callbacks: name ->
+    ``_target_`` and arguments.
     """
 
     pivot: str
@@ -43,6 +44,8 @@ class Training:
     seed: int
     validation: Any
     imports: Mapping[str, str] | None
+    own_callbacks: Mapping[str, Mapping[str, Any]]
+    early_stopping: int | None
 
     @cached_property
     def parts(self) -> dict[str, Any]:
@@ -53,13 +56,20 @@ class Training:
             "dtype": self.dtype,
             "fusion": asdict(self.rule),
             "loss": asdict(self.loss),
-            "optimizer": asdict(self.optimizer),
+            "optimizer": self.optimizer.settings,
             "data": asdict(self.data),
             "lora": {**self.lora, **({"load_in": self.load_in} if self.load_in else {})},
             "trainer": self.trainer,
             "seed": self.seed,
             **({} if self.validation is None else {"validation": fingerprint(ids=list(self.validation["id"]))}),
+            **({"callbacks": self._beside} if self._beside else {}),
         }
+
+    @property
+    def _beside(self) -> dict[str, Any]:
+        """The callbacks that may decide a target; nothing where there are none."""
+        stopping = {} if self.early_stopping is None else {"early_stopping": self.early_stopping}
+        return {**stopping, **self.own_callbacks}
 
     @cached_property
     def mark(self) -> str:
@@ -68,7 +78,8 @@ class Training:
 
     def mark_of(self, record: Path) -> str:
         """The fingerprint of the target, or the one that it has from an earlier version, by its record."""
-        return earlier_fingerprint(record, self.imports, self.parts) or self.mark
+        given = record, self.imports, self.parts
+        return before_stopping(*given) or earlier_fingerprint(*given) or self.mark
 
     def checkpoints(self, output: Path) -> Path:
         """The folder of checkpoints while the target is being made."""

@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> None:
     own, options = _given()
     lines = [str(line) for line in OmegaConf.to_container(cfg.pipeline.steps, resolve=False)]  # type: ignore[union-attr]
     check(lines, own)
-    steps = [job for line in lines for job in jobs(line, ranks=cfg.trainer.devices != 1)]
+    steps = [parse(line) for line in lines]
     started = time.perf_counter()
     for number, (verb, overrides) in enumerate(steps, 1):
         sweep = ["-m"] if is_sweep(overrides) else []
@@ -83,15 +83,6 @@ def check(lines: Sequence[str], own: Sequence[str]) -> None:
                 door.check_config(compose(verb, [*own, *overrides]), config_folders())
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 raise UserError(f"step {number} ({line.strip()}): {with_near_names(error)}") from error
-
-
-def jobs(line: str, ranks: bool) -> list[Step]:
-    """A line as the processes that run it: one, be it a sweep; one for each job of a training on several ranks.
-
-    Lightning's ranks repeat the command line, and would repeat a sweep.
-    """
-    verb, overrides = parse(line)
-    return expand(line) if ranks and verb == "train" else [(verb, overrides)]
 
 
 def is_sweep(overrides: Sequence[str]) -> bool:

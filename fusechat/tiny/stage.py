@@ -126,6 +126,7 @@ def train(
     trainer: Mapping[str, Any],
 ) -> None:
     """Trains one model with its tokenizer on the answers of ``rows``; ``target`` is whole or absent."""
+    from fusechat.app.steps import StepsTold
     from fusechat.chats.render import ChatRenderer
     from fusechat.tiny.models import make_model, make_tokenizer
     from fusechat.tiny.training import Batches, Pretraining, loader
@@ -139,7 +140,7 @@ def train(
     data = Batches(rows, renderer, tiny["batch_size"], f"{name} {seed}", tokenizer.pad_token_id)
     fixed = {"max_epochs": -1, "max_steps": spec["steps"], "enable_checkpointing": False, "enable_progress_bar": False}
     fixed |= {"devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}  # the same world for all
-    fitting = quiet_trainer({**trainer, **fixed}, [])
+    fitting = quiet_trainer({**trainer, **fixed}, [StepsTold(f"train {name}")])
     fitting.fit(Pretraining(model, tiny["lr"], spec["steps"]), loader(data))
     size = model.num_parameters()
     with whole_directory(target, overwrite=True) as directory:

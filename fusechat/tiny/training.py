@@ -51,6 +51,10 @@ class Pretraining(lightning.LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def total_steps(self) -> int:
+        """As many as were asked for."""
+        return self.steps
+
     def configure_optimizers(self) -> Any:
         """AdamW at ``lr``."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.01)

@@ -73,6 +73,7 @@ class Run:
             key_of(i): json.loads(i.value_json) for r in found for i in (*r.run.config.update, *r.config.update)
         }
         self.history = {key_of(i): json.loads(i.value_json) for r in found for i in r.history.item}
+        self.columns = {key: value for key, value in self.config.items() if not key.startswith("_")}
         self.media = {key.removesuffix("/_type") for key in self.history if key.endswith("/_type")}
         self.metrics = {r.metric.name: r.metric for r in found if r.WhichOneof("record_type") == "metric"}
         requests = [
@@ -88,12 +89,12 @@ class Run:
 def test_a_training_run(fresh: Mini) -> None:
     options = ["source=a", "trainer.log_every_n_steps=1", "trainer.max_steps=3", "logger.tags=[mine]"]
     run = followed(fresh, "train", *options)
-    assert (run.about.run_group, run.about.job_type, run.about.project) == ("tiny", "train", "fusechat")
-    assert list(run.about.tags) == ["tiny", "train", "a", "mine"]
-    assert (run.config["loss.lm_weight"], run.config["fusion.rule"], run.config["source.name"]) == (0.5, "min_ce", "a")
-    assert not any(isinstance(value, dict) for key, value in run.config.items() if not key.startswith("_")), (
-        "flat: columns to compare"
-    )
+    assert (run.about.run_group, run.about.job_type, run.about.project) == ("tiny-seed0", "train", "fusechat")
+    assert run.about.display_name == "train-a-seed0"
+    assert list(run.about.tags) == ["tiny", "train", "min_ce", "a", "mine"]
+    assert (run.config["loss.lm_weight"], run.config["fusion.rule"], run.config["sources"]) == (0.5, "min_ce", ["a"])
+    assert not any(isinstance(value, dict) for key, value in run.columns.items()), "flat: columns to compare"
+    assert 15 <= len(run.columns) <= 27, sorted(run.columns)
     wanted = {
         "train/loss",
         "train/sft",
@@ -122,6 +123,7 @@ def test_distributions_merges_and_answers(fresh: Mini) -> None:
     run = followed(fresh, "extract", "source=b", "extract.top_k=9", "overwrite=true")
     assert run.about.job_type == "extract"
     assert run.history["extract/bits_per_byte"] > 0
+    assert run.columns["extract.top_k"] == 9 and run.columns["source.name"] == "b" and len(run.columns) < 25
     assert "distributions-b" in run.artifacts
     run = followed(fresh, "align", "source=b", "overwrite=true")
     inputs = set(json.loads(run.artifacts["aligned-b"].metadata)["inputs"])
@@ -131,11 +133,18 @@ def test_distributions_merges_and_answers(fresh: Mini) -> None:
     targets = ",".join(str(fresh.experiment / "targets" / name) for name in "ab")
     run = followed(fresh, "merge", f"targets=[{targets}]")
     assert list(run.about.tags) == ["tiny", "merge", "varm"]
+    assert {"merge.method", "merge.granularity", "targets", "pivot.path", "seed"} <= set(run.columns) and len(
+        run.columns
+    ) < 25
+    assert "merge.name" not in run.columns and "loss.lm_weight" not in run.columns, "nothing of other jobs"
     assert run.media == {"merge/weights", "merge/heatmap"}
     assert set(json.loads(run.artifacts["merged-varm_matrix"].metadata)["inputs"]) == {"target-a", "target-b"}
     fresh.run("evaluate", f"model={fresh.experiment}/world/models/pivot")
     run = followed(fresh, "evaluate", f"model={fresh.experiment}/targets/a")
     assert {"evaluation/bits_per_byte/all", "evaluation/accuracy/all", "evaluation/accuracy/sort"} <= set(run.history)
+    assert run.columns["model"].endswith("targets/a") and len(run.columns) < 20
+    assert list(run.about.tags) == ["tiny", "evaluate", "targets-a", "chats"]
+    assert run.about.display_name == "evaluate-targets-a-seed0"
     file = next(fresh.experiment.rglob("answers_*.table.json"))
     table = json.loads(file.read_text())
     assert table["columns"] == ["skill", "prompt", "reference", "pivot's answer", "answer"]
@@ -152,3 +161,18 @@ def test_online_without_a_key_says_how_to_go_offline(fresh: Mini, monkeypatch: p
         match=r"logger=wandb needs an account: run 'wandb login', set WANDB_API_KEY, or use logger=wandb_offline",
     ):
         fresh.run("train", "source=a", "logger=wandb")
+
+
+def test_what_the_command_line_gave_is_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is none of the usual ones: it is what a sweep compares."""
+    from fusechat.app import columns
+
+    values = {"stage": "train", "experiment_name": "x", "seed": 3, "trainer.precision": "32-true", "trainer.devices": 2}
+    assert set(columns.columns(values)) == {"stage", "experiment_name", "seed"}
+    monkeypatch.setattr(
+        columns, "task_overrides", lambda: ["trainer.precision=32-true", "trainer.devices=2", "trainer=cpu"]
+    )
+    assert set(columns.columns(values)) == {"stage", "experiment_name", "seed", "trainer.precision"}
+    assert columns.tags({**values, "fusion.rule": "sft", "sources": ["a"]}) == ["x", "train", "sft"], (
+        "no source took part"
+    )

@@ -42,7 +42,7 @@ def test_a_sweep_of_two_ranks_runs_every_job_once(fresh: Mini) -> None:
     command = [sys.executable, "train.py", "-m", *fresh.base, "source=a,b", "trainer=fsdp", "trainer.devices=2", *STEPS]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    saved = re.findall(r"saved .*/targets/(\w+)", done.stderr)
+    saved = re.findall(r"target (\w+): 2 steps", done.stderr)
     assert saved == ["a", "b"], done.stderr
     alike(fresh, "b", "b")
 
@@ -60,7 +60,7 @@ def test_torchrun_on_two_nodes(fresh: Mini) -> None:
     ]
     told = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], told
-    assert "".join(told).count("saved ") == 1
+    assert "".join(told).count("target a: ") == 1
     alike(fresh, "a", "a")
 
 
