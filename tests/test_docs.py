@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fusechat.app import registry
+from fusechat.app.verbs import WITHOUT_CONFIG
 from fusechat.fusion.losses import LOSSES
 from fusechat.merging.methods import METHODS
-from fusechat.pipeline.__main__ import expand
+from fusechat.pipeline.steps import expand
 from tests.conftest import ROOT, Mini, run_entry
 from tests.merging.test_stream import make
 
@@ -72,7 +73,7 @@ def test_commands_compose(command: str, my_conf: Path) -> None:
     verb = words[1].removesuffix(".py") if words[1] != "-m" else words[2].removeprefix("fusechat.")
     assert (ROOT / f"{verb}.py").exists() or importlib.util.find_spec(f"fusechat.{verb}"), f"no such verb: {verb}"
     rest = words[2:] if words[1] != "-m" else words[3:]
-    if verb == "inspect":
+    if verb in WITHOUT_CONFIG:
         return
     folder = rest[rest.index("--config-dir") + 1] if "--config-dir" in rest else None
     place = my_conf if folder == "my_conf" else ROOT / str(folder)

@@ -27,7 +27,9 @@ VERBS = {  # in the order of a run
     "judge": "fusechat.judge.__main__",
     "publish": "fusechat.publish.__main__",
     "inspect": "fusechat.inspect",
+    "status": "fusechat.status",
 }
+WITHOUT_CONFIG = ("inspect", "status")  # verbs that compose no config
 COMMAND = re.compile(rf"python (?:-m fusechat\.({'|'.join(VERBS)})|(train|merge)\.py)\b")
 STARTED = "FUSECHAT_STARTED"  # set where the console script was typed: messages then say `fusechat verb`
 

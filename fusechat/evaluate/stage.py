@@ -14,6 +14,7 @@ from typing import Any
 
 from fusechat.app import checksums
 from fusechat.app.errors import UserError
+from fusechat.app.marks import PARTS, flat
 from fusechat.app.outputs import fingerprint, read_json, stage_fingerprint, write_durably, write_json, write_lines
 from fusechat.app.places import writing
 from fusechat.app.settings import check
@@ -114,7 +115,8 @@ def _evaluate(
     work: Work = kind.function(Job(path, output.stem, settings, seed))
     deciding = {key: value for key, value in settings.items() if key != "device" or value is None}  # not where it ran
     mark = stage_fingerprint(imports, model=model_identity(path), evaluation=deciding, seed=seed)
-    about = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path}
+    about: dict[str, Any] = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path}
+    about[PARTS] = {**mark.parts, **flat(work.inputs)}
     about["asked"] = fingerprint(mark=mark, **work.inputs)
     there = {} if overwrite else _there(output, work)
     fits = there.get("asked") == about["asked"]  # then what the model's files say need not be read again

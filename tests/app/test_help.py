@@ -9,11 +9,11 @@ import pytest
 
 from fusechat.app import help
 from fusechat.app.registry import GROUPS, choices
-from fusechat.app.verbs import STARTED, VERBS, as_typed, module_of, typed
+from fusechat.app.verbs import STARTED, VERBS, WITHOUT_CONFIG, as_typed, module_of, typed
 from tests.conftest import ROOT
 
 HEAVY = {"torch", "numba", "transformers", "lightning", "datasets", "wandb", "numpy", "pandas", "rich"}
-CONFIGURED = [verb for verb in VERBS if verb != "inspect"]
+CONFIGURED = [verb for verb in VERBS if verb not in WITHOUT_CONFIG]
 
 
 def ask(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fusechat.app.errors import UserError
-from fusechat.pipeline.__main__ import is_sweep, jobs, parse
+from fusechat.pipeline.steps import is_sweep, jobs, parse
 from tests.conftest import MINI, ROOT, run_entry
 
 SHORT = [*MINI, "logger=none", "callbacks.checkpoint_every_n_steps=2"]
@@ -260,10 +260,10 @@ def test_a_steps_line_is_a_sweep_where_it_has_several_values() -> None:
 
 def test_only_training_on_several_ranks_is_one_process_a_job() -> None:
     """Ranks repeat a command line; extraction's processes do not, and other stages have none."""
-    assert jobs("train source=a,b", ranks=True) == [("train", ["source=a"]), ("train", ["source=b"])]
-    assert jobs("train source=a,b", ranks=False) == [("train", ["source=a,b"])]
+    assert jobs(parse("train source=a,b"), ranks=True) == [("train", ["source=a"]), ("train", ["source=b"])]
+    assert jobs(parse("train source=a,b"), ranks=False) == [("train", ["source=a,b"])]
     for verb in ("extract", "align", "evaluate", "merge"):
-        assert jobs(f"{verb} source=a,b", ranks=True) == [(verb, ["source=a,b"])]
+        assert jobs((verb, ["source=a,b"]), ranks=True) == [(verb, ["source=a,b"])]
 
 
 def test_a_pipeline_started_by_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
