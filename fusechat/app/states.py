@@ -20,6 +20,7 @@ from fusechat.app.locks import holder
 from fusechat.app.outputs import MANIFEST, RECORD, read_json
 from fusechat.app.places import CLAIM
 
+ESTIMATES = "estimates.json"  # in an experiment's folder, by `fusechat new`: output -> seconds and bytes it will take
 NEXT_STORE = ".{}.new"  # where a store grows that will replace a finished one
 FILES = {".json", ".jsonl", ".csv", ".html"}  # outputs that are no folder
 STYLES = {"done": "green", "stale": "yellow", "running": "cyan", "failed": "red", "stopped": "yellow", "to do": ""}

@@ -53,7 +53,7 @@ def run(cfg: DictConfig) -> None:
         sweep = ["-m"] if is_sweep(overrides) else []
         told = f"{typed(verb)} {shlex.join([*sweep, *own, *overrides, *options])}"
         LOG.info("[%d/%d] %s", number, len(processes), told)
-        command = [sys.executable, "-m", module_of(verb), *sweep, *own, *overrides, *options, *HYDRA]
+        command = [sys.executable, "-m", module_of(verb), *sweep, *own, *overrides, *HYDRA, *options]
         if code := run_child(command):
             raise UserError(
                 f"step {number} of {len(processes)} {ended(code)}: {told}", code=code if code == HELD else 1

@@ -11,13 +11,13 @@ from statistics import median
 
 from fusechat.app import failures
 from fusechat.app.outputs import read_json
+from fusechat.app.quantities import duration, size
 from fusechat.app.session import plain
-from fusechat.app.states import STYLES, State, short
+from fusechat.app.states import ESTIMATES, STYLES, State, short
 from fusechat.pipeline.configs import Compose
 from fusechat.pipeline.states import Job, jobs_of
 from fusechat.pipeline.steps import Step, expand
 
-ESTIMATES = "estimates.json"  # in the experiment's folder: output -> seconds and bytes, as `fusechat new` expects them
 RENEWED = ("evaluate", "report", "tiny")  # commands that make anew, unasked, what does not fit
 
 
@@ -43,12 +43,12 @@ def rows_of(steps: Sequence[Step], compose: Compose, experiment: Path) -> list[R
         state, output = job.state(known, remade), job.output
         if state.kind != "done" and output is not None:
             remade.add(output.resolve())
-        size = size_of(output) if state.kind == "done" and output else None
-        if size is not None:
-            sizes.setdefault(job.verb, []).append(size)
+        found = size_of(output) if state.kind == "done" and output else None
+        if found is not None:
+            sizes.setdefault(job.verb, []).append(found)
         name = short(output, experiment) if output else "-"
-        guess = expected.get(name, {})
-        rows.append(Row(number, job.verb, name, state, size or guess.get("bytes"), guess.get("seconds")))
+        guess = expected.get(name) or expected.get(name.partition("/")[0], {})
+        rows.append(Row(number, job.verb, name, state, found or guess.get("bytes"), guess.get("seconds")))
     return [_like_others(row, sizes) for row in rows]
 
 
@@ -64,7 +64,7 @@ def print_plan(rows: Sequence[Row], experiment: Path) -> None:
     for row in rows:
         state = Text(row.state.kind, STYLES[row.state.kind])
         time = "" if row.state.kind == "done" else duration(row.seconds)
-        cells = (str(row.step), row.verb, row.output, state, row.state.told, room(row.bytes), time)
+        cells = (str(row.step), row.verb, row.output, state, row.state.told, size(row.bytes), time)
         table.add_row(*cells)
     console = Console(soft_wrap=False)
     console = console if console.is_terminal else Console(width=160)
@@ -85,30 +85,10 @@ def summary(rows: Sequence[Row], experiment: Path) -> str:
     seconds = [row.seconds for row in left if row.seconds is not None]
     sizes = [row.bytes for row in left if row.bytes is not None]
     time = f"about {duration(sum(seconds))}" if seconds else "an unknown time"
-    disk = f"about {room(sum(sizes))}" if sizes else "an unknown part"
+    disk = f"about {size(sum(sizes))}" if sizes else "an unknown part"
     unknown = len(left) - min(len(seconds), len(sizes))
     beside = f", beside {unknown} not estimated" if 0 < unknown < len(left) else ""
-    return f"{told}; left{beside}: {time}, and {disk} of {room(shutil.disk_usage(above).free)} that are free"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
-    if seconds is None:
-        return "?"
-    for name, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.0f} {name}" if seconds >= 10 * size else f"{seconds / size:.1f} {name}"
-    return f"{seconds:.0f} s"
-
-
-def room(size: float | None) -> str:
-    """Bytes as people say them."""
-    if size is None:
-        return "?"
-    for name, unit in (("GB", 1e9), ("MB", 1e6)):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1e3:.0f} kB"
+    return f"{told}; left{beside}: {time}, and {disk} of {size(shutil.disk_usage(above).free)} that are free"
 
 
 def size_of(output: Path) -> int:

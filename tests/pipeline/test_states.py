@@ -19,10 +19,11 @@ from fusechat.app import failures
 from fusechat.app.command import CONF
 from fusechat.app.errors import UserError
 from fusechat.app.locks import held, holder
+from fusechat.app.quantities import duration, size
 from fusechat.app.states import state_of
 from fusechat.pipeline.configs import composer
 from fusechat.pipeline.steps import parse
-from fusechat.pipeline.table import Row, duration, room, rows_of, summary
+from fusechat.pipeline.table import Row, rows_of, summary
 from tests.conftest import ROOT, Mini
 
 TARGET = "${paths.experiment}/targets/a"
@@ -248,7 +249,7 @@ def test_numbers_as_people_say_them() -> None:
         "1.5 h",
         "25 h",
     ]
-    assert [room(b) for b in (None, 900, 2.5e6, 31e9)] == ["?", "1 kB", "2.5 MB", "31.0 GB"]
+    assert [size(b) for b in (None, 900, 2.5e6, 31e9)] == ["?", "1 kB", "2.5 MB", "31.0 GB"]
 
 
 def test_old_results_without_parts_are_done(world: Mini) -> None:
