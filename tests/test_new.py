@@ -17,7 +17,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.session import plain
 from fusechat.app.verbs import VERBS
 from fusechat.chats.overlap import shared_questions
-from fusechat.new.asked import asked
+from fusechat.new.__main__ import asked_for as asked
 from fusechat.new.estimates import Work
 from fusechat.new.facts import Lengths, Model, facts_of, licence_of, split
 from fusechat.new.telling import tell

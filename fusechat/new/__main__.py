@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from fusechat.app import session
 from fusechat.app.errors import UserError
@@ -46,12 +51,22 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def asked_for(name: str, settings: Sequence[str]) -> Asked:
+    """``KEY=VALUE`` as checked values. Raises `UserError`."""
+    typed = shlex.join(settings)
+    try:
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([*settings]))
+    except Exception as error:  # OmegaConf lets YAML's errors through
+        raise UserError(f"{typed} cannot be read ({str(error).splitlines()[0]}); see --help") from error
+    return asked(name, given, typed)
+
+
 def main() -> None:
     """Makes an experiment as ``sys.argv`` asks for it; a mistake is one line."""
     logging.basicConfig(format="%(message)s")
     given = parser().parse_args()
     try:
-        make(asked(given.name, given.settings))
+        make(asked_for(given.name, given.settings))
     except UserError as error:
         print(f"error: {as_typed(str(error))}", file=sys.stderr)
         sys.exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,19 +53,16 @@ class Asked:
         return self.root / self.name
 
 
-def asked(name: str, settings: Sequence[str]) -> Asked:
-    """Raises `UserError` for unknown and missing keys, all at once, for names that cannot be, and for a file there."""
-    from omegaconf import OmegaConf
+def asked(name: str, given: Mapping[str, Any], typed: str) -> Asked:
+    """given: key -> value; typed: as they were typed, for messages.
 
-    try:
-        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([*settings]))
-    except Exception as error:  # OmegaConf lets YAML's errors through
-        raise UserError(f"{shlex.join(settings)} cannot be read ({str(error).splitlines()[0]}); see --help") from error
+    Raises `UserError` for unknown and for missing keys (all at once), names that cannot be, and a file that is there.
+    """
     if unknown := [key for key in given if key not in KEYS]:
         raise UserError(f"{unknown[0]!r} is no key of fusechat new{near(unknown[0], [*KEYS])}; --help lists them")
     if missing := [key for key in NEEDED if not given.get(key)]:
         give = " ".join(f"{key}={NEEDED[key]}" for key in missing)
-        command = f"python -m fusechat.new {shlex.join([name, *settings])} {give}"
+        command = " ".join(filter(None, ["python -m fusechat.new", shlex.quote(name), typed, give]))
         raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; run: {command}")
     sources = given["sources"]
     if not isinstance(sources, dict) or not all(isinstance(path, str) for path in sources.values()):
