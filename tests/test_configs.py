@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fusechat.app.command import CONF
-from fusechat.pipeline.__main__ import STEPS, expand
+from fusechat.pipeline.steps import STEPS, expand
 from tests.conftest import composed
 
 FILES = sorted(Path(CONF).rglob("*.yaml"))

@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fusechat.app import registry
+from fusechat.app import help, registry
+from fusechat.app.verbs import VERBS, WITHOUT_CONFIG
 from fusechat.fusion.losses import LOSSES
 from fusechat.merging.methods import METHODS
-from fusechat.pipeline.__main__ import expand
+from fusechat.pipeline.steps import expand
 from tests.conftest import ROOT, Mini, run_entry
 from tests.merging.test_stream import make
 
@@ -43,6 +44,7 @@ def blocks(language: str, *pages: Path) -> list[str]:
 
 def commands() -> list[str]:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    lines += [line for verb in VERBS if verb not in WITHOUT_CONFIG for line in help.examples(verb)]
     return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in lines))
 
 
@@ -72,7 +74,7 @@ def test_commands_compose(command: str, my_conf: Path) -> None:
     verb = words[1].removesuffix(".py") if words[1] != "-m" else words[2].removeprefix("fusechat.")
     assert (ROOT / f"{verb}.py").exists() or importlib.util.find_spec(f"fusechat.{verb}"), f"no such verb: {verb}"
     rest = words[2:] if words[1] != "-m" else words[3:]
-    if verb == "inspect":
+    if verb in WITHOUT_CONFIG:
         return
     folder = rest[rest.index("--config-dir") + 1] if "--config-dir" in rest else None
     place = my_conf if folder == "my_conf" else ROOT / str(folder)
@@ -82,7 +84,7 @@ def test_commands_compose(command: str, my_conf: Path) -> None:
         if verb == "pipeline":
             given = composed(verb, [*search, *job], resolved=False)["pipeline"]["steps"]
             assert given
-            for line in given:
+            for line in given if given != "auto" else ():  # tests/pipeline/test_plan.py composes those
                 for name, own in expand(line):
                     composed(name, [*search, *job, *own])
         else:  # a sweeper's run_name asks Hydra for the job's number

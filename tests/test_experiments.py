@@ -8,7 +8,7 @@ import pytest
 import transformers
 from omegaconf import OmegaConf
 
-from fusechat.pipeline.__main__ import expand
+from fusechat.pipeline.steps import expand
 from fusechat.tiny.chats import World, generate
 from fusechat.tiny.models import make_tokenizer
 from tests.conftest import composed, run_entry

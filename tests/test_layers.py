@@ -16,11 +16,11 @@ LAYERS = [  # the floor first; a room imports from the layers below its own, nev
     {"report", "served"},
     {"evaluate", "tiny"},
     {"extract", "align", "fusion", "merging", "judge", "publish", "compare", "inspect"},
-    {"train", "merge", "pipeline", "preview", "merge_search", "__main__"},
+    {"train", "merge", "pipeline", "preview", "merge_search", "new", "status", "__main__"},
 ]
 PACKAGE = ROOT / "fusechat"
 FILES = [*(f for f in PACKAGE.rglob("*.py") if not f.is_symlink()), ROOT / "train.py", ROOT / "merge.py"]
-COMMANDS = ["train", "merge", "fusechat.compare", "fusechat.inspect", "fusechat.merge_search"]
+COMMANDS = ["train", "merge", "fusechat.compare", "fusechat.inspect", "fusechat.merge_search", "fusechat.status"]
 COMMANDS += [f"fusechat.{f.parent.name}.__main__" for f in PACKAGE.glob("*/__main__.py")]
 
 

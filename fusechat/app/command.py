@@ -21,15 +21,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusechat.app import checksums, disk, help, registry, remembered, session
-from fusechat.app.errors import UserError
+from fusechat.app import checksums, disk, failures, help, registry, remembered, session
+from fusechat.app.errors import HELD, UserError
 from fusechat.app.hints import config_folders, experiment_of, task_overrides, with_near_names
 from fusechat.app.labels import report_place
 from fusechat.app.locks import waiting
 from fusechat.app.naming import SWEPT, label, named, swept
 from fusechat.app.session import imported, plain, provenance
 from fusechat.app.trainer import quiet_trainer, seed_everything
-from fusechat.app.verbs import as_typed
+from fusechat.app.verbs import as_typed, command_line
 
 __all__ = ["entry", "experiment_of", "imported", "label", "make_trainer", "plain", "provenance", "seed_everything"]
 
@@ -72,6 +72,8 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
                 readable = isinstance(error, (UserError, OmegaConfBaseException))
                 code = getattr(error, "code", UNREADABLE if readable else 1)
                 _note(job=overrides, code=code, cause=_one_line(error))
+                if code != HELD:
+                    failures.note(cfg, _one_line(error), command_line())
                 if not readable:
                     raise
                 LOG.error("%s%s", _one_line(error), f"  [{overrides}]" if several else "")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,12 +74,12 @@ def held(output: Path, choose: str = "choose another place") -> Iterator[bool]:
 def _locked(output: Path) -> SoftFileLock:
     from filelock import SoftFileLock, Timeout
 
-    lock = SoftFileLock(output.with_name(f".{output.name}.lock"), timeout=DEAD, poll_interval=0.05)
+    lock = SoftFileLock(_lock_of(output), timeout=DEAD, poll_interval=0.05)
     _remove_unfilled(Path(lock.lock_file))
     try:
         lock.acquire()
     except Timeout:
-        told = f"{output} is being written by another process ({_holder(lock)})"
+        told = f"{output} is being written by another process ({holder(output) or 'just beginning or ending'})"
         if not _WAITING.get():
             hint = f"wait=true waits for it; if that host is gone, remove {lock.lock_file}"
             raise UserError(f"{told}; {hint}", code=HELD) from None
@@ -96,15 +98,44 @@ def _remove_unfilled(file: Path) -> None:
             time.sleep(0.05)
 
 
-def _holder(lock: SoftFileLock) -> str:
-    """Host, process and since when, as the lock's file says."""
-    file = Path(lock.lock_file)
+@dataclass(frozen=True)
+class Holder:
+    """Who holds an output. since: seconds since 1970."""
+
+    pid: int
+    host: str
+    since: float
+
+    @property
+    def gone(self) -> bool:
+        """Whether it is known to run no more: only of this host that can be said."""
+        if self.host.partition("?")[0] != socket.gethostname():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"host {self.host}, pid {self.pid}, since {since}"
+
+
+def holder(output: Path) -> Holder | None:
+    """Who holds an output, as its lock says; None where nobody does, or one is just beginning or ending."""
+    file = _lock_of(output)
     try:
         pid, host, *_ = file.read_text().split("\n")
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(file.stat().st_mtime))
-    except (OSError, ValueError):  # released or being written just now
-        return "just beginning or ending"
-    return f"host {host}, pid {pid}, since {since}"
+        return Holder(int(pid), host, file.stat().st_mtime)
+    except (OSError, ValueError):
+        return None
+
+
+def _lock_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 VERBS = {  # in the order of a run
+    "new": "fusechat.new.__main__",
     "pipeline": "fusechat.pipeline.__main__",
     "tiny": "fusechat.tiny.__main__",
     "preview": "fusechat.preview.__main__",
@@ -27,7 +28,9 @@ VERBS = {  # in the order of a run
     "judge": "fusechat.judge.__main__",
     "publish": "fusechat.publish.__main__",
     "inspect": "fusechat.inspect",
+    "status": "fusechat.status",
 }
+WITHOUT_CONFIG = ("new", "inspect", "status")  # verbs that compose no config
 COMMAND = re.compile(rf"python (?:-m fusechat\.({'|'.join(VERBS)})|(train|merge)\.py)\b")
 STARTED = "FUSECHAT_STARTED"  # set where the console script was typed: messages then say `fusechat verb`
 

@@ -11,11 +11,12 @@ Question = tuple[str, ...]  # what the user has said up to an answer
 
 def shared_questions(chats: Iterable[Sequence[Message]], tests: Iterable[Sequence[Message]]) -> int:
     """How many tests ask what a chat asks too: the user's turns up to the last, white space and case apart."""
-    asked = {question for chat in chats for question in _questions(chat)}
-    return sum(bool(last) and last[-1] in asked for last in (list(_questions(test)) for test in tests))
+    asked = {question for chat in chats for question in questions(chat)}
+    return sum(bool(last) and last[-1] in asked for last in (list(questions(test)) for test in tests))
 
 
-def _questions(chat: Sequence[Message]) -> Iterator[Question]:
+def questions(chat: Sequence[Message]) -> Iterator[Question]:
+    """What the user has said up to each answer, white space and case apart."""
     said: Question = ()
     for turn in chat:
         if turn["role"] == "user":

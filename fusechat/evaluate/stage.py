@@ -14,14 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat.app import checksums
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import (
-    fingerprint,
-    read_json,
-    stage_fingerprint,
-    write_durably,
-    write_json,
-    write_lines,
-)
+from fusechat.app.marks import PARTS, flat
+from fusechat.app.outputs import fingerprint, read_json, stage_fingerprint, write_durably, write_json, write_lines
 from fusechat.app.places import writing
 from fusechat.app.settings import check
 from fusechat.app.surroundings import check_place
@@ -131,8 +125,9 @@ def _evaluate(
     if server:
         deciding = {key: value for key, value in deciding.items() if key not in OURS} | server.decides
     mark = stage_fingerprint(imports, model=model_identity(path), evaluation=deciding, seed=seed)
-    about = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path}
+    about: dict[str, Any] = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path}
     about |= server.decides if server else {}
+    about[PARTS] = {**mark.parts, **flat(work.inputs)}
     about["asked"] = fingerprint(mark=mark, **work.inputs)
     there = {} if overwrite else _there(output, work)
     fits = there.get("asked") == about["asked"]  # then what the model's files say need not be read again

@@ -14,7 +14,7 @@ from fusechat.app import door, settings
 from fusechat.app.errors import UserError
 from fusechat.app.schema import Config, values
 from fusechat.app.session import plain
-from fusechat.app.verbs import VERBS
+from fusechat.app.verbs import VERBS, WITHOUT_CONFIG
 from tests.conftest import composed
 
 NAN, INF = math.nan, math.inf
@@ -37,7 +37,7 @@ UNFIT = {  # predicate -> values of the right form that it refuses
     values.is_device: ["cud", "cuda:x", "tpu"],
     values.are_distinct: [["a", "a"], ["a", "b", "a"]],
 }
-VERB_OF_KEYS = {verb for verb in VERBS if verb != "inspect"}
+VERB_OF_KEYS = {verb for verb in VERBS if verb not in WITHOUT_CONFIG}
 GIVEN = {  # what the commands cannot do without
     "evaluate": ["model=runs"],
     "compare": ["first=a.json", "second=b.json"],

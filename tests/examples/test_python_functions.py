@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from fusechat.app.door import check_config
 from fusechat.chats.formats import load_chats
-from fusechat.pipeline.__main__ import expand
+from fusechat.pipeline.steps import expand
 from tests.conftest import ROOT, composed
 from tests.examples.conftest import HERE
 

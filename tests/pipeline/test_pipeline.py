@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fusechat.app.errors import UserError
-from fusechat.pipeline.__main__ import is_sweep, parse
+from fusechat.pipeline.steps import is_sweep, parse
 from tests.conftest import MINI, ROOT, run_entry
 
 SHORT = [*MINI, "logger=none", "callbacks.checkpoint_every_n_steps=2"]

@@ -6,7 +6,7 @@ only an opened input can decide (a vocabulary, a context) is its stage's. A new 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from annotated_types import Len
@@ -45,6 +45,7 @@ class Config(Section, total=False):
     wait: bool
     verify: Literal["always", "cached"]
     precision_loss: Literal["refuse", "accept"]
+    models: Mapping[str, Path] | None
     sources: Sources
     run_name: Name
     target: Path | None

@@ -59,7 +59,17 @@ class TinyModel(Section, total=False):
 
 
 class Pipeline(Section, total=False):
-    steps: Annotated[Sequence[str], Len(1), Says("a list of commands, e.g. [tiny,'extract source=a,b']")]
+    steps: Annotated[
+        Annotated[Sequence[str], Len(1)] | Literal["auto"],
+        Says("auto, or a list of commands, e.g. [tiny,'extract source=a,b']"),
+    ]
+    sources: Sequence[Name]
+    rules: Sequence[str]
+    sft: Natural
+    many_to_one: bool
+    merges: Sequence[str]
+    add: Sequence[str]
+    dry_run: bool
 
 
 class Placement(Section, total=False):

@@ -1,0 +1,43 @@
+"""A step's process: started, waited for, and ended with the pipeline."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+
+from fusechat.app.command import PARENT
+from fusechat.app.session import Ended
+
+GRACE = 60.0  # seconds in which a step may end by itself after Ctrl-C; a training writes a checkpoint
+
+
+def run_child(command: Sequence[str]) -> int:
+    """Runs a command to its end, output passed through, and returns its exit code. Ctrl-C ends it too."""
+    child = subprocess.Popen(command, env=os.environ | {PARENT: str(os.getpid())})
+    try:
+        code = child.wait()
+    except BaseException as error:
+        if isinstance(error, Ended) and error.code == 128 + signal.SIGTERM:
+            child.terminate()  # only this process has got it
+        _end(child)
+        raise
+    if code in (130, -signal.SIGINT):
+        raise Ended(signal.SIGINT)
+    return code
+
+
+def ended(code: int) -> str:
+    """An exit code in words."""
+    return f"failed (exit code {code})" if code > 0 else f"was ended by signal {-code} ({signal.Signals(-code).name})"
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """A terminal's Ctrl-C reaches the child as well: it has a while to end by itself."""
+    for stop in (child.terminate, child.kill):
+        try:
+            child.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            stop()
+    child.wait()

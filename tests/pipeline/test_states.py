@@ -1,0 +1,261 @@
+"""What a dry run and `fusechat status` say of outputs is what the stages themselves go by."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from fusechat import status
+from fusechat.app import failures
+from fusechat.app.command import CONF
+from fusechat.app.errors import UserError
+from fusechat.app.locks import held, holder
+from fusechat.app.quantities import duration, size
+from fusechat.app.states import state_of
+from fusechat.pipeline.configs import composer
+from fusechat.pipeline.steps import parse
+from fusechat.pipeline.table import Row, rows_of, summary
+from tests.conftest import ROOT, Mini
+
+TARGET = "${paths.experiment}/targets/a"
+STEPS = ["tiny", "extract source=pivot,a", "align source=a", "train source=a"]
+STEPS += [f"evaluate evaluation.generate=false evaluation.limit=4 model={TARGET}", "report"]
+FINISHED = ["world/models/pivot", "world/models/a", "world/models/b", "world/models/c", "distributions/pivot"]
+FINISHED += ["distributions/a", "aligned/a", "targets/a", "evaluation/targets-a.json", "report"]
+
+
+@pytest.fixture(scope="module")
+def finished(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Mini:
+    """The miniature world with a target, its evaluation and a report."""
+    root = tmp_path_factory.mktemp("finished") / "runs"
+    shutil.copytree(mini.root, root)
+    world = Mini(root, "trainer.max_steps=1", "evaluation.limit=4", "evaluation.generate=false")
+    world.run("train", "source=a")
+    world.run("evaluate", f"model={world.experiment}/targets/a")
+    world.run("report")
+    return world
+
+
+@pytest.fixture
+def world(finished: Mini, tmp_path: Path) -> Mini:
+    """A copy that a test may spoil."""
+    shutil.copytree(finished.root, tmp_path / "runs")
+    return Mini(tmp_path / "runs", *finished.base[-3:])
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    """Hydra as it is inside a command."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        yield
+
+
+def rows(world: Mini, *overrides: str, of: str = "") -> dict[str, Row]:
+    """of: the verb whose steps alone are looked at; composing takes a while."""
+    found = rows_of(
+        [parse(line) for line in STEPS if line.startswith(of)], composer(world.all(*overrides)), world.experiment
+    )
+    return {row.output: row for row in found}
+
+
+def kinds(world: Mini, *overrides: str, of: str = "") -> dict[str, str]:
+    return {name: row.state.kind for name, row in rows(world, *overrides, of=of).items()}
+
+
+def test_what_is_finished_is_done(finished: Mini) -> None:
+    found = rows(finished)
+    assert {name: row.state.kind for name, row in found.items()} == dict.fromkeys(FINISHED, "done")
+    assert all(row.bytes for row in found.values())
+    assert summary([*found.values()], finished.experiment) == "10 done; nothing is left to do"
+
+
+@pytest.mark.parametrize(
+    ("output", "verb", "override", "why"),
+    [
+        ("distributions/a", "extract", "extract.top_k=5", "extract.top_k: 10 there, 5 now"),
+        ("distributions/a", "extract", "chat.max_length=99", "max_length: 256 there, 99 now"),
+        ("distributions/a", "extract", "store.logprobs=uint8", 'store.logprobs: "float16" there, "uint8" now'),
+        ("aligned/a", "align", "token_map=ms", 'token_map: "prefix" there, "ms" now'),
+        ("aligned/a", "align", "alignment.unmatched=gold", 'unmatched: "skip" there, "gold" now'),
+        ("targets/a", "train", "loss.lm_weight=0.75", "loss.lm_weight: 0.5 there, 0.75 now"),
+        ("targets/a", "train", "data.shuffle_seed=7", "data.shuffle_seed: 0 there, 7 now"),
+        ("targets/a", "train", "optimizer.betas=[0.5,0.9]", "optimizer.betas: [0.9, 0.999] there, [0.5, 0.9] now"),
+    ],
+)
+def test_what_is_stale_is_what_the_stage_refuses(
+    finished: Mini, output: str, verb: str, override: str, why: str
+) -> None:
+    state = rows(finished, override, of=verb)[output].state
+    assert (state.kind, state.told) == ("stale", why)
+    with pytest.raises(UserError, match=re.escape(why)):
+        finished.run(verb, "source=a", override)
+
+
+def test_what_decides_nothing_makes_nothing_stale(finished: Mini) -> None:
+    beside = [
+        "trainer.log_every_n_steps=3",
+        "data.batch_size=2",
+        "extract.trainer.devices=auto",
+        "callbacks.progress_bar=true",
+    ]
+    assert set(kinds(finished, *beside).values()) == {"done"}
+
+
+def test_evaluations_of_other_settings_and_other_weights_are_stale(finished: Mini, world: Mini) -> None:
+    found = rows(finished, "evaluation.max_new_tokens=3")
+    told = found["evaluation/targets-a.json"].state.told
+    assert told == "evaluation.max_new_tokens: 16 there, 3 now"
+    assert (found["report"].state.kind, found["targets/a"].state.kind) == ("stale", "done")
+    config = world.experiment / "targets/a/generation_config.json"
+    config.write_text(config.read_text() + " ")
+    assert 'model: "' in rows(world, of="evaluate")["evaluation/targets-a.json"].state.told
+
+
+def test_what_follows_from_what_is_missing_is_stale(world: Mini) -> None:
+    shutil.rmtree(world.experiment / "aligned/a")
+    found = rows(world)
+    assert found["aligned/a"].state.kind == "to do"
+    assert found["targets/a"].state.told == f"{world.experiment}/aligned/a is not done"
+    assert found["evaluation/targets-a.json"].state.kind == "stale"
+    (world.experiment / "estimates.json").write_text(
+        json.dumps({"outputs": {"aligned/a": {"seconds": 90, "bytes": 2e6}}})
+    )
+    told = summary([*rows(world).values()], world.experiment)
+    assert told.startswith("6 done, 1 to do, 3 stale; left, beside 3 not estimated: about 1.5 min, and about ")
+
+
+def test_running_stopped_and_failed(world: Mini) -> None:
+    target = world.experiment / "targets/b"
+    with held(target):
+        running = state_of(target)
+        assert running.kind == "running"
+        assert f"pid {os.getpid()}" in running.told
+        lock = (target.parent / ".b.lock").read_text()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (target.parent / ".b.lock").write_text("\n".join([str(dead.pid), *lock.split("\n")[1:]]))
+    (world.experiment / "checkpoints/b-0123456789abcdef").mkdir(parents=True)
+    (world.experiment / "checkpoints/b-0123456789abcdef/step=40.ckpt").touch()
+    assert holder(target) is not None
+    ended = f"its process {dead.pid} has ended without a word; a checkpoint of step 40 is kept"
+    assert (state_of(target).kind, state_of(target).told) == ("stopped", ended)
+    cfg = world.cfg("train", "source=b")
+    failures.note(cfg, "the loss is NaN", "python train.py source=b")
+    failures.note(world.cfg("train", "source=a"), "refused", "python train.py source=a")
+    known = failures.last(Path(cfg.paths.logs))
+    failed = state_of(target, known[str(target.resolve())])
+    assert failed.kind == "failed"
+    assert failed.told.endswith(": the loss is NaN; a checkpoint of step 40 is kept")
+    made = world.experiment / "targets/a"
+    assert state_of(made, known[str(made.resolve())]).kind == "done", "what is there counts more"
+
+
+def test_unfinished_stores_and_evaluations_tell_what_is_kept(world: Mini) -> None:
+    store = world.experiment / "distributions/a"
+    (store / "manifest.json").unlink()
+    for index in range(2):
+        (store / f"shard-{index:05d}.json").touch()
+    assert (state_of(store).kind, state_of(store).told) == ("stopped", "2 of 3 shards are whole")
+    result = world.experiment / "evaluation/other.json"
+    result.with_name("other.0123456789abcdef.part").write_text("{}\n{}\n")
+    assert (state_of(result).kind, state_of(result).told) == ("stopped", "2 samples are measured")
+    assert {"distributions/a", "evaluation/other.json"} <= {
+        str(path.relative_to(world.experiment)) for path in status.outputs_of(world.experiment)
+    }
+
+
+def test_damaged_records_are_told(world: Mini) -> None:
+    record = world.experiment / "distributions/a/manifest.json"
+    record.write_text(record.read_text()[:100])
+    assert state_of(record.parent).kind == "failed"
+    assert "damaged" in state_of(record.parent).told
+
+
+def test_the_status_of_a_root_and_of_an_experiment(
+    world: Mini, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert status.experiments(world.root) == [world.experiment] == status.experiments(world.experiment)
+    monkeypatch.setattr(sys, "argv", ["status", str(world.root)])
+    status.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].strip() == str(world.experiment)
+    names = [line.split()[0] for line in printed[2:-1]]
+    assert set(FINISHED) <= set(names) and names[-1] == "report"
+    assert next(line for line in printed if line.startswith("distributions/a")).split("; ")[1].startswith("96 chats, ")
+    assert printed[-1] == f"{len(names)} done"
+
+
+@pytest.mark.parametrize(("folder", "what"), [("nowhere", "does not exist"), ("", "holds no experiment")])
+def test_a_status_of_nothing(
+    folder: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / folder
+    monkeypatch.setattr(sys, "argv", ["status", str(place)])
+    with pytest.raises(SystemExit) as ended:
+        status.main()
+    assert ended.value.code == 1
+    expected = f"error: {place} {what}; give an experiment's folder, e.g. runs/tiny/seed0, or one above"
+    assert capsys.readouterr().err.strip() == expected
+
+
+def test_a_command_that_fails_leaves_its_cause(world: Mini) -> None:
+    command = [sys.executable, "-m", "fusechat.align", *world.all("source=b", "token_map=ms")]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1
+    store = world.experiment / "aligned/b"
+    failure = failures.last(world.experiment / "logs")[str(store.resolve())]
+    assert failure.cause in done.stderr
+    assert "token_map" in failure.cause
+    assert failure.command.startswith("python -m fusechat.align ")
+
+
+def test_a_dry_run_imports_nothing_heavy_and_writes_no_output(finished: Mini) -> None:
+    outputs = lambda: {path for path in finished.root.rglob("*") if not {"logs", "outputs"} & {*path.parts}}
+    before = outputs()
+    steps = ",".join(f"'{line}'" for line in STEPS).replace("${", "\\${")
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "fusechat.pipeline",
+        *finished.all(f"pipeline.steps=[{steps}]"),
+    ]
+    done = subprocess.run([*command, "pipeline.dry_run=true"], cwd=ROOT, text=True, capture_output=True)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "hydra" in loaded and not loaded & {"torch", "transformers", "lightning", "datasets", "numpy"}
+    assert done.stdout.splitlines()[-1] == "10 done; nothing is left to do"
+    assert outputs() == before
+
+
+def test_numbers_as_people_say_them() -> None:
+    assert [duration(s) for s in (None, 4.4, 89, 90, 700, 5400, 90000)] == [
+        "?",
+        "4 s",
+        "89 s",
+        "1.5 min",
+        "12 min",
+        "1.5 h",
+        "25 h",
+    ]
+    assert [size(b) for b in (None, 900, 2.5e6, 31e9)] == ["?", "1 kB", "2.5 MB", "31.0 GB"]
+
+
+def test_old_results_without_parts_are_done(world: Mini) -> None:
+    file = world.experiment / "evaluation/targets-a.json"
+    content: dict[str, Any] = json.loads(file.read_text())
+    for key in ("decided_by", "checksum"):
+        del content[key]
+    file.write_text(json.dumps(content))
+    assert kinds(world, of="evaluate") == {"evaluation/targets-a.json": "done"}
