@@ -20,7 +20,7 @@ UNDECIDING = {  # section -> keys that decide nothing of an output
     "alignment": {"num_proc"},
     "evaluation": {"device"},
     "merge": {"name", "device", "dry_run"},
-    "callbacks": {"checkpoint_every_n_steps", "progress_bar", "keep_checkpoints"},
+    "callbacks": {"checkpoint_every_n_steps", "samples", "progress_bar", "keep_checkpoints"},
 }
 
 

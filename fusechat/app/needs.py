@@ -92,6 +92,11 @@ def excluding(verb: str, values: Values) -> Iterator[str]:
             f"callbacks.early_stopping={values['callbacks.early_stopping']} looks at held-out chats and "
             "data.validation_fraction=0 holds out none; give e.g. data.validation_fraction=0.05"
         )
+    if verb == "train" and values.get("callbacks.samples"):
+        if not held_out(values):
+            yield "callbacks.samples asks held-out prompts and data.validation_fraction=0 holds none; give e.g. 0.05"
+        if values.get("trainer.strategy") == "fsdp":
+            yield "callbacks.samples cannot answer with a model in shards (trainer=fsdp); set callbacks.samples=0"
     if verb == "merge" and values.get("target") and values.get("merge.method") != "compress":
         yield f"target={values['target']} is for merge=compress; a merge takes targets='[DIR,DIR]'"
     if verb == "merge" and values.get("merge.recipe"):

@@ -20,6 +20,7 @@ from fusechat.app.steps import StepsTold
 from fusechat.fusion.adapters import merged_adapters
 from fusechat.fusion.checkpoints import list_of
 from fusechat.fusion.options import Callbacks
+from fusechat.fusion.samples import Samples
 from fusechat.fusion.sharding import whole_weights
 from fusechat.fusion.stopping import StopOnSignal
 
@@ -139,8 +140,8 @@ class Checkpoints(ModelCheckpoint):
             list_of(Path(filepath)).unlink(missing_ok=True)
 
 
-def make_callbacks(settings: Callbacks, checkpoints: Path, logged: bool) -> list[Callback]:
-    """Lightning's callbacks for these settings; ``checkpoints`` is their folder."""
+def make_callbacks(settings: Callbacks, checkpoints: Path, logged: bool, tokenizer: Any) -> list[Callback]:
+    """Lightning's callbacks for these settings; ``checkpoints`` is their folder; tokenizer: the pivot's."""
     every = settings.checkpoint_every_n_steps
     saver = Checkpoints(
         dirpath=checkpoints,
@@ -156,6 +157,8 @@ def make_callbacks(settings: Callbacks, checkpoints: Path, logged: bool) -> list
     found: list[Callback] = [Throughput(), FusionShares(), StopOnSignal(), told, saver]
     if settings.early_stopping:
         found.append(EarlyStopping("validation/bits_per_byte", patience=settings.early_stopping))
+    if settings.samples:
+        found.append(Samples(settings.samples, tokenizer))
     if logged:
         found.append(LearningRateMonitor("step"))
     return found

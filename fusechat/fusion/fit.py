@@ -58,7 +58,7 @@ def fit(
     saver = SavePretrained(output, Description.of(training, output.name, module, data, tokenizer, record).write)
     failures = Explained()
     own = made("callbacks", training.own_callbacks)
-    beside = [*make_callbacks(callbacks, checkpoints, bool(loggers)), *own, failures]
+    beside = [*make_callbacks(callbacks, checkpoints, bool(loggers), tokenizer), *own, failures]
     options = {"enable_progress_bar": False, "use_distributed_sampler": False}
     trainer = quiet_trainer({**training.trainer, **options}, beside, loggers)
     trainer.accumulate_grad_batches = _share(training, trainer).accumulate

@@ -71,11 +71,13 @@ class Optimizer:
 @dataclass(frozen=True)
 class Callbacks:
     """What goes on beside training. checkpoint_every_n_steps: None: at the end of an epoch alone; early_stopping:
-    validations without improvement before training stops; keep_checkpoints: of a finished run too.
+    validations without improvement before training stops; samples: held-out prompts that are answered after every
+    validation; keep_checkpoints: of a finished run too.
     """
 
     checkpoint_every_n_steps: int | None = 100
     early_stopping: int | None = None
+    samples: int = 0
     progress_bar: bool = True
     keep_checkpoints: bool = False
 

@@ -88,7 +88,11 @@ class Run:
 
 def test_a_training_run(fresh: Mini) -> None:
     options = ["source=a", "trainer.log_every_n_steps=1", "trainer.max_steps=3", "logger.tags=[mine]"]
-    run = followed(fresh, "train", *options)
+    run = followed(fresh, "train", *options, "callbacks.samples=2", "+trainer.val_check_interval=2")
+    assert "train/samples" in run.media
+    (table, *_) = sorted(fresh.experiment.rglob("media/table/train/samples_*.table.json"))
+    said = json.loads(table.read_text())
+    assert said["columns"] == ["step", "prompt", "reference", "answer"] and len(said["data"]) in (2, 4)
     assert (run.about.run_group, run.about.job_type, run.about.project) == ("tiny-seed0", "train", "fusechat")
     assert run.about.display_name == "train-a-seed0"
     assert list(run.about.tags) == ["tiny", "train", "min_ce", "a", "mine"]

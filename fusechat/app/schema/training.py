@@ -127,5 +127,6 @@ class Trainer(Section, total=False):
 class Callbacks(Section, total=False):
     checkpoint_every_n_steps: Count | None
     early_stopping: Count | None
+    samples: Natural
     progress_bar: bool
     keep_checkpoints: bool
