@@ -57,6 +57,8 @@ def _made(model: Path) -> dict[str, Any]:
     content = read_json(file) if file.exists() else {}
     swept = SWEPT.get(content.get("stage", ""), ())
     flat = _flat(content.get("config", {}), "")
+    if content.get("recipe"):  # which says itself what the other keys would
+        return {key: value for key, value in flat if key == "merge.recipe"}
     return {key: value for key, value in flat if key.split(".")[0] in swept and key != "merge.name"}
 
 
