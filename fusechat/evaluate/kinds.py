@@ -50,10 +50,9 @@ class Job:
         Raises `UserError` for a model behind a server.
         """
         from fusechat.models import load as models
-
-        self.refuse_server()
         from fusechat.models.devices import device_of
 
+        self.refuse_server()
         chosen, renderer = self.settings, self.renderer()
         device = device_of(chosen.get("device") or "auto", "evaluation.device")
         loading = {"dtype": chosen.get("dtype", "float32"), "device_map": chosen.get("device_map")}
@@ -65,15 +64,13 @@ class Job:
     def speaker(self) -> Iterator[Speaker]:
         """The model, wherever it runs, for the time of a block."""
         from fusechat.evaluate.speakers import Here, There
-        from fusechat.models.load import embedding_rows
 
         if self.server is None:
             yield Here(*self.load(), self.settings, self.seed)
             return
         renderer, limit = self.renderer(), self.settings["max_new_tokens"]
-        with self.server.endpoint("what is measured is kept") as endpoint:
-            rows = embedding_rows(self.model, trust_remote_code=self.trust) if self.server.engine == "server" else None
-            asked = self.server.opened(endpoint, renderer.tokenizer, tokens=renderer.max_length, rows=rows)
+        given: dict[str, Any] = {"tokens": renderer.max_length, "trust_remote_code": self.trust}
+        with self.server.asked(renderer.tokenizer, self.model, kept="what is measured is kept", **given) as asked:
             yield There(asked, self.server, renderer, limit=limit, stops=self._stop_tokens(renderer), seed=self.seed)
 
     def refuse_server(self) -> None:

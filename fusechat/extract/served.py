@@ -15,7 +15,6 @@ from fusechat.app.errors import UserError
 from fusechat.chats.render import Rendered
 from fusechat.extract.batches import Batch
 from fusechat.extract.kinds import OF_TOP, Keep, joined
-from fusechat.models.load import embedding_rows
 from fusechat.served.asked import Asked, Noted
 from fusechat.served.server import Server
 from fusechat.stores.distributions import TopK
@@ -38,10 +37,9 @@ class Served:
     @contextmanager
     def opened(self, device: torch.device | None, shards: Shards) -> Iterator[Asking]:
         """Its connections are closed at the end of the block."""
-        with self.server.endpoint("the shards so far are whole") as endpoint:
-            tokenizer, longest = shards.renderer.tokenizer, shards.renderer.max_length
-            rows = embedding_rows(self.path, **self.options) if self.server.engine == "server" else None
-            asked = self.server.opened(endpoint, tokenizer, tokens=longest, rows=rows)
+        tokenizer, longest = shards.renderer.tokenizer, shards.renderer.max_length
+        kept = "the shards so far are whole"
+        with self.server.asked(tokenizer, self.path, tokens=longest, kept=kept, **self.options) as asked:
             yield Asking(asked, self.server, shards.kind, shards.keep)
 
 

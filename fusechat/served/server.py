@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -63,26 +64,25 @@ class Server:
         """What of it decides numbers: not where it is, nor how it is asked."""
         return {"engine": self.engine, "served": self.model}
 
-    def endpoint(self, kept: str) -> Endpoint:
-        """Its connections. kept: what a failure leaves whole."""
-        asked: dict[str, Any] = {"retries": self.retries, "wait": self.wait, "timeout": TIMEOUT, "kept": kept}
-        why = (
-            "--max-logprobs (from extract.top_k on) and --max-model-len (above chat.max_length) are the server's limits"
-        )
-        return Endpoint(self.base_url, self.key, self.section, remedies={400: why, 413: why}, **asked)
+    @contextmanager
+    def asked(self, tokenizer: Any, path: str, *, tokens: int, kept: str, **options: Any) -> Iterator[Asked]:
+        """The model, ready to be asked for the time of a block.
 
-    def opened(self, endpoint: Endpoint, tokenizer: Any, *, tokens: int, rows: int | None = None) -> Asked:
-        """The model, ready to be asked. tokenizer: its own; tokens: of the longest text; rows: of its embedding.
-
-        Raises `UserError` where the server has no such model, or one with a shorter context.
+        tokenizer, path: its own, with options of `embedding_rows`; tokens: of the longest text; kept: what a failure
+        leaves whole. Raises `UserError` where the server has no such model, or one with a shorter context.
         """
+        from fusechat.models.load import embedding_rows
         from fusechat.served.by_id import ById
         from fusechat.served.by_text import ByText
 
-        self._check(endpoint, tokens)
-        if self.engine == "server":
-            return ById(endpoint, self, tokenizer, rows or len(tokenizer))
-        return ByText(endpoint, self, tokenizer)
+        limits = "--max-logprobs (from extract.top_k on) and --max-model-len (above chat.max_length) are its limits"
+        how: dict[str, Any] = {"retries": self.retries, "wait": self.wait, "timeout": TIMEOUT, "kept": kept}
+        with Endpoint(self.base_url, self.key, self.section, remedies={400: limits, 413: limits}, **how) as endpoint:
+            self._check(endpoint, tokens)
+            if self.engine == "server":
+                yield ById(endpoint, self, tokenizer, embedding_rows(path, **options) or len(tokenizer))
+            else:
+                yield ByText(endpoint, self, tokenizer)
 
     def _check(self, endpoint: Endpoint, tokens: int) -> None:
         status, content = endpoint.send("GET", "/models")
