@@ -73,10 +73,17 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same draws, and loggers that tell, for a test whatever ran before it (Hydra's quiet settings disable all)."""
+    """The same draws, loggers that tell, and the only rank, for a test whatever ran before it.
+
+    Hydra's quiet settings disable all loggers; a trainer that was told that it is another rank tells all of Lightning.
+    """
     import torch
 
     torch.manual_seed(0)
+    if "lightning" in sys.modules:
+        from lightning.pytorch.utilities import rank_zero_only
+
+        rank_zero_only.rank = 0
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.disabled = False
