@@ -116,10 +116,12 @@ def _numbers(record: Mapping[str, Any]) -> str:
     if "shards" in record:
         rows, size = (sum(entry[key] for entry in record["shards"]) for key in ("rows", "bytes"))
         return f"{rows:,} chats, {size / 1e6:.1f} MB"
-    for name, value in (record.get("metrics") or {}).items():
-        found = value["all"]["value"] if isinstance(value, Mapping) else value
-        return f"{name} {found:.4f}"
-    return ""
+    metrics = record.get("metrics") or {}
+    name = next((name for name in metrics if name.endswith("bits_per_byte")), next(iter(metrics), None))
+    if name is None:
+        return ""
+    value = metrics[name]["all"]["value"] if isinstance(metrics[name], Mapping) else metrics[name]
+    return f"{name} {value:.4f}"
 
 
 if __name__ == "__main__":

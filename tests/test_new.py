@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,9 +138,19 @@ def test_given_tests_are_taken_and_nothing_is_set_aside(mini: Mini, tmp_path: Pa
     tests = mini.experiment / "world/chats/test.jsonl"
     work, text = looked(asked("mine", given(mini, tmp_path, f"tests={tests}", "max_length=20")), start=1.0)
     assert (work.chats, work.tests) == (96, 24)
+    assert "template: native, max_length: 20" in text
     assert f'evaluation: {{chats: "{tests}"' in text and "max_length: 20" in text
     assert work.lengths["pivot"].longest == 20 and work.lengths["pivot"].cut > 0
     assert not (tmp_path / "runs/mine/chats").exists()
+
+
+def test_a_source_without_a_template_reads_the_pivots(mini: Mini, tmp_path: Path) -> None:
+    bare = shutil.copytree(mini.experiment / "world/models/a", tmp_path / "bare")
+    for file in (bare / "chat_template.jinja", bare / "fusechat.json"):
+        file.unlink()
+    asks = given(mini, tmp_path)
+    _, text = looked(asked("mine", [asks[0], f"sources={{a: {bare}}}", *asks[2:]]), start=1.0)
+    assert "template: pivot, max_length: 512" in text and "pivot: all read its format" in text
 
 
 def test_nothing_is_replaced_unasked(made: tuple[Work, str, Path], mini: Mini) -> None:

@@ -11,7 +11,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import write_durably, write_json, write_lines
 from fusechat.app.states import ESTIMATES
 from fusechat.chats.formats import load_chats
-from fusechat.chats.render import ChatRenderer
+from fusechat.chats.render import renderer_for
 from fusechat.models.gguf import check_plain
 from fusechat.models.load import load_tokenizer
 from fusechat.new.asked import Asked
@@ -34,8 +34,9 @@ def looked(own: Asked, start: float) -> tuple[Work, str]:
     pivot, *sources = [facts_of(name, paths[name], tokenizer) for name, tokenizer in tokenizers.items()]
     contexts = [model.context for model in (pivot, *sources) if model.context]
     max_length = own.max_length or min(LONGEST, *contexts)
+    template = "native" if all(model.template for model in (pivot, *sources)) else "pivot"
     renderers = {
-        name: ChatRenderer(tokenizer, host=tokenizers["pivot"], max_length=max_length)
+        name: renderer_for(tokenizer, tokenizers["pivot"], template, max_length)
         for name, tokenizer in tokenizers.items()
     }
     rows, tests, written = _chats(own)
@@ -44,7 +45,7 @@ def looked(own: Asked, start: float) -> tuple[Work, str]:
     fits = Path(own.pivot).is_dir() and 4 * pivot.total + LIBRARIES < room() / 2
     speed = speed_of(pivot, renderers["pivot"], rows) if fits else None
     work = Work(pivot, sources, lengths, len(rows), len(tests), start, speed)
-    text = _text(own, work, lengths["pivot"], max_length, written)
+    text = _text(own, work, lengths["pivot"], {"template": template, "max_length": max_length}, written)
     _write(own, work, text, {} if own.tests else {"fusion": rows, "test": tests})
     return work, text
 
@@ -75,7 +76,7 @@ def _named(path: str) -> str:
     return str(Path(path).absolute()) if Path(path).exists() else path
 
 
-def _text(own: Asked, work: Work, lengths: Lengths, max_length: int, written: tuple[str, str]) -> str:
+def _text(own: Asked, work: Work, lengths: Lengths, chat: Mapping[str, Any], written: tuple[str, str]) -> str:
     return text_of(
         own.name,
         own.folder,
@@ -85,7 +86,7 @@ def _text(own: Asked, work: Work, lengths: Lengths, max_length: int, written: tu
         chats=written[0],
         tests=written[1],
         counts=(work.chats, work.tests),
-        max_length=max_length,
+        **chat,
         micro_batch=work.micro_batch(step_of(work.chats), room()),
     )
 

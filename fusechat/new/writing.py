@@ -23,6 +23,7 @@ def text_of(
     chats: str,
     tests: str,
     counts: tuple[int, int],
+    template: str,
     max_length: int,
     micro_batch: int,
 ) -> str:
@@ -34,6 +35,7 @@ def text_of(
     targets = ", ".join(quoted(f"${{paths.experiment}}/targets/{model.name}") for model in sources)
     step = step_of(counts[0])
     said = f"{counts[0]:,} chats; the longest has {own.longest:,} tokens, {own.cut:.1%} are cut"
+    said += "; native: each model reads its own format" if template == "native" else "; pivot: all read its format"
     return f"""\
 # @package _global_
 # python -m fusechat.pipeline --config-dir {folder} experiment={name}      made by fusechat new; yours to edit
@@ -42,7 +44,7 @@ experiment_name: {name}
 pivot: {{path: {quoted(pivot.path)}}}  # {about(pivot)}
 models:  # the sources
 {listed}
-chat: {{path: {quoted(chats)}, max_length: {max_length}}}  # {said}
+chat: {{path: {quoted(chats)}, template: {template}, max_length: {max_length}}}  # {said}
 evaluation: {{chats: {quoted(tests)}, generate: false, batch_size: 8}}  # {counts[1]:,} chats that no training sees
 targets: [{targets}]  # what merge.py merges
 alignment: {{unmatched: skip}}    # no fusion loss where a source has no token that ends there; gold: as published
