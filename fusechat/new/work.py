@@ -68,7 +68,7 @@ def _chats(own: Asked) -> tuple[Any, Any, tuple[str, str]]:
     rows = load_chats(own.chats)[0].to_list()
     if own.tests is not None:
         return rows, load_chats(own.tests, split="test")[0].to_list(), (_named(own.chats), _named(own.tests))
-    here = "${paths.experiment}/chats"
+    here = f"${{paths.root}}/{own.name}/chats"  # whatever experiment_name another run of the file has
     return *split(rows, own.chats), (f"{here}/fusion.jsonl", f"{here}/test.jsonl")
 
 
