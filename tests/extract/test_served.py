@@ -18,7 +18,7 @@ from fusechat.extract.summary import totals
 from fusechat.served.by_text import texts_of
 from fusechat.stores.encoding import decode_logprobs
 from fusechat.stores.store import DistributionStore
-from tests.conftest import Mini
+from tests.conftest import Mini, run_entry
 from tests.served.servers import VLLM, Answer, LlamaCpp, Logits, Server, of_model
 
 SMALL = ["chat.limit=12", "extract.rows_per_shard=4", "source.wait=0.01"]
@@ -380,3 +380,13 @@ def test_a_server_that_adds_bos_is_sent_none(mini: Mini, serving: Serve, tmp_pat
     server = serving(LlamaCpp, "pivot", logits)
     server.adds_bos = True
     agree(run(mini, server, tmp_path / "pivot", name="pivot"), logits, path, mini)
+
+
+def test_a_source_known_by_its_name_at_the_server_alone(mini: Mini, serving: Serve, tmp_path: Path) -> None:
+    """Where it is an id (here a folder), the tokenizer lies there too; and no pivot is named where none is read."""
+    server = serving(VLLM, "a")
+    server.models = None
+    given = [f"source.model={mini.experiment}/world/models/a", f"chat.path={mini.experiment}/world/chats/fusion.jsonl"]
+    given += ["source.name=a", "source.engine=server", f"source.base_url={server.url}", "chat.template=native"]
+    run_entry("extract", [*given, *SMALL, "chat.max_length=256", f"output_dir={tmp_path}/a"])
+    assert len(DistributionStore(tmp_path / "a")) == len(server.asked) == 12
