@@ -67,11 +67,12 @@ def show(folder: Path) -> None:
 
     failed = failures.last(folder / "logs")
     states = {path: state_of(path, failed.get(str(path.resolve()))) for path in outputs_of(folder)}
-    table = Table("output", "state", "", title=str(folder), title_justify="left", box=None, pad_edge=False)
+    table = Table("output", "state", "", box=None, pad_edge=False)
     for path, state in states.items():
         table.add_row(short(path, folder), Text(state.kind, STYLES[state.kind]), Text(_told(state)))
     console = Console()
     console = console if console.is_terminal else Console(width=160)
+    console.print(Text(str(folder), "italic"), soft_wrap=True)
     console.print(table)
     counts = Counter(state.kind for state in states.values())
     console.print(", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing yet")

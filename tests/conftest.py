@@ -74,7 +74,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same draws, loggers that tell, and the only rank, for a test whatever ran before it.
+    """The same draws, loggers that tell from warnings on, and the only rank, for a test whatever ran before it.
 
     Hydra's quiet settings disable all loggers; a trainer that was told that it is another rank tells all of Lightning.
     """
@@ -88,6 +88,7 @@ def seeded() -> None:
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.disabled = False
+    logging.root.setLevel(logging.WARNING)
 
 
 def composed(config: str, overrides: list[str]) -> Any:

@@ -68,7 +68,7 @@ SETTINGS = [  # verb, override, what is said of it
     ("train", "lora.r=0", WHOLE),
     ("evaluate", "evaluation.batch_size=0", "expected a whole number from 1 on or auto"),
     ("evaluate", "evaluation.max_new_tokens=0", WHOLE),
-    ("pipeline", "pipeline.steps=null", r"expected a list of commands, e\.g\. \[tiny,'extract source=a,b'\]"),
+    ("pipeline", "pipeline.steps=null", r"expected auto, or a list of commands, e\.g\. \[tiny,'extract source=a,b'\]"),
     (
         "extract",
         "source.path=/nope",

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusechat.align import maps, vocabulary
+from fusechat.align import maps
 from fusechat.align.nearest import nearest
+from fusechat.chats import vocabulary
 from tests.align.test_sequence import levenshtein
 from tests.conftest import GOLDEN
 

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from fusechat.app.command import CONF
 from fusechat.app.naming import LONGEST, SWEPT, swept
-from fusechat.pipeline.__main__ import expand
+from fusechat.pipeline.steps import expand
 from tests.conftest import composed
 
 

@@ -1,6 +1,7 @@
 """Sources behind servers: the same stores as from models here, what is refused, what is asked again."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,9 @@ def test_busy_servers_are_asked_again_and_keys_stay_where_they_are(
     with caplog.at_level(logging.DEBUG):
         run(mini, server, tmp_path / "a", "source.key_env=MY_KEY", "logger=csv")
     assert (server.keys, len(server.asked)) == ({"Bearer secret-key"}, 15)
-    assert "does not answer (status 429)" in caplog.text
+    assert re.search(r"does not answer \(status (429|500|504)\); asked again", caplog.text), (
+        "the first of several at once"
+    )
     assert "big behind a server: 0.00% of the mass without a token id, 0 next tokens not listed" in caplog.text
     held = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert "secret-key" not in caplog.text and b"secret-key" not in held and server.url.encode() not in held
