@@ -112,8 +112,8 @@ def test_busy_servers_are_asked_again_and_keys_stay_where_they_are(
     with caplog.at_level(logging.DEBUG):
         run(mini, server, tmp_path / "a", "source.key_env=MY_KEY", "logger=csv")
     assert (server.keys, len(server.asked)) == ({"Bearer secret-key"}, 15)
-    assert re.search(r"does not answer \(status (429|500|504)\); asked again", caplog.text), (
-        "the first of several at once"
+    assert re.search(r"does not answer \(status (429|500|504)\)", caplog.text), (
+        "of several at once, any may be the first"
     )
     assert "big behind a server: 0.00% of the mass without a token id, 0 next tokens not listed" in caplog.text
     held = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
