@@ -18,9 +18,10 @@ from fusechat.app.errors import UserError
 from fusechat.app.session import plain
 from fusechat.app.verbs import VERBS
 from fusechat.chats.overlap import shared_questions
+from fusechat.models.licences import licence_of
 from fusechat.new.__main__ import asked_for as asked
 from fusechat.new.estimates import Work
-from fusechat.new.facts import Lengths, Model, facts_of, licence_of, split
+from fusechat.new.facts import Lengths, Model, facts_of, split
 from fusechat.new.telling import tell
 from fusechat.new.work import looked
 from fusechat.new.writing import millions, rate_of, step_of

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from fusechat.models.gguf import is_gguf
 from fusechat.models.hub import hub_id
 
 # Hub names of licences that allow everything but to drop a notice, each containing what those before it ask for
@@ -13,7 +14,12 @@ PERMISSIVE = ("cc0-1.0", "unlicense", "wtfpl", "isc", "mit", "bsd-2-clause", "bs
 
 
 def licence_of(model: str) -> str | None:
-    """The licence that a model's card names, by its Hub name, or ``other (NAME)``; None without one."""
+    """The licence that a model's card, or the header of its GGUF file, names, or ``other (NAME)``; None without one."""
+    if is_gguf(model):
+        from gguf import GGUFReader
+
+        field = GGUFReader(model).fields.get("general.license")
+        return str(field.contents()) if field else None
     data = card_data(model)
     if data.get("license") == "other":
         return f"other ({data.get('license_name') or 'see its card'})"

@@ -6,14 +6,13 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
 from fusechat.chats.overlap import questions
 from fusechat.chats.padding import pad
 from fusechat.chats.render import ChatRenderer, Rendered
-from fusechat.models.gguf import is_gguf
+from fusechat.models.licences import licence_of
 from fusechat.models.load import check_vocabulary, empty_model, load_model
 
 SAMPLE = 500  # chats that are rendered to know their lengths
@@ -71,20 +70,6 @@ def facts_of(name: str, path: str, tokenizer: Any) -> Model:
         bool(tokenizer.chat_template),
         licence_of(path),
     )
-
-
-def licence_of(path: str) -> str | None:
-    """The licence that a model's card, or the header of its GGUF file, names; None where there is none here."""
-    if is_gguf(path):
-        from gguf import GGUFReader
-
-        field = GGUFReader(path).fields.get("general.license")
-        return str(field.contents()) if field else None
-    from huggingface_hub.repocard import metadata_load
-
-    card = Path(path) / "README.md"
-    found = metadata_load(card) if card.is_file() else None
-    return str(found["license"]) if found and found.get("license") else None
 
 
 def lengths_of(rendered: Sequence[Rendered]) -> Lengths:

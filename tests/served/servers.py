@@ -1,6 +1,7 @@
 """Servers that answer in the words of vLLM and of llama-cpp-python, from any function of token ids to logits."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ Logits = Callable[[list[int]], Tensor]  # T ids -> [T, V]
 Answer = dict[str, Any]
 
 
-class Server:
+class Server(ABC):
     """Counts what it is asked. spoil: changes an answer; status: of the n-th completion, 200 or an error's."""
 
     def __init__(self, tokenizer: Any, logits: Logits) -> None:
@@ -38,8 +39,9 @@ class Server:
             return status, {"error": {"message": "no", "code": status}}
         return 200, self.spoil(self.completion(self.asked[-1]))
 
+    @abstractmethod
     def completion(self, body: Answer) -> Answer:
-        raise NotImplementedError
+        """What it answers to a request that it takes."""
 
     def greedy(self, ids: list[int], most: int, stops: list[int]) -> list[int]:
         made: list[int] = []
