@@ -20,7 +20,7 @@ def run(cfg: DictConfig) -> float | None:
     """Writes ``output_file`` by the evaluation of ``evaluation.kind``. Returns its first metric, if it has one."""
     from fusechat.evaluate.places import place
     from fusechat.evaluate.stage import evaluate_by
-    from fusechat.served.server import server_of
+    from fusechat.stores.served.server import server_of
 
     model = str(cfg.model)
     settings = {key: value for key, value in plain(cfg.evaluation).items() if key != "file"}

@@ -25,7 +25,7 @@ from fusechat.app.registry import Family
 if TYPE_CHECKING:
     from fusechat.chats.render import ChatRenderer
     from fusechat.evaluate.speakers import Speaker
-    from fusechat.served.server import Server
+    from fusechat.stores.served.server import Server
 
 EVALUATIONS = Family("evaluation.kind")
 Sample = dict[str, Any]

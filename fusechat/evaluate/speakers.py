@@ -11,8 +11,8 @@ from fusechat.app.trainer import seed_everything
 
 if TYPE_CHECKING:
     from fusechat.chats.render import ChatRenderer, Message, Rendered
-    from fusechat.served.asked import Asked
-    from fusechat.served.server import Server
+    from fusechat.stores.served.asked import Asked
+    from fusechat.stores.served.server import Server
 
 Prompts = Sequence[Sequence["Message"]]
 Tell = Callable[[int], None]  # called with how many more are answered

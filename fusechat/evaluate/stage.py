@@ -25,7 +25,7 @@ from fusechat.evaluate import harness as _harness  # noqa: F401
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Sample, Work
 
 if TYPE_CHECKING:
-    from fusechat.served.server import Server
+    from fusechat.stores.served.server import Server
 
 __all__ = ["EVALUATIONS", "evaluate", "evaluate_by"]
 

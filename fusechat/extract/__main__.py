@@ -32,7 +32,7 @@ def _extract(cfg: DictConfig) -> None:
     from fusechat.chats.formats import load_chats
     from fusechat.extract import extract
     from fusechat.models.load import load_tokenizer
-    from fusechat.served.server import server_of
+    from fusechat.stores.served.server import server_of
 
     source, chat, pivot = plain(cfg.source), plain(cfg.chat), None
     source["path"] = source["model"] if source["path"] == MISSING else source["path"]

@@ -15,9 +15,9 @@ from fusechat.app.errors import UserError
 from fusechat.chats.render import Rendered
 from fusechat.extract.batches import Batch
 from fusechat.extract.kinds import OF_TOP, Keep, joined
-from fusechat.served.asked import Asked, Noted
-from fusechat.served.server import Server
 from fusechat.stores.distributions import TopK
+from fusechat.stores.served.asked import Asked, Noted
+from fusechat.stores.served.server import Server
 
 if TYPE_CHECKING:
     from fusechat.extract.shards import Shards

@@ -24,7 +24,7 @@ from fusechat.extract.shards import Loaded, Shards, Source, bad_of, check_bad
 from fusechat.extract.summary import summary, warn_of_cut
 from fusechat.models import load as models
 from fusechat.models.devices import devices_of
-from fusechat.served.server import Server
+from fusechat.stores.served.server import Server
 from fusechat.stores.store import FORMAT
 from fusechat.stores.writer import StoreWriter, finished, is_store
 

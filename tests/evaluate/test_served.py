@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 from fusechat.app.errors import UserError
 from fusechat.evaluate import evaluate
 from fusechat.report.results import read_result
-from fusechat.served.server import Server as Place
+from fusechat.stores.served.server import Server as Place
 from tests.conftest import Mini
-from tests.served.servers import VLLM, LlamaCpp, Server, of_model
+from tests.stores.served.servers import VLLM, LlamaCpp, Server, of_model
 
 
 @pytest.fixture

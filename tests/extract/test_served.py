@@ -16,11 +16,11 @@ from fusechat.app.errors import UserError
 from fusechat.chats.formats import load_chats
 from fusechat.chats.render import ChatRenderer
 from fusechat.extract.summary import totals
-from fusechat.served.by_text import texts_of
 from fusechat.stores.encoding import decode_logprobs
+from fusechat.stores.served.by_text import texts_of
 from fusechat.stores.store import DistributionStore
 from tests.conftest import Mini, run_entry
-from tests.served.servers import VLLM, Answer, LlamaCpp, Logits, Server, of_model
+from tests.stores.served.servers import VLLM, Answer, LlamaCpp, Logits, Server, of_model
 
 SMALL = ["chat.limit=12", "extract.rows_per_shard=4", "source.wait=0.01"]
 Serve = Callable[..., Any]

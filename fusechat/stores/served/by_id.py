@@ -12,11 +12,11 @@ import torch
 from fusechat.app.endpoint import Endpoint
 from fusechat.app.errors import UserError
 from fusechat.chats.render import Rendered
-from fusechat.served.asked import Entry, Noted, completed
 from fusechat.stores.distributions import NEG_INF, TopK
+from fusechat.stores.served.asked import Entry, Noted, completed
 
 if TYPE_CHECKING:
-    from fusechat.served.server import Server
+    from fusechat.stores.served.server import Server
 
 NOTHING = -9999.0  # how vLLM writes minus infinity, which JSON cannot
 ABOVE = 0.01  # nats above 0, and mass above 1, that rounding may add

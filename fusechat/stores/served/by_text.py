@@ -22,11 +22,11 @@ from fusechat.app.endpoint import Endpoint
 from fusechat.app.errors import UserError
 from fusechat.chats.render import Rendered
 from fusechat.chats.vocabulary import token_bytes
-from fusechat.served.asked import Completion, Noted, completed
 from fusechat.stores.distributions import NEG_INF, TopK
+from fusechat.stores.served.asked import Completion, Noted, completed
 
 if TYPE_CHECKING:
-    from fusechat.served.server import Server
+    from fusechat.stores.served.server import Server
 
 WIDE = 1000  # entries asked for where a token's own log-probability is to be found among them
 ENOUGH = 50  # more texts that fit a place aside show that distributions are not beside their tokens

@@ -93,7 +93,7 @@ class VLLM(Server):
 
 
 class LlamaCpp(Server):
-    """Texts in and out, as llama-cpp-python 0.3.36 has them: see `fusechat.served.by_text`."""
+    """Texts in and out, as llama-cpp-python 0.3.36 has them: see `fusechat.stores.served.by_text`."""
 
     adds_bos = False
 

@@ -17,7 +17,7 @@ from fusechat.app.errors import UserError, one_of
 from fusechat.app.settings import check
 
 if TYPE_CHECKING:
-    from fusechat.served.asked import Asked
+    from fusechat.stores.served.asked import Asked
 
 ENGINES = ("server", "text_server")
 HERE = "transformers"  # the engine that asks nobody
@@ -72,8 +72,8 @@ class Server:
         leaves whole. Raises `UserError` where the server has no such model, or one with a shorter context.
         """
         from fusechat.models.load import embedding_rows
-        from fusechat.served.by_id import ById
-        from fusechat.served.by_text import ByText
+        from fusechat.stores.served.by_id import ById
+        from fusechat.stores.served.by_text import ByText
 
         limits = "--max-logprobs (from extract.top_k on) and --max-model-len (above chat.max_length) are its limits"
         how: dict[str, Any] = {"retries": self.retries, "wait": self.wait, "timeout": TIMEOUT, "kept": kept}
