@@ -122,13 +122,18 @@ class DistributionStore:
         """
         if not self.verified:
             self.verify()
-        with pa.memory_map(str(self.path / self.manifest["shards"][shard]["file"])) as file:
+        with pa.memory_map(str(self.path / str(self._files[shard]))) as file:
             return pa.ipc.open_stream(file).read_all()
 
     def _place(self, index: int) -> tuple[int, int]:
         """The shard of a row, and the row's place there."""
         shard = int(np.searchsorted(self._starts[1:-1], index, side="right"))
         return shard, index - int(self._starts[shard])
+
+    @cached_property
+    def _files(self) -> npt.NDArray[np.str_]:
+        """The shards' files: an array, as a look at Python's objects counts references and copies a worker's pages."""
+        return np.array([entry["file"] for entry in self.manifest["shards"]])
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
