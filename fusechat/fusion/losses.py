@@ -17,13 +17,14 @@ from fusechat.app.errors import UserError
 from fusechat.app.registry import Family
 from fusechat.app.schema.values import MissingMass
 
-LOSSES = Family("loss.kind", needs=("ranked", "conditional", "rest", "chunks"))
+LOSSES = Family("loss.kind", needs=("ranked", "conditional", "rest", "kept", "chunks"))
 """D(p, log p, log q), each [N, K], -> [N]; differentiable in log q. Spare entries have p = q = 0 and finite logarithms.
 
 Needs: ``ranked``: entries are compared by rank, largest first, and ids do not count. ``conditional`` and ``rest`` speak
 of ``missing_mass=renormalize``, where p has no mass on other tokens: q is renormalised over the kept ids too; all other
-tokens are one more outcome, of p = 0. ``chunks``: p and q are the probabilities of a chunk of text, that of all its
-tokens, K = 1; neither ids nor missing mass count.
+tokens are one more outcome, of p = 0. ``kept``: the kept entries alone are compared, the missing mass is not.
+``chunks``: p and q are the probabilities of a chunk of text, that of all its tokens, K = 1; neither ids nor missing
+mass count.
 """
 MISSING = get_args(MissingMass)
 TINY = 1e-12  # the least probability of all other tokens together
@@ -62,6 +63,25 @@ def jsd(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
 def uld(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """Σ_k |p_(k) - q_(k)|, each sorted (arXiv 2402.12030); entries that the teacher lacks count as zero."""
     return (p - log_q.exp()).abs().sum(-1)
+
+
+@LOSSES.register(
+    "standardized_uld", "distance of the sorted, standardized logits of the kept", needs=("ranked", "kept")
+)
+def standardized_uld(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ_k |z'_(k) - y'_(k)|, x' = (x - mean x) / std x over the kept logits (InfiFusion, arXiv 2501.02795).
+
+    Log-probabilities standardize as logits do: their common shift goes.
+    """
+    kept = p > 0
+    return ((_standardized(log_p, kept) - _standardized(log_q, kept)) * kept).abs().sum(-1)
+
+
+def _standardized(x: Tensor, kept: Tensor) -> Tensor:
+    count = kept.sum(-1, keepdim=True).clamp_min(1)
+    centred = x - torch.where(kept, x, 0.0).sum(-1, keepdim=True) / count
+    variance = torch.where(kept, centred, 0.0).square().sum(-1, keepdim=True) / count
+    return centred / variance.clamp_min(TINY).sqrt()
 
 
 @LOSSES.register("alm", "likelihood of the chunks of text that both sides cut alike (ALM)", needs=("chunks",))
@@ -144,7 +164,7 @@ class FusionLoss:
         q_kept = log_q.exp().sum(-1, keepdim=True)
         if renormalized and "conditional" in needs:
             log_q = log_q - q_kept.clamp_min(TINY).log()
-        if not (self.missing_mass == "tail" or (renormalized and "rest" in needs)):
+        if "kept" in needs or not (self.missing_mass == "tail" or (renormalized and "rest" in needs)):
             return p, log_p, log_q
         p_kept = p.sum(-1, keepdim=True)
         p_rest = torch.zeros_like(p_kept) if renormalized else (1 - p_kept).clamp_min(0.0)

@@ -108,6 +108,12 @@ def dense(logits: Tensor, logprobs: Tensor, targets: Targets, loss: FusionLoss) 
         top = q.sort(-1, descending=True).values[:, : targets.ids.shape[1]]
         each = (targets.p - top).abs().sum(-1)
         return each + ((1 - targets.p.sum(-1)) - (1 - top.sum(-1))).abs() if loss.missing_mass == "tail" else each
+    if loss.kind == "standardized_uld":
+        ours = [row.topk(int(many.sum())).values for row, many in zip(logits, logprobs > -torch.inf, strict=True)]
+        theirs = [row[row > -torch.inf].sort(descending=True).values for row in logprobs]
+        pairs = zip(ours, theirs, strict=True)
+        shapes = [((x - x.mean()) / x.std(correction=0), (y - y.mean()) / y.std(correction=0)) for x, y in pairs]
+        return torch.stack([(x - y).abs().sum() for x, y in shapes])
     rest = loss.missing_mass == "tail" or (loss.kind == "jsd" and loss.missing_mass == "renormalize")
     p_all, q_all = torch.where(kept, p, 0.0), torch.where(kept, q, 0.0)
     if loss.kind == "reverse_kl" and loss.missing_mass == "renormalize":
@@ -398,7 +404,8 @@ def test_a_head_that_hides_something_is_refused() -> None:
 
 def test_unknown_names() -> None:
     with pytest.raises(
-        UserError, match=r"loss\.kind='mse' is unknown; use one of: alm, ce, forward_kl, jsd, reverse_kl, uld"
+        UserError,
+        match=r"loss\.kind='mse' is unknown; use one of: alm, ce, forward_kl, jsd, reverse_kl, standardized_uld, uld",
     ):
         FusionLoss("mse")
     with pytest.raises(UserError, match=r"loss\.missing_mass='drop' is unknown"):
