@@ -15,7 +15,7 @@ SHARED_OUT = {"devices", "num_nodes", "accelerator", "strategy", "timeout"}  # k
 SHOWN = {"log_every_n_steps", "enable_model_summary"}
 UNDECIDING = {  # section -> keys that decide nothing of an output
     "trainer": SHARED_OUT | SHOWN,
-    "data": {"batch_size", "num_workers"},
+    "data": {"batch_size", "num_workers", "packing"},
     "extract": {"trainer"},
     "alignment": {"num_proc"},
     "evaluation": {"device"},

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fusechat.app.errors import UserError
-from fusechat.chats.padding import pad
+from fusechat.chats.padding import Layout, padded, reading
 from fusechat.fusion.plan import Draw
 from fusechat.stores.common import CommonText, chunks, places
 from fusechat.stores.distributions import NEG_INF
@@ -25,7 +25,8 @@ LARGEST = 1e-2  # log-probabilities above are no rounding any more
 class FusionBatch:
     """B chats of T tokens with N response positions in all, and S models' distributions of K entries there.
 
-    input_ids, attention_mask [B, T]; at [N], each position's place in the flattened [B * T]; gold, sequence [N];
+    input_ids, attention_mask [B, T], or [R, T] where chats share R rows: position_ids [R, T] tell them apart then;
+    at [N], each position's place in the flattened [B * T]; gold, sequence [N], the token and the chat;
     ids, logprobs [S, N, K]; gold_logprob [S, N]; nats, n_bytes, n_tokens [B, S] of what each model predicts;
     chunk, chunk_nats [S, N], for a loss on chunks of text: see `fusechat.stores.common.chunks`, else [S, 0];
     common_nats [B, S] and common_bytes [B, 1] of the text that all of them predict. step_tokens: response tokens of the
@@ -49,6 +50,12 @@ class FusionBatch:
     common_bytes: Tensor
     step_tokens: Tensor
     tags: list[str]
+    position_ids: Tensor | None = None
+
+    @property
+    def read(self) -> dict[str, Tensor]:
+        """What a model is given."""
+        return reading(self.input_ids, self.attention_mask, self.position_ids)
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,13 @@ SILENT = Entries(NOWHERE, NOWHERE, NOWHERE, NOWHERE)
 class FusionRows(Dataset[FusionBatch]):
     """Batches by `Draw`. stores: the pivot's first, then the aligned sources', row by row of the same chats.
 
-    chunked: whether they say which chunk of text each position lies in.
+    chunked: whether they say which chunk of text each position lies in. lay: how chats become rows of tokens.
     """
 
-    def __init__(self, stores: Sequence[DistributionStore], pad_token_id: int, chunked: bool = False) -> None:
-        self.stores, self.pad_token_id, self.chunked = list(stores), pad_token_id, chunked
+    def __init__(
+        self, stores: Sequence[DistributionStore], pad_token_id: int, chunked: bool = False, lay: Layout = padded
+    ) -> None:
+        self.stores, self.pad_token_id, self.chunked, self.lay = list(stores), pad_token_id, chunked, lay
         self.scalars = {
             name: torch.from_numpy(np.stack([s.column(name) for s in stores], 1))
             for name in ("nats", "bytes", "tokens")
@@ -81,18 +90,19 @@ class FusionRows(Dataset[FusionBatch]):
 
     def __getitem__(self, draw: Draw) -> FusionBatch:
         chats = [self.stores[0].row(row, "input_ids", "positions") for row in draw.rows]
-        input_ids, attention_mask = pad([ids for ids, _ in chats] or [[self.pad_token_id]], self.pad_token_id)
+        laid = self.lay([ids for ids, _ in chats] or [[self.pad_token_id]], self.pad_token_id)
         sequence = np.repeat(np.arange(len(chats)), np.array([len(positions) for _, positions in chats], int))
-        at = np.concatenate([NOWHERE, *(positions for _, positions in chats)]) + sequence * input_ids.shape[1]
+        at = np.concatenate([NOWHERE, *(positions for _, positions in chats)]) + laid.starts.numpy()[sequence]
         models = [self._entries(store, draw.rows, len(at)) if chats else SILENT for store in self.stores]
         ids, logprobs = self._rectangle(models)
         common_nats, common_bytes = self.common(draw.rows)
         chunk, chunk_nats = self._chunks(draw.rows)
         return FusionBatch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            input_ids=laid.ids,
+            attention_mask=laid.mask,
+            position_ids=laid.positions,
             at=torch.from_numpy(at),
-            gold=input_ids.reshape(-1)[at + 1],  # position t predicts the token after t
+            gold=laid.ids.reshape(-1)[at + 1],  # position t predicts the token after t
             sequence=torch.from_numpy(sequence),
             ids=torch.from_numpy(ids),
             logprobs=torch.from_numpy(logprobs),

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from fusechat.app.errors import UserError
 from fusechat.chats.formats import in_validation
+from fusechat.chats.padding import Layout, padded
 from fusechat.fusion.batches import FusionBatch, FusionRows
 from fusechat.fusion.options import Data
 from fusechat.fusion.plan import Ints, Plan
@@ -49,8 +50,8 @@ class FusionDataModule(lightning.LightningDataModule):
     """Splits the chats of opened stores by content hash, and batches them.
 
     max_tokens: the longest chat that is allowed; vocab_size: rows of the pivot's embedding; own: chats to validate with
-    in place of a part of the stores'; chunked: see `FusionRows`. Raises `UserError` where a chat is longer, a store has
-    more ids, or no chat is left to train on.
+    in place of a part of the stores'; chunked and lay: see `FusionRows`. Raises `UserError` where a chat is longer, a
+    store has more ids, or no chat is left to train on.
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class FusionDataModule(lightning.LightningDataModule):
         pad_token_id: int,
         own: DistributionStore | None = None,
         chunked: bool = False,
+        lay: Layout = padded,
     ) -> None:
         super().__init__()
         self.stores, self.settings, pivot = list(stores), data, stores[0]
         if (ids := pivot.manifest["vocab_size"]) > vocab_size:
             known = f"the model's embedding {vocab_size} rows"
             raise UserError(f"{pivot.path} has ids up to {ids}, {known}; set pivot.path")
-        self.rows = FusionRows(stores, pad_token_id, chunked)
+        self.rows = FusionRows(stores, pad_token_id, chunked, lay)
         self.responses = self.rows.scalars["tokens"][:, 0].numpy().astype(np.int64)
         self.lengths = pivot.lengths("input_ids")
         if (longest := int(self.lengths.max())) > max_tokens:
@@ -82,7 +84,8 @@ class FusionDataModule(lightning.LightningDataModule):
         self.train_rows, self.validation_rows = np.flatnonzero(usable & ~held_out), np.flatnonzero(usable & held_out)
         self.own, self.validation = own, self.rows
         if own is not None:
-            self.validation, self.validation_rows = FusionRows([own] * len(stores), pad_token_id), np.arange(len(own))
+            self.validation = FusionRows([own] * len(stores), pad_token_id, lay=lay)
+            self.validation_rows = np.arange(len(own))
         if not len(self.train_rows):
             see = "see chat.path and data.validation_fraction"
             raise UserError(f"{pivot.path} leaves no chat with a response to train on; {see}")

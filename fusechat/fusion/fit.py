@@ -9,6 +9,7 @@ from typing import Any
 
 from fusechat.app.parts import made
 from fusechat.app.trainer import quiet_trainer, seed_everything
+from fusechat.chats.padding import layout_of
 from fusechat.fusion.callbacks import SavePretrained, make_callbacks
 from fusechat.fusion.checkpoints import step_of, to_resume
 from fusechat.fusion.checks import check_sharded, check_target_room, check_tokens
@@ -87,6 +88,7 @@ def _data(training: Training, tokenizer: Any) -> FusionDataModule:
         pad_token_id=tokenizer.pad_token_id or 0,
         own=None if own is None else validation_chats(own, tokenizer, stores[0].manifest),
         chunked=training.loss.on_chunks,
+        lay=layout_of(training.data.packing, training.attn_implementation),
     )
 
 

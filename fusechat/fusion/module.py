@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusechat.app.errors import UserError
+from fusechat.chats.padding import flattened, packed
 from fusechat.fusion.adapters import with_adapters
 from fusechat.fusion.batches import FusionBatch
 from fusechat.fusion.failures import skip_step
@@ -19,11 +20,12 @@ from fusechat.fusion.gradient import Targets, chunk_targets, fused_loss, loss_fr
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.optimizers import make_optimizer, make_schedule
 from fusechat.fusion.options import Optimizer
+from fusechat.fusion.packing import check_apart
 from fusechat.fusion.ranks import gathered, generators, set_generators
 from fusechat.fusion.rules import FusionRule, cross_entropy
 from fusechat.fusion.sharding import first_loads, shard, within
 from fusechat.models import load as models
-from fusechat.models.heads import OutputHead
+from fusechat.models.heads import OutputHead, Within
 from fusechat.stores.units import bits_per_byte
 
 
@@ -108,11 +110,19 @@ class FusionModule(lightning.LightningModule):
         return models.empty_model(self.path, **{key: of for key, of in self.loading.items() if key != "load_in"})
 
     def on_fit_start(self) -> None:
-        """On the device, in the precision and the shards of the training: does the head give the model's logits?"""
-        if self.head is not None:
-            probe = torch.arange(8, device=self.device).remainder(self.head.vocabulary).unsqueeze(0)
-            with self.trainer.precision_plugin.forward_context():
-                self.head.verify(probe, lambda work: within(self.model, work))
+        """On the device, in the precision and the shards of the training: does the head give the model's logits, and
+        are chats that share a row read as if they were alone?
+        """
+        as_forward: Within = lambda work: within(self.model, work)
+        lay = self.trainer.datamodule.rows.lay  # type: ignore[attr-defined]
+        with self.trainer.precision_plugin.forward_context():
+            if self.head is not None:
+                probe = torch.arange(8, device=self.device).remainder(self.head.vocabulary).unsqueeze(0)
+                self.head.verify(probe, as_forward)
+            if lay is flattened:  # flash attention knows no other precision
+                check_apart(self.model, lay, self.device, as_forward)
+        if lay is packed:  # as exactly as weights allow: a weak leak is below the rounding of autocast
+            check_apart(self.model, lay, self.device, as_forward)
 
     def on_train_start(self) -> None:
         """Every rank draws for itself (dropout), or goes on where it stopped."""
@@ -195,9 +205,9 @@ class FusionModule(lightning.LightningModule):
     def _student(self, batch: FusionBatch, targets: Targets) -> tuple[Tensor, Tensor]:
         """The weighted loss, and sft and divergence of each position [2, N]."""
         if self.head is not None:
-            hidden = self.head.hidden(batch.input_ids, batch.attention_mask).flatten(0, 1)[batch.at]
+            hidden = self.head.hidden(**batch.read).flatten(0, 1)[batch.at]
             return fused_loss(hidden, self.head, targets, self.loss)
-        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = self.model(**batch.read, use_cache=False).logits
         return loss_from_logits(logits.flatten(0, 1)[batch.at], targets, self.loss)
 
     def configure_optimizers(self) -> Any:

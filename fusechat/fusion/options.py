@@ -15,7 +15,8 @@ class Data:
     """What is trained on, in which order. global_batch: chats of an optimizer step; batch_size: at most so many at a
     time on a device, None: all of its part; validation_fraction: chats held out by content hash and split_seed;
     shuffle_seed: the order; bucket: steps sorted by length together, 1: none; num_workers: DataLoader processes;
-    max_tokens: longer chats are an error, None: the caller's ``max_length`` decides.
+    max_tokens: longer chats are an error, None: the caller's ``max_length`` decides; packing: chats share rows, which
+    changes nothing but the time it takes (`fusechat.chats.padding`).
     """
 
     global_batch: int = 8
@@ -26,6 +27,7 @@ class Data:
     num_workers: int = 0
     bucket: int = 16
     max_tokens: int | None = None
+    packing: bool = False
 
     def __post_init__(self) -> None:
         settings.check("data", **vars(self))

@@ -29,6 +29,12 @@ def chunk_rows(device: torch.device, vocabulary: int, on_cpu: int) -> int:
     return max(TILE, memory // (4 * CARD_SHARE * vocabulary) // TILE * TILE)
 
 
+def close(ours: Tensor, own: Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether logits are a model's own, computed in another way: half precision is given more room."""
+    tolerance, own = 0.05 if own.dtype in (torch.bfloat16, torch.float16) else tolerance, own.float()
+    return bool((own - ours.float()).abs().max() <= tolerance * own.abs().max().clamp_min(1.0))
+
+
 class OutputHead:
     """Splits a causal LM into backbone and lm_head, so that logits are computed only where they are needed.
 
@@ -78,10 +84,9 @@ class OutputHead:
         self.model.eval()
         as_forward = within or (lambda work: work())
         own: Tensor = as_forward(lambda: self.model.forward(input_ids=probe, use_cache=False).logits)
-        ours = as_forward(lambda: self.logits(self.hidden(probe))).float()
+        ours = as_forward(lambda: self.logits(self.hidden(probe)))
         self.model.train(training)
-        tolerance, own = 0.05 if own.dtype in (torch.bfloat16, torch.float16) else 1e-4, own.float()
-        if own.shape != ours.shape or (own - ours).abs().max() > tolerance * own.abs().max().clamp_min(1.0):
+        if own.shape != ours.shape or not close(ours, own):
             raise UserError(
                 f"{type(self.model).__name__} computes its logits in a way that backbone and lm_head do not show; "
                 f"{self.otherwise}"

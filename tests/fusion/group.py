@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
 from fusechat.app.errors import UserError
+from fusechat.chats.padding import flattened
 from fusechat.fusion import Callbacks, Data, FusionLoss, Optimizer, train
 from fusechat.fusion.module import FusionModule
 from tests.benchmarks.measure import resident
@@ -33,6 +34,7 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
+STEPS: dict[str, Any] = {"global_batch": 44, "batch_size": 11, "shuffle_seed": 1}
 CASES = [
     Case("plain", trainer={"gradient_clip_val": None}),
     Case("tied", pivot="tied", options={"gradient_checkpointing": True}),
@@ -40,6 +42,7 @@ CASES = [
     Case("own_logits", pivot="tied", options={"loss": FusionLoss(lm_weight=0.5, chunked=False)}),
     Case("adamw", sgd=False),
     Case("bf16", trainer={"precision": "bf16-mixed"}),
+    Case("flat", options={"data": Data(**STEPS, packing=True)}, trainer={"gradient_clip_val": None}),
 ]
 LORA = {"enabled": True, "r": 2}
 THREE_EPOCHS = {"max_epochs": 3}  # of three steps
@@ -53,6 +56,8 @@ def run(case: Case, root: Path, name: str, strategy: str, world: int) -> None:
     """One training, of which this process is a rank: ``targets/NAME`` and ``logs/NAME``."""
     trainer = {"max_epochs": 1, "log_every_n_steps": 1, "gradient_clip_val": CLIP, "devices": world}
     with pytest.MonkeyPatch.context() as patch:
+        if case.name == "flat":  # as flash attention would have chats
+            patch.setattr("fusechat.fusion.fit.layout_of", lambda *_: flattened)
         if case.sgd:
             patch.setattr(FusionModule, "configure_optimizers", sgd)
         train(
@@ -60,12 +65,11 @@ def run(case: Case, root: Path, name: str, strategy: str, world: int) -> None:
             root / "distributions/pivot",
             {"a": root / "aligned/a"},
             root / "targets" / name,
-            data=Data(global_batch=44, batch_size=11, shuffle_seed=1),
             optimizer=Optimizer(lr=1e-3, warmup_ratio=0.0, schedule="constant"),
             callbacks=Callbacks(progress_bar=False, checkpoint_every_n_steps=7),
             trainer={**trainer, "strategy": strategy, **case.trainer},
             logger=lambda step: [CSVLogger(root / "logs", name=name, version="")],
-            **{"loss": FusionLoss(lm_weight=0.5), **case.options},
+            **{"loss": FusionLoss(lm_weight=0.5), "data": Data(**STEPS), **case.options},
         )
 
 

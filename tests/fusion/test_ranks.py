@@ -132,9 +132,14 @@ def test_the_same_numbers(name: str, strategy: str, group: int, place: Path) -> 
     for column, values in alone.items():
         assert ours[column] == pytest.approx(values, rel=1e-5), column
     assert len(ours["train/loss"]) == 3
-    if name != "plain":
+    if SHARED[name].trainer.get("gradient_clip_val", CLIP):
         assert min(ours["train/gradient_norm"]) > CLIP, "clipping decides something"
     assert record(place, f"{name}-{strategy}-{group}")["wins"] == record(place, f"{name}-alone")["wins"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_shared_rows_train_what_rows_of_their_own_do(strategy: str, group: int, place: Path) -> None:
+    assert distance(weights(place, "plain-alone"), weights(place, f"flat-{strategy}-{group}")) < 1e-6
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -64,6 +64,7 @@ class Data(Section, total=False):
     num_workers: Natural
     bucket: Count
     max_tokens: Tokens | None
+    packing: bool
 
 
 class Validation(Section, total=False):
