@@ -6,10 +6,10 @@ python -m fusechat.inspect runs/tiny/seed0/distributions/a
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.verbs import plainly
 
 if TYPE_CHECKING:
     from fusechat.stores.store import DistributionStore
@@ -93,12 +93,12 @@ def main() -> None:
     parser.add_argument("store", help="a folder that extract or align has written")
     parser.add_argument("--samples", type=int, default=2, help="chats to decode")
     parser.add_argument("--tokenizer", help="tokenizer to decode with, where the model has moved")
-    arguments = parser.parse_args()
-    try:
+
+    def run() -> None:
+        arguments = parser.parse_args()
         describe(arguments.store, arguments.samples, arguments.tokenizer)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+
+    plainly(run)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from fusechat.app import failures
 from fusechat.app.errors import UserError
 from fusechat.app.states import STYLES, State, short, state_of
+from fusechat.app.verbs import plainly
 
 PARTS = ("world/models", "distributions", "aligned", "targets", "merged")  # folders of outputs, in the order of a run
 RESULTS = ("*.json", "lm_eval/*.json", "mt_bench/model_answer/*.jsonl", "alpaca_eval/*.json", "judge/*.json")
@@ -83,13 +83,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fusechat.status", description=(__doc__ or "").splitlines()[0])
     root = os.environ.get("FUSECHAT_ROOT", "runs")
     parser.add_argument("folder", nargs="*", default=[root], help=f"experiments, or folders of them (default: {root})")
-    try:
-        found = [path for folder in parser.parse_args().folder for path in _below(Path(folder))]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    for folder in found:
-        show(folder)
+
+    def run() -> None:
+        for folder in [path for given in parser.parse_args().folder for path in _below(Path(given))]:
+            show(folder)
+
+    plainly(run)
 
 
 def _below(root: Path) -> Sequence[Path]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusechat.app import checksums, disk, failures, help, registry, remembered, session
+from fusechat.app import checksums, disk, ending, failures, help, registry, remembered, session, streams
 from fusechat.app.errors import HELD, UserError
 from fusechat.app.hints import config_folders, experiment_of, task_overrides, with_near_names
 from fusechat.app.labels import report_place
@@ -38,10 +38,11 @@ LOG = logging.getLogger("fusechat")
 Run = Callable[[DictConfig], Any]
 NO_JOBS = "error: the sweep has no jobs: one of its choices is empty; see the overrides with commas or range()"
 UNREADABLE = 2  # exit code where Hydra cannot parse or compose
-FAILED = "FUSECHAT_FAILED"  # names a file of jobs begun and failed, shared with the processes of a sweep
+FAILED = "FUSECHAT_FAILED"  # of a sweep: names the file of its jobs begun and failed, in whatever process
 TRACEBACK = "FUSECHAT_TRACEBACK"  # HYDRA_FULL_ERROR as it was given
 PARENT = "FUSECHAT_PARENT"  # the process id of the pipeline that a command is a step of
 MULTIRUN = {"-m", "--multirun"}
+_noted: list[dict[str, Any]] = []  # jobs begun and failed in this process
 WITHOUT_JOBS = {"--cfg", "-c", "--hydra-help", "--info", "-i"}  # flags that look and run nothing
 
 
@@ -67,7 +68,7 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
                 with _environment(HYDRA_FULL_ERROR=os.environ.get(TRACEBACK, "0")):  # as given, for child processes
                     return run_stage(run, cfg)
             except Exception as error:
-                session.check_ended()
+                ending.check_ended()
                 overrides = " ".join(task_overrides()) or "(no overrides)"
                 readable = isinstance(error, (UserError, OmegaConfBaseException))
                 code = getattr(error, "code", UNREADABLE if readable else 1)
@@ -82,7 +83,12 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
                 return None  # hydra has nothing to add
 
         command = hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")(job)
-        return lambda: help.main(config_name) if help.wanted(sys.argv[1:]) else _command(command)
+
+        def main() -> None:
+            with streams.read(), ending.heeded():
+                help.main(config_name) if help.wanted(sys.argv[1:]) else _command(command)
+
+        return main
 
     return wrap
 
@@ -90,17 +96,17 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
 def _command(command: Callable[[], None]) -> None:
     """Runs a command of Hydra's and tells its mistakes; exits with 0, or as docs/safety.md lists it."""
     _end_with_parent()
-    session.end_on_signals()
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda text: text not in MULTIRUN)  # argparse wants it before overrides
     asked = os.environ.get("HYDRA_FULL_ERROR", "0")
-    with tempfile.NamedTemporaryFile("r", prefix="fusechat-failed-") as noted:
+    _noted.clear()
+    several = bool(MULTIRUN & set(sys.argv)) and not WITHOUT_JOBS & set(sys.argv)
+    with _notes() if several else nullcontext("") as notes:
         # with full errors hydra lets exceptions through, to be told here
-        shared = {"HYDRA_FULL_ERROR": "1", TRACEBACK: asked, FAILED: noted.name, SWEPT: json.dumps(swept(sys.argv[1:]))}
+        shared = {"HYDRA_FULL_ERROR": "1", TRACEBACK: asked, FAILED: notes, SWEPT: json.dumps(swept(sys.argv[1:]))}
         with _environment(**shared):
             mistake = _mistake(command, traceback=asked == "1")
-        jobs = [json.loads(line) for line in noted.read().splitlines()]
+        jobs = [json.loads(line) for line in Path(notes).read_text().splitlines()] if notes else [*_noted]
     failed = [job for job in jobs if job]
-    several = bool(MULTIRUN & set(sys.argv)) and not WITHOUT_JOBS & set(sys.argv)
     if mistake and not (
         failed and isinstance(mistake, (UserError, OmegaConfBaseException))
     ):  # a job's own mistake is logged already
@@ -128,10 +134,8 @@ def _mistake(command: Callable[[], None], traceback: bool) -> Exception | None:
     """What a person got wrong, or nothing; errors of ours, and all where a traceback was asked for, go through."""
     try:
         command()
-    except session.Ended as ended:
-        print(ended, file=sys.stderr)
-        raise
     except (UserError, HydraException, OmegaConfBaseException) as error:
+        ending.check_ended()
         if traceback:
             raise
         return error
@@ -166,10 +170,20 @@ def _end_with_parent() -> None:
         sys.exit(1)
 
 
+@contextmanager
+def _notes() -> Iterator[str]:
+    """A file of jobs begun and failed, for the time of a sweep."""
+    with tempfile.NamedTemporaryFile(prefix="fusechat-failed-") as file:
+        ending.to_undo.append(lambda: os.unlink(file.name))
+        yield file.name
+
+
 def _note(**failed: Any) -> None:
     """A job has begun (nothing given) or failed: its overrides, exit code and cause."""
-    with open(os.environ.get(FAILED, os.devnull), "a", encoding="utf-8") as file:
-        file.write(json.dumps(failed) + "\n")
+    _noted.append(failed)
+    if notes := os.environ.get(FAILED):
+        with open(notes, "a", encoding="utf-8") as file:
+            file.write(json.dumps(failed) + "\n")
 
 
 def run_stage(run: Run, cfg: DictConfig) -> Any:
@@ -184,7 +198,7 @@ def run_stage(run: Run, cfg: DictConfig) -> Any:
     door.check_surroundings(values)
     remembered.verify(cfg.get("verify", "always"))
     checksums.accept_changes(bool(cfg.get("accept_changes")))
-    with session.session(), waiting(bool(cfg.get("wait"))), disk.told():
+    with session.session(), waiting(bool(cfg.get("wait"))), disk.told(), streams.read():
         return run(cfg)
 
 

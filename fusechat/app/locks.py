@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusechat.app.ending import to_undo
 from fusechat.app.errors import HELD, UserError
 
 if TYPE_CHECKING:
@@ -62,13 +63,19 @@ def held(output: Path, choose: str = "choose another place") -> Iterator[bool]:
         _remove_empty(new)
         raise
     os.environ[OWN] = os.pathsep.join([*filter(None, own), str(output)])
+
+    def let_go() -> None:
+        lock.release()
+        _remove_empty(new)
+
+    to_undo.append(let_go)
     try:
         yield True
     finally:
         left = [path for path in os.environ[OWN].split(os.pathsep) if path != str(output)]
         os.environ[OWN] = os.pathsep.join(left)
-        lock.release()
-        _remove_empty(new)
+        let_go()
+        to_undo.remove(let_go)
 
 
 def _locked(output: Path) -> SoftFileLock:

@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusechat.app.ending import WHOLE, Ended, with_care
 from fusechat.app.errors import UserError
-from fusechat.app.session import WHOLE, Ended, log_to_stderr
+from fusechat.app.session import log_to_stderr
 from fusechat.app.threads import count
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def _main(job: str) -> None:
     """One rank: the job's verb runs with its config; the first one logs as the command does."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    with_care()
     content = json.loads(Path(job).read_text())
     if content["logging"]:
         logging.config.dictConfig(content["logging"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,49 +21,8 @@ from fusechat.app.registry import import_modules
 
 MISSING = "???"  # in a config: no value
 STEPS = "pipeline.steps"
-WHOLE = "the same command goes on from what is whole"
-CHATTY = ("httpx", "httpx2", "filelock", "fsspec", "datasets")
+CHATTY = ("httpx", "httpx2", "filelock", "fsspec", "datasets", "alembic")
 PACKAGES = ("torch", "transformers", "lightning", "datasets", "safetensors", "hydra-core", "wandb", "fusechat")
-
-
-class Ended(SystemExit):
-    """A signal has come: exit code 130 after Ctrl-C, 143 after SIGTERM. kept: what is kept and how to go on.
-
-    No KeyboardInterrupt, of which libraries make exits of their own.
-    """
-
-    def __init__(self, number: int, kept: str = WHOLE) -> None:
-        super().__init__(128 + number)
-        self.kept = kept
-
-    def __str__(self) -> str:
-        return f"{'interrupted' if self.code == 128 + signal.SIGINT else 'ended by SIGTERM'}; {self.kept}"
-
-
-_come: list[int] = []  # signals that were to end this process
-
-
-def check_ended() -> None:
-    """Raises `Ended` where a signal has come: a library that it broke into (an import, say) may make another error."""
-    if _come:
-        raise Ended(_come[0])
-
-
-def end_on_signals() -> None:
-    """Ctrl-C and SIGTERM end this process as an exception, so that locks and temporary files go; a second one at once.
-
-    SLURM's requeue signal is for trainings, which take it up.
-    """
-
-    def end(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        _come.append(number)
-        raise Ended(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    if "SLURM_JOB_ID" in os.environ:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 @contextmanager

@@ -8,8 +8,11 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from fusechat.app import ending, streams
+from fusechat.app.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
 VERBS = {  # in the order of a run
@@ -67,6 +70,15 @@ def near(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
     """``; did you mean a or b?``, or nothing where no known name is near."""
     found = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
     return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def plainly(run: Callable[[], None]) -> None:
+    """Runs a command that composes no config: a mistake is one line, and so is what Ctrl-C ends."""
+    try:
+        with streams.read(), ending.heeded():
+            run()
+    except UserError as error:
+        sys.exit(f"error: {as_typed(str(error))}")
 
 
 def command_line(verb: str = "") -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from fusechat.app.session import Ended
+from fusechat.app.ending import Ended
 
 LOG = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from omegaconf import OmegaConf
 
 from fusechat.app import session
 from fusechat.app.errors import UserError
-from fusechat.app.verbs import as_typed
+from fusechat.app.verbs import as_typed, plainly
 from fusechat.new.asked import KEYS, NEEDED, Asked, asked
 
 STARTING = 1.5  # a process's start over its imports: configs, checks, a model that is opened
@@ -64,12 +63,12 @@ def asked_for(name: str, settings: Sequence[str]) -> Asked:
 def main() -> None:
     """Makes an experiment as ``sys.argv`` asks for it; a mistake is one line."""
     logging.basicConfig(format="%(message)s")
-    given = parser().parse_args()
-    try:
+
+    def run() -> None:
+        given = parser().parse_args()
         make(asked_for(given.name, given.settings))
-    except UserError as error:
-        print(f"error: {as_typed(str(error))}", file=sys.stderr)
-        sys.exit(1)
+
+    plainly(run)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 
 from fusechat.app.command import PARENT
-from fusechat.app.session import Ended
+from fusechat.app.ending import Ended
 
 GRACE = 60.0  # seconds in which a step may end by itself after Ctrl-C; a training writes a checkpoint
 

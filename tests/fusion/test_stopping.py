@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fusechat.app.session import Ended
+from fusechat.app.ending import Ended
 from fusechat.fusion.module import FusionModule
 from tests.conftest import Mini
 
