@@ -34,6 +34,11 @@ class Served:
     path: str
     options: Mapping[str, Any]
 
+    @property
+    def decides(self) -> Mapping[str, str]:
+        """As the server has it."""
+        return self.server.decides
+
     @contextmanager
     def opened(self, device: torch.device | None, shards: Shards) -> Iterator[Asking]:
         """Its connections are closed at the end of the block."""

@@ -29,6 +29,14 @@ class Source(Protocol):
         """The model, ready to predict for the time of a block. device: None where the source itself decides."""
 
 
+class Elsewhere(Source, Protocol):
+    """A model that does not run here."""
+
+    @property
+    def decides(self) -> Mapping[str, str]:
+        """What of it decides numbers: part of the fingerprint, and told by the manifest."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model that runs here. options: of `load_model`; tokens_per_batch: padded tokens."""

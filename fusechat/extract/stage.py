@@ -20,7 +20,7 @@ from fusechat.chats.render import ChatRenderer, renderer_for
 from fusechat.extract.kinds import KINDS, OF_TOP, Keep, entries_of
 from fusechat.extract.processes import Tell, share
 from fusechat.extract.served import Served
-from fusechat.extract.shards import Loaded, Shards, Source, bad_of, check_bad
+from fusechat.extract.shards import Elsewhere, Loaded, Shards, Source, bad_of, check_bad
 from fusechat.extract.summary import summary, warn_of_cut
 from fusechat.models import load as models
 from fusechat.models.devices import devices_of
@@ -60,6 +60,7 @@ def extract(
     seed: int = 0,
     trainer: Mapping[str, Any] | None = None,
     server: Server | None = None,
+    told: Elsewhere | None = None,
     overwrite: bool = False,
     imports: Mapping[str, str] | None = None,
     when_made: Callable[[dict[str, Any]], None] | None = None,
@@ -73,7 +74,8 @@ def extract(
     manifest notes. max_bad_fraction: chats with NaN or inf before the run stops. when_made: called with the manifest
     where it is new. trainer: accelerator and devices as in `devices_of`, a process for each (one where a device_map
     spreads the model); more than one need a main module that can be imported, as multiprocessing's spawn does. server:
-    where the model runs, if not here; of ``model`` only tokenizer and config are read then.
+    where the model runs, if not here; of ``model`` only tokenizer and config are read then. told: what somebody else has
+    predicted with the model, of which only the tokenizer is read then.
 
     A finished store of the same settings is left as it is, an unfinished one is gone on with; the number of devices
     decides nothing of its content. Raises `UserError` for unusable models, chats or settings, and for a store of other
@@ -95,12 +97,13 @@ def extract(
     about = _about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=chats_mark)
     loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     loading |= {"attn_implementation": attn_implementation, "device_map": device_map, "load_in": load_in}
-    source: Source = Loaded(model, loading, tokens_per_batch)
     devices: Sequence[Any] = [None]
     if server:
         one_of(kind, tuple(OF_TOP), "a server gives the likeliest tokens and nothing else: extract.kind")
-        source = Served(server, model, {key: loading[key] for key in ("revision", "trust_remote_code")})
-        ran: dict[str, Any] = server.decides
+        told = Served(server, model, {key: loading[key] for key in ("revision", "trust_remote_code")})
+    source: Source = told or Loaded(model, loading, tokens_per_batch)
+    if told:
+        ran: dict[str, Any] = {**told.decides}
         del amount["tokens_per_batch"]
     else:
         ran = {"model": models.model_identity(model, revision), "dtype": dtype} | (
@@ -133,7 +136,7 @@ def extract(
     _fill(shards, whole, devices)
     manifest = writer.finish(
         **about,
-        **(server.decides if server else {}),
+        **(told.decides if told else {}),
         extract={**amount, "max_bad_fraction": max_bad_fraction},
         drawn="generator" in KINDS[kind].needs,
         logprobs=logprobs,

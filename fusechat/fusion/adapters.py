@@ -1,21 +1,51 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) over the pivot, and the model that they make of it."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) over the pivot: made, kept beside a target, gone on from, and merged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusechat.app.errors import UserError
+from fusechat.fusion.training import WEIGHTS
 from fusechat.models import load as models
+
+FOLDER = "adapter"  # inside a target
+NOT_PEFT = ("enabled", "adapter")  # keys of the section that are ours
 
 
 def with_adapters(model: Any, lora: Mapping[str, Any]) -> Any:
-    """The model with low-rank adapters in fp32, which alone are trained."""
+    """The model with low-rank adapters in fp32, which alone are trained.
+
+    lora: options of `peft.LoraConfig`, and ``adapter``, the folder of those that training goes on from, if any. Raises
+    `UserError` where these are of other shapes.
+    """
     import peft
 
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+    options = {key: value for key, value in lora.items() if key not in NOT_PEFT}
+    made = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    if lora.get("adapter"):
+        _fill(made, Path(lora["adapter"]))
+    return made
+
+
+def adapter_tensors(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapters of a model by the names that peft gives them in a file. state: of the model, where it is in shards."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def save_adapters(model: Any, state: Mapping[str, Tensor], directory: Path) -> None:
+    """Writes the adapters as peft does, a folder that `PeftModel.from_pretrained` and ``merge.py`` read."""
+    from safetensors.torch import save_file
+
+    model.peft_config["default"].save_pretrained(directory)
+    save_file(adapter_tensors(model, state), directory / WEIGHTS, {"format": "pt"})
 
 
 def merged_adapters(
@@ -28,3 +58,16 @@ def merged_adapters(
     unknown = model.load_state_dict(adapters, strict=False).unexpected_keys
     assert not unknown, unknown
     return model.merge_and_unload()
+
+
+def _fill(model: Any, folder: Path) -> None:
+    from peft.utils.save_and_load import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    given = load_file(folder / WEIGHTS)
+    shapes = [{name: tuple(t.shape) for name, t in of.items()} for of in (adapter_tensors(model), given)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        if shapes[0].get(name) != shapes[1].get(name):
+            told = f"{name} is {shapes[1].get(name)} there, {shapes[0].get(name)} by lora.r and lora.target_modules"
+            raise UserError(f"lora.adapter={folder} does not fit: {told}; set them as they were")
+    set_peft_model_state_dict(model, given)

@@ -17,7 +17,7 @@ from fusechat.app import checksums
 from fusechat.app.outputs import whole_directory, write_json
 from fusechat.app.progress import spell
 from fusechat.app.steps import StepsTold
-from fusechat.fusion.adapters import merged_adapters
+from fusechat.fusion.adapters import FOLDER, merged_adapters, save_adapters
 from fusechat.fusion.checkpoints import list_of
 from fusechat.fusion.options import Callbacks
 from fusechat.fusion.samples import Samples
@@ -104,11 +104,13 @@ class SavePretrained:
         state: dict[str, Any] | None = whole_weights(pl_module.model, trained_only=bool(pl_module.lora))
         if pl_module.global_rank:
             return
-        model = pl_module.model
-        if pl_module.lora:
-            model, state = merged_adapters(pl_module.path, pl_module.loading, pl_module.lora, state or {}), None
+        model, adapters = pl_module.model, state if pl_module.lora else None
+        if adapters is not None:
+            model, state = merged_adapters(pl_module.path, pl_module.loading, pl_module.lora, adapters), None
         with whole_directory(self.output_dir, overwrite=True) as directory:
             model.save_pretrained(directory, state_dict=state)
+            if adapters is not None:
+                save_adapters(pl_module.model, adapters, directory / FOLDER)
             self.describe(directory, facts)
         LOG.info(closing(self.output_dir, facts, float(pl_module.tokens), time.monotonic() - self.began))
 

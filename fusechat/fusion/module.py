@@ -189,7 +189,7 @@ class FusionModule(lightning.LightningModule):
         if self.loss.on_chunks and batch.chunk.shape[1]:  # of one's own chats nobody has said anything
             speaks = fused.weight.argmax(1) + first, torch.arange(len(batch.gold), device=lam.device)
             chunk, nats = batch.chunk[speaks], batch.chunk_nats[speaks]
-            p = torch.exp(-nats / self.loss.temperature)
+            p = torch.exp(-nats / self.loss.temperature) * fused.weight.amax(1)
             return chunk_targets(batch.gold, p, chunk, batch.sequence, lam, per_token), fused.weight
         has_target = (fused.p > 0).any(-1)  # where there is nothing to fuse, lambda is 1
         lam = lam.masked_fill(~has_target, 1.0)
@@ -246,7 +246,9 @@ class FusionModule(lightning.LightningModule):
         progress |= dict.fromkeys(progress, done) | {"completed": done - behind}
 
     def _record(self, batch: FusionBatch, part: Tensor) -> None:
-        """Counts, per tag, how many response tokens each model spoke for."""
+        """Counts, per tag, how many response tokens each model spoke for; the pivot where it learns from nobody."""
+        if self.rule.takes_one and self.rule.include_pivot:
+            part = torch.cat([1 - part[:, 1:].sum(1, keepdim=True), part[:, 1:]], 1)
         per_chat = part.new_zeros(len(batch.tags), part.shape[1]).index_add_(0, batch.sequence, part).tolist()
         for tag, shares in zip(batch.tags, per_chat, strict=True):
             for name, share in zip(self.names, shares, strict=True):

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from fusechat.app import settings
+from fusechat.app.errors import UserError
 from fusechat.app.registry import Family
 from fusechat.stores.distributions import merge_duplicates
 
-RULES = Family("fusion.rule", needs=("sources", "one"))
+RULES = Family("fusion.rule", needs=("sources", "one", "own"))
 """Each model's cross entropy at every position [N, S] -> its weight there [N, S].
 
 Needs: ``sources``: there is something to fuse; without it training is plain SFT (λ = 1). ``one``: weights are one-hot,
-and the distribution of one model is taken as it is rather than a mixture of all.
+and the distribution of one model is taken as it is rather than a mixture of all; where they are all 0, there is
+nothing to fuse (λ = 1 there). ``own``: the first model is the student itself, with whom the others are compared.
 """
 
 
@@ -36,6 +38,20 @@ def min_ce(ce: Tensor) -> Tensor:
 def avg_ce(ce: Tensor) -> Tensor:
     """w = softmax_s(exp(-CE_s)) (FuseLLM). The unit of CE matters: see `cross_entropy`."""
     return torch.softmax(torch.exp(-ce), -1)
+
+
+DUAL_MIN_CE = "the best of the others, where it beats the model itself; else nothing is fused (FedMKT)"
+
+
+@RULES.register("dual_min_ce", DUAL_MIN_CE, needs=("sources", "one", "own"))
+def dual_min_ce(ce: Tensor) -> Tensor:
+    """w_k = 1 for k = argmin_{s > 0} CE_s where CE_k < CE_0, the model's own; else all 0 (FedMKT, arXiv 2406.02224).
+
+    DualMinCE: S_i = {x : CE_{k*}(x) < CE_i(x)} is what model i learns from others, and everything else from its labels.
+    """
+    own, others = ce[:, :1], ce[:, 1:]
+    best = torch.nn.functional.one_hot(others.argmin(-1) + 1, ce.shape[1])
+    return best * (others.amin(-1, keepdim=True) < own)
 
 
 @RULES.register("sft", "the baseline; the same code and steps with lambda = 1 and no source", needs=("one",))
@@ -74,6 +90,8 @@ class FusionRule:
     def __post_init__(self) -> None:
         RULES[self.rule]
         settings.check("fusion", **vars(self))
+        if "own" in RULES[self.rule].needs and not self.include_pivot:
+            raise UserError(f"fusion={self.rule} compares with the pivot itself; set fusion.include_pivot=true")
 
     @property
     def needs_sources(self) -> bool:
@@ -92,7 +110,7 @@ class FusionRule:
         weight = self.weights(gold_logprob, ce, sequence, present=(p > 0).any(-1).T)
         if self.takes_one:
             chosen, positions = weight.argmax(1), torch.arange(len(weight), device=weight.device)
-            out_ids, out = ids[chosen, positions], p[chosen, positions]
+            out_ids, out = ids[chosen, positions], p[chosen, positions] * weight.amax(1, keepdim=True)
             reward = torch.exp(-ce).amax(1)
         else:
             mixed = (p * weight.T.unsqueeze(-1)).permute(1, 0, 2).flatten(1)

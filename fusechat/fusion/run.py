@@ -25,7 +25,7 @@ from fusechat.fusion.rules import FusionRule
 from fusechat.fusion.training import Training
 from fusechat.models.gguf import check_plain
 
-LORA = {"enabled": False, "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+LORA = {"enabled": False, "adapter": None, "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 TRAINER = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
 TRAINER |= {"max_epochs": 3, "max_steps": -1, "gradient_clip_val": 1.0, "log_every_n_steps": 20}
 TRAINER |= {"enable_model_summary": False, "timeout": TIMEOUT}
@@ -73,7 +73,8 @@ def train(
     ``FusionRule("sft")``). output_dir: becomes the target, a Hugging Face directory with ``fusechat.json``; checkpoints
     lie in ``../../checkpoints`` until it is whole. own_callbacks: name -> ``_target_`` (a Lightning callback) and its
     arguments, part of the fingerprint: it may change the training. trainer: options of `quiet_trainer`, over `TRAINER`;
-    lora: ``enabled`` and options of `peft.LoraConfig`, over `LORA`. max_length: the longest chat in tokens where
+    lora: ``enabled``, ``adapter`` (the folder of one that training goes on from) and options of `peft.LoraConfig`, over
+    `LORA`; the target then holds its adapter too, in ``adapter``. max_length: the longest chat in tokens where
     data.max_tokens says none. resume: ``last`` checkpoint of the same settings, a path, or None. validation: chats of
     one's own (file, folder or Hub dataset) to validate with in place of data.validation_fraction, all chats of the
     stores being trained on. logger: makes Lightning's loggers from the step that training goes on from. record: more to
@@ -87,6 +88,10 @@ def train(
     lora, trainer = {**LORA, **(lora or {})}, {**TRAINER, **(trainer or {})}
     check_plain(pivot, "pivot.path")
     settings.check("lora", **lora)
+    if lora["adapter"] and not lora["enabled"]:
+        raise UserError(
+            f"lora.adapter={lora['adapter']} goes on from an adapter and lora.enabled=false; set it to true"
+        )
     settings.check("trainer", **trainer)
     if "accumulate_grad_batches" in trainer:
         raise UserError("trainer.accumulate_grad_batches follows from data.global_batch and data.batch_size; set those")

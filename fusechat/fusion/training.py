@@ -8,13 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusechat.app.outputs import fingerprint
+from fusechat.app.errors import UserError
+from fusechat.app.outputs import file_hash, fingerprint
 from fusechat.fusion.fingerprint import before_stopping, earlier_fingerprint, settings_fingerprint
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.options import Data, Optimizer
 from fusechat.fusion.rules import FusionRule
 from fusechat.models.load import model_identity
 from fusechat.stores.store import DistributionStore
+
+WEIGHTS = "adapter_model.safetensors"  # of an adapter, as peft calls them
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,13 @@ class Training:
 
     @cached_property
     def parts(self) -> dict[str, Any]:
-        """All that decides the target, by name."""
+        """All that decides the target, by name. Raises `UserError` where an adapter to go on from is not there."""
+        lora, adapter = dict(self.lora), self.lora.get("adapter")
+        lora.pop("adapter", None)
+        if adapter is not None and not (Path(adapter) / WEIGHTS).is_file():
+            raise UserError(
+                f"lora.adapter={adapter} holds no {WEIGHTS}; give the folder `adapter` of a target, or null"
+            )
         return {
             "pivot": model_identity(self.pivot, self.revision),
             "stores": [store.fingerprint for store in self.stores],
@@ -58,7 +67,8 @@ class Training:
             "loss": asdict(self.loss),
             "optimizer": self.optimizer.settings,
             "data": asdict(self.data),
-            "lora": {**self.lora, **({"load_in": self.load_in} if self.load_in else {})},
+            "lora": {**lora, **({"load_in": self.load_in} if self.load_in else {})},
+            **({} if adapter is None else {"adapter": file_hash(Path(adapter) / WEIGHTS)}),
             "trainer": self.trainer,
             "seed": self.seed,
             **({} if self.validation is None else {"validation": fingerprint(ids=list(self.validation["id"]))}),

@@ -73,6 +73,7 @@ class Validation(Section, total=False):
 
 class Lora(Section, total=False):
     enabled: bool
+    adapter: Path | None
     r: Count
     lora_alpha: Positive
     target_modules: str | Texts

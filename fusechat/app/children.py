@@ -1,4 +1,4 @@
-"""A step's process: started, waited for, and ended with the pipeline."""
+"""A step's process: started, waited for, and ended with the command that started it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from fusechat.app.ending import Ended
 GRACE = 60.0  # seconds in which a step may end by itself after Ctrl-C; a training writes a checkpoint
 
 
-def run_child(command: Sequence[str]) -> int:
-    """Runs a command to its end, output passed through, and returns its exit code. Ctrl-C ends it too."""
+def run_child(command: Sequence[str], timeout: float | None = None) -> int:
+    """Runs a command to its end, output passed through, and returns its exit code. Ctrl-C ends it too.
+
+    timeout: seconds after which it is ended. Raises `TimeoutError` then.
+    """
     child = subprocess.Popen(command, env=os.environ | {PARENT: str(os.getpid())})
     try:
-        code = child.wait()
+        code = child.wait(timeout)
     except BaseException as error:
-        if isinstance(error, Ended) and error.code == 128 + signal.SIGTERM:
+        late = isinstance(error, subprocess.TimeoutExpired)
+        if late or (isinstance(error, Ended) and error.code == 128 + signal.SIGTERM):
             child.terminate()  # only this process has got it
         _end(child)
+        if late:
+            raise TimeoutError from None
         raise
     if code in (130, -signal.SIGINT):
         raise Ended(signal.SIGINT)
