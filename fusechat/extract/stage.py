@@ -74,8 +74,8 @@ def extract(
     manifest notes. max_bad_fraction: chats with NaN or inf before the run stops. when_made: called with the manifest
     where it is new. trainer: accelerator and devices as in `devices_of`, a process for each (one where a device_map
     spreads the model); more than one need a main module that can be imported, as multiprocessing's spawn does. server:
-    where the model runs, if not here; of ``model`` only tokenizer and config are read then. told: what somebody else has
-    predicted with the model, of which only the tokenizer is read then.
+    where the model runs, if not here; of ``model`` only tokenizer and config are read then. told: what somebody else
+    has predicted with the model, of which only the tokenizer is read then.
 
     A finished store of the same settings is left as it is, an unfinished one is gone on with; the number of devices
     decides nothing of its content. Raises `UserError` for unusable models, chats or settings, and for a store of other

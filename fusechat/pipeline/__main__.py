@@ -15,11 +15,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from fusechat.app.children import ended, run_child
 from fusechat.app.command import entry, plain
 from fusechat.app.errors import HELD, UserError
 from fusechat.app.hints import config_folders, task_overrides
 from fusechat.app.verbs import module_of, typed
-from fusechat.app.children import ended, run_child
 from fusechat.pipeline.configs import Compose, check, composer, models_of
 from fusechat.pipeline.plan import planned, tests_of
 from fusechat.pipeline.steps import Step, is_sweep, parse
