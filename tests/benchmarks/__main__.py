@@ -3,7 +3,19 @@
 import importlib
 import sys
 
-NAMES = ["loss", "step", "data", "alignment", "alignment_stage", "extraction", "scale", "budget", "merging", "startup"]
+NAMES = [
+    "loss",
+    "step",
+    "packing",
+    "data",
+    "alignment",
+    "alignment_stage",
+    "extraction",
+    "scale",
+    "budget",
+    "merging",
+    "startup",
+]
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or NAMES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,32 +20,34 @@ from tests.benchmarks.measure import table
 CHATS, TOKENS, K, V = 400, 512, 10, 32_000
 
 
-def store(path: Path, kind: str, response: float) -> DistributionStore:
-    """A store of random distributions over chats of 512 tokens, a share ``response`` of them the assistant's."""
-    rng, n = np.random.default_rng(0), int(TOKENS * response)
-    rows = [np.sort(rng.gumbel(size=(n, K)).astype(np.float32) * 2)[:, ::-1] for _ in range(CHATS)]
+def store(
+    path: Path, kind: str, response: float, lengths: Sequence[int] = (TOKENS,) * CHATS, vocabulary: int = V
+) -> DistributionStore:
+    """A store of random distributions over chats of some lengths, a share ``response`` of them the assistant's."""
+    rng, chats, counts = np.random.default_rng(0), len(lengths), [int(length * response) for length in lengths]
+    rows = [np.sort(rng.gumbel(size=(n, K)).astype(np.float32) * 2)[:, ::-1] for n in counts]
     logprobs = [(r - np.log(np.exp(r).sum(-1, keepdims=True))).reshape(-1) for r in rows]
-    ids = [rng.integers(0, V, n * K) for _ in range(CHATS)]
-    positions = [np.array([TOKENS - n - 1, TOKENS - 1]) for _ in range(CHATS)]
+    ids = [rng.integers(0, vocabulary, n * K) for n in counts]
+    positions = [np.array([length - n - 1, length - 1]) for length, n in zip(lengths, counts, strict=True)]
     lists = {
-        "input_ids": ([rng.integers(0, V, TOKENS) for _ in range(CHATS)], np.uint16),
+        "input_ids": ([rng.integers(0, vocabulary, length) for length in lengths], np.uint16),
         "positions": (positions, np.uint16),
-        "boundaries": ([np.ones(n)] * CHATS, np.uint8),
-        "counts": ([np.array([K])] * CHATS, np.uint16),
+        "boundaries": ([np.ones(n) for n in counts], np.uint8),
+        "counts": ([np.array([K])] * chats, np.uint16),
         "ids": (ids, np.uint16),
-        "gold_logprob": ([-np.ones(n)] * CHATS, np.float16),
+        "gold_logprob": ([-np.ones(n) for n in counts], np.float16),
     }
     columns = {name: list_column(values, dtype) for name, (values, dtype) in lists.items()}
     columns["logprobs"] = list_column([encode_logprobs(r, kind) for r in logprobs], np.dtype(kind))
-    scalars = {"id": [f"{i:016x}" for i in range(CHATS)], "tag": [""] * CHATS, "text_hash": ["0" * 8] * CHATS}
+    scalars = {"id": [f"{i:016x}" for i in range(chats)], "tag": [""] * chats, "text_hash": ["0" * 8] * chats}
     numbers = {
-        "nats": np.full(CHATS, 500.0),
-        "bytes": np.full(CHATS, 4 * n, np.int32),
-        "tokens": np.full(CHATS, n, np.int32),
+        "nats": np.full(chats, 500.0),
+        "bytes": 4 * np.array(counts, np.int32),
+        "tokens": np.array(counts, np.int32),
     }
     writer = StoreWriter(path, "mark", 1)
     writer.write(0, pa.table({**scalars, **numbers, **columns}), {})
-    writer.finish(vocab_size=V)
+    writer.finish(vocab_size=vocabulary)
     return DistributionStore(path)
 
 
