@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> float | None:
         seed=cfg.seed,
         resume=cfg.ckpt_path,
         overwrite=cfg.overwrite,
-        validation=cfg.validation.path,
+        validation=plain(cfg.validation)["path"],
         logger=lambda step: make_logger(cfg, f"{cfg.stage}-{output.name}", step),
         record=provenance(cfg),
         imports=imported(cfg) | own_modules(targets),

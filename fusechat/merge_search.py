@@ -25,7 +25,7 @@ OWN = ("search.", "merge.", "merge=", "output_dir=", "overwrite=")  # overrides 
 def run(cfg: DictConfig) -> float:
     """Tries merges; leaves the best in ``output_dir``, a table in ``search.folder``. Returns its bits per byte."""
     folder, output = Path(cfg.search.folder), Path(cfg.output_dir)
-    reads = [cfg.chat.path, cfg.pivot.path, plain(cfg.targets)]
+    reads = [plain(cfg.chat)["path"], cfg.pivot.path, plain(cfg.targets)]
     begun = lambda place: (place / "trials.jsonl").exists()
     with (
         writing(output, "merge", reads=reads),
@@ -57,10 +57,10 @@ def held_out_chats(cfg: DictConfig) -> list[Any]:
     from fusechat.merging.search import held_out
 
     if cfg.validation.path is not None:
-        return held_out(cfg.validation.path, validation_fraction=1.0, split_seed=0)
+        return held_out(plain(cfg.validation)["path"], validation_fraction=1.0, split_seed=0)
     split = {"validation_fraction": cfg.data.validation_fraction, "split_seed": cfg.data.split_seed}
-    chat = {key: cfg.chat[key] for key in ("format", "split", "name", "limit", "streaming")}
-    return held_out(cfg.chat.path, **split, **chat)
+    chat = {key: plain(cfg.chat)[key] for key in ("path", "format", "split", "name", "limit", "streaming", "seed")}
+    return held_out(chat.pop("path"), **split, **chat)
 
 
 def candidate(method: str, settings: Mapping[str, Any]) -> tuple[Recipe, Mapping[str, Any]]:

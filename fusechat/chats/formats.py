@@ -17,6 +17,7 @@ import datasets
 from fusechat.app.errors import UserError
 from fusechat.app.registry import Family
 from fusechat.chats.files import check_texts, read_rows
+from fusechat.chats.mixture import PART, Given, Several, mixed, parts_of
 from fusechat.chats.render import Message
 
 Row = Mapping[str, Any]
@@ -82,7 +83,7 @@ def in_validation(identity: str, fraction: float, seed: int) -> bool:
 
 
 def load_chats(
-    path: str | Path | datasets.Dataset,
+    path: Given | datasets.Dataset,
     *,
     format: str | None = None,
     split: str = "train",
@@ -90,16 +91,20 @@ def load_chats(
     limit: int | None = None,
     streaming: bool = False,
     tag: str = "tag",
+    seed: int = 0,
 ) -> tuple[datasets.Dataset, str]:
-    """Chats from a file, a directory, a Hub dataset id or a dataset. Returns them and the name of their format.
+    """Chats from a file, a directory, a Hub dataset id or a dataset; a list of them is a mixture, which ``seed`` draws
+    (`mixture.mixed`) and of which limit takes the first. Returns them and the name of their format.
 
     format: one of `FORMATS`; None finds it by the columns. tag: a column (skill, origin) by which reports break results
     down. Raises `UserError` for anything that is not a chat dataset: a broken line (with its number), unknown columns,
     an unknown role, no chats at all.
     """
+    if isinstance(path, Sequence) and not isinstance(path, str):
+        return _mixture(path, seed, limit, {"format": format, "split": split, "name": name}, streaming, tag)
     if isinstance(path, datasets.Dataset):
         where, raw = "the dataset", path
-        if set(raw.column_names) == COLUMNS:
+        if set(raw.column_names) - {PART} == COLUMNS:
             return raw, "messages"  # what this function has returned
     else:
         where = str(path)
@@ -128,6 +133,22 @@ def load_chats(
     if silent:
         LOG.warning("%s: the assistant has no text in %d of %d chats", where, len(silent), len(rows))
     return rows, found
+
+
+def _mixture(
+    given: Several, seed: int, limit: int | None, shared: Mapping[str, str | None], streaming: bool, tag: str
+) -> tuple[datasets.Dataset, str]:
+    """The parts, each loaded by what all share and it says itself; and their formats."""
+    parts = parts_of(given)
+    options = [{**shared, **part.options} for part in parts]
+    loaded: list[tuple[datasets.Dataset, str]] = [
+        load_chats(part.path, **own, streaming=streaming, tag=tag)  # type: ignore[arg-type]
+        for part, own in zip(parts, options, strict=True)
+    ]
+    whole = mixed(parts, [rows for rows, _ in loaded], seed)
+    return whole.select(range(min(limit or len(whole), len(whole)))), ", ".join(
+        dict.fromkeys(kind for _, kind in loaded)
+    )
 
 
 def _format_of(columns: set[str], format: str | None, where: str) -> str:

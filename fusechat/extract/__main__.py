@@ -30,15 +30,16 @@ def run(cfg: DictConfig) -> None:
 
 def _extract(cfg: DictConfig) -> None:
     from fusechat.chats.formats import load_chats
+    from fusechat.chats.mixture import paths_of
     from fusechat.extract import extract
     from fusechat.models.load import load_tokenizer
     from fusechat.stores.served.server import server_of
 
     source, chat, pivot = plain(cfg.source), plain(cfg.chat), None
     source["path"] = source["model"] if source["path"] == MISSING else source["path"]
-    reading = {key: chat[key] for key in ("split", "name", "limit", "streaming", "format")}
+    reading = {key: chat[key] for key in ("split", "name", "limit", "streaming", "format", "seed")}
     chats, found = load_chats(chat["path"], **reading)
-    LOG.info("%s: %d chats (%s) from %s", source["name"], len(chats), found, chat["path"])
+    LOG.info("%s: %d chats (%s) from %s", source["name"], len(chats), found, ", ".join(paths_of(chat["path"])))
     _warn_of_tests(cfg, chats)
     if chat["template"] == "pivot":
         pivot = load_tokenizer(
@@ -65,16 +66,17 @@ def _extract(cfg: DictConfig) -> None:
 def _warn_of_tests(cfg: DictConfig, chats: Any) -> None:
     """Says how many questions of the experiment's test chats are among the chats; Hub ids are not fetched for it."""
     from fusechat.chats.formats import load_chats
+    from fusechat.chats.mixture import paths_of
     from fusechat.chats.overlap import shared_questions
 
     options = plain(cfg.evaluation)
-    path = str(options.get("chats"))
-    if options["kind"] != "chats" or not Path(path).is_file():
+    path = options.get("chats") or ""
+    if options["kind"] != "chats" or not all(Path(each).is_file() for each in paths_of(path)):
         return
     tests, _ = load_chats(path, split=options["split"], limit=options["limit"])
     if count := shared_questions(chats["messages"], tests["messages"]):
         told = "%d of %d questions of evaluation.chats=%s are among the chats: what is measured on them is no test"
-        LOG.warning(told, count, len(tests), path)
+        LOG.warning(told, count, len(tests), ", ".join(paths_of(path)))
 
 
 def _follow(cfg: DictConfig, manifest: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from fusechat.app.places import writes
 from fusechat.app.progress import Progress, progress, spell
 from fusechat.app.surroundings import check_room
 from fusechat.chats.formats import load_chats
+from fusechat.chats.mixture import Given, sizes_of
 from fusechat.chats.render import ChatRenderer, renderer_for
 from fusechat.extract.kinds import KINDS, OF_TOP, Keep, entries_of
 from fusechat.extract.processes import Tell, share
@@ -35,7 +36,7 @@ ONE_PROCESS = {"accelerator": "auto", "devices": 1}
 @writes("extract", reads=("model", "chats", "pivot"), known=is_store)
 def extract(
     model: str,
-    chats: str | Path | datasets.Dataset,
+    chats: Given | datasets.Dataset,
     output_dir: str | Path,
     *,
     name: str | None = None,
@@ -93,8 +94,9 @@ def extract(
     pivot = models.load_tokenizer(pivot) if template == "pivot" and isinstance(pivot, str) else pivot
     renderer = renderer_for(tokenizer, pivot, template, max_length, end_of_turn)
     rows, _ = load_chats(chats)
-    chats_mark = outputs.fingerprint(ids=list(rows["id"]))
-    about = _about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=chats_mark)
+    parts = {"parts": sizes} if (sizes := sizes_of(rows)) else {}
+    chats_mark = outputs.fingerprint(ids=list(rows["id"]), **parts)
+    about = parts | _about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=chats_mark)
     loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     loading |= {"attn_implementation": attn_implementation, "device_map": device_map, "load_in": load_in}
     devices: Sequence[Any] = [None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat.app.outputs import stamp
+from fusechat.chats.mixture import paths_of
 from fusechat.fusion.training import Training
 from fusechat.models.cards import Made, write_card
 from fusechat.models.whole import write_record
@@ -47,11 +48,12 @@ class Description:
         about["coverage"] = dict(zip(sources, data.coverage(), strict=True))
         fusing = module.rule.needs_sources
         models = [str(s.manifest.get("path", n)) for n, s in zip(sources, training.stores[1:], strict=True)]
+        parts = ", ".join(f"{part} {n:,}" for part, n in training.stores[0].manifest.get("parts", {}).items())
         made = Made(
-            fused if fusing else "Supervised fine-tuning alone.",
+            (fused if fusing else "Supervised fine-tuning alone.") + (f" Chats: {parts}." if parts else ""),
             {"pivot": training.pivot} | {f"source {n}": model for n, model in enumerate(models, 1)},
             [training.pivot],
-            [str(path) for path in [(record or {}).get("config", {}).get("chat", {}).get("path")] if path],
+            paths_of((record or {}).get("config", {}).get("chat", {}).get("path") or []),
             ["distillation", module.rule.rule] if fusing else ["sft"],
         )
         return cls(tokenizer, made, about, record or {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -10,6 +9,7 @@ import numpy as np
 
 from fusechat.app.errors import UserError
 from fusechat.chats.formats import load_chats
+from fusechat.chats.mixture import Given, paths_of
 from fusechat.chats.render import ChatRenderer, Rendered
 from fusechat.stores.encoding import Array
 from fusechat.stores.store import DistributionStore
@@ -53,12 +53,12 @@ class ValidationChats(DistributionStore):
         return tuple(lists[name] if name in lists else np.empty(0, NONE[name]) for name in columns)
 
 
-def read_chats(path: str | Path) -> datasets.Dataset:
-    """The chats of a file, a folder or a Hub dataset. Raises `UserError` that names the key."""
+def read_chats(path: Given) -> datasets.Dataset:
+    """The chats that ``validation.path`` names, as chat.path does. Raises `UserError` that names the key."""
     try:
         return load_chats(path)[0]
     except UserError as error:
-        raise UserError(f"validation.path={path}: {error}") from error
+        raise UserError(f"validation.path={', '.join(paths_of(path))}: {error}") from error
 
 
 def validation_chats(chats: datasets.Dataset, tokenizer: Any, manifest: dict[str, Any]) -> ValidationChats:

@@ -18,7 +18,7 @@ NEEDED = {"pivot": "DIR", "sources": "'{a: DIR, b: DIR}'", "chats": "FILE"}
 KEYS = {  # what may be given -> what it is
     "pivot": "directory or Hub id of the model that every target starts from",
     "sources": "the models to learn from, {NAME: directory, Hub id or GGUF file}",
-    "chats": "file, directory or Hub id of the chats to fuse with",
+    "chats": "file, directory or Hub id of the chats to fuse with; or a list of them, as chat.path takes it",
     "tests": "chats to test with; without, a tenth of the chats is set aside (20 to 500)",
     "max_length": "tokens of a chat, longer ones are cut (2048, or the smallest context of the models)",
     "folder": "config folder of your own (my_conf)",
@@ -35,8 +35,8 @@ class Asked:
     name: str
     pivot: str
     sources: Mapping[str, str]
-    chats: str
-    tests: str | None
+    chats: Any
+    tests: Any
     max_length: int | None
     folder: Path
     root: Path
@@ -77,8 +77,8 @@ def asked(name: str, given: Mapping[str, Any], typed: str) -> Asked:
         name,
         _place(str(given["pivot"])),
         paths,
-        str(given["chats"]),
-        None if given.get("tests") is None else str(given["tests"]),
+        given["chats"],
+        given.get("tests"),
         given.get("max_length"),
         Path(given.get("folder", "my_conf")),
         Path(root),

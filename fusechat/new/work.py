@@ -11,6 +11,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import write_durably, write_json, write_lines
 from fusechat.app.states import ESTIMATES
 from fusechat.chats.formats import load_chats
+from fusechat.chats.mixture import paths_of
 from fusechat.chats.render import renderer_for
 from fusechat.models.gguf import check_plain
 from fusechat.models.load import load_tokenizer
@@ -63,20 +64,25 @@ def room() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _chats(own: Asked) -> tuple[Any, Any, tuple[str, str]]:
+def _chats(own: Asked) -> tuple[Any, Any, tuple[Any, Any]]:
     """Chats, tests, and how the experiment's file names them."""
     rows = load_chats(own.chats)[0].to_list()
     if own.tests is not None:
         return rows, load_chats(own.tests, split="test")[0].to_list(), (_named(own.chats), _named(own.tests))
     here = f"${{paths.root}}/{own.name}/chats"  # whatever experiment_name another run of the file has
-    return *split(rows, own.chats), (f"{here}/fusion.jsonl", f"{here}/test.jsonl")
+    return *split(rows, ", ".join(paths_of(own.chats))), (f"{here}/fusion.jsonl", f"{here}/test.jsonl")
 
 
-def _named(path: str) -> str:
-    return str(Path(path).absolute()) if Path(path).exists() else path
+def _named(given: Any) -> Any:
+    """Chats as they are named wherever the experiment is used from."""
+    if isinstance(given, list):
+        return [_named(each) for each in given]
+    if isinstance(given, Mapping):
+        return {**given, "path": _named(given["path"])}
+    return str(Path(given).absolute()) if Path(given).exists() else given
 
 
-def _text(own: Asked, work: Work, lengths: Lengths, chat: Mapping[str, Any], written: tuple[str, str]) -> str:
+def _text(own: Asked, work: Work, lengths: Lengths, chat: Mapping[str, Any], written: tuple[Any, Any]) -> str:
     return text_of(
         own.name,
         own.folder,

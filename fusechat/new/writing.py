@@ -20,8 +20,8 @@ def text_of(
     sources: Sequence[Model],
     own: Lengths,
     *,
-    chats: str,
-    tests: str,
+    chats: object,
+    tests: object,
     counts: tuple[int, int],
     template: str,
     max_length: int,
@@ -78,8 +78,8 @@ def rate_of(parameters: float) -> str:
     return "5.0e-6" if parameters > 1e9 else "3.0e-5" if parameters > 1e7 else "1.0e-3"
 
 
-def quoted(value: str) -> str:
-    """A text as YAML reads it back inside a flow mapping."""
+def quoted(value: object) -> str:
+    """A text, or a list of texts and mappings, as YAML reads it back inside a flow mapping."""
     return json.dumps(value, ensure_ascii=False)
 
 

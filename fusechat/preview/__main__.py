@@ -23,7 +23,7 @@ def run(cfg: DictConfig) -> None:
 
     if cfg.output_file is None:
         return _preview(cfg)
-    reads = (cfg.chat.path, *(node.path for node in _models(cfg).values()))
+    reads = (plain(cfg.chat)["path"], *(node.path for node in _models(cfg).values()))
     with writing(Path(cfg.output_file), "preview", reads=reads, file=True, known=is_page):
         return _preview(cfg)
 
@@ -39,7 +39,7 @@ def _preview(cfg: DictConfig) -> None:
 
     chat, count = plain(cfg.chat), cfg.preview.count
     limits = [limit for limit in (count, chat.pop("limit")) if limit is not None]
-    reading = {key: chat[key] for key in ("split", "name", "streaming", "format")}
+    reading = {key: chat[key] for key in ("split", "name", "streaming", "format", "seed")}
     chats, _ = load_chats(chat["path"], limit=min(limits, default=None), **reading)
     messages = [row["messages"] for row in chats]
     tokenizers: dict[str, Any] = {

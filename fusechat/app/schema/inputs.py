@@ -8,6 +8,7 @@ from typing import Literal
 from fusechat.app.schema.values import (
     Address,
     Attention,
+    Chats,
     Count,
     DeviceMap,
     Dtype,
@@ -17,6 +18,7 @@ from fusechat.app.schema.values import (
     NonNegative,
     Path,
     Section,
+    Seed,
     Template,
     Tokens,
 )
@@ -55,7 +57,8 @@ class Source(Pivot, Served, total=False):
 
 
 class Chat(Section, total=False):
-    path: Path
+    path: Chats
+    seed: Seed
     format: str | None
     name: str | None
     split: str

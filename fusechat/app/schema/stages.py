@@ -10,6 +10,7 @@ from annotated_types import Ge, Len, Predicate
 from fusechat.app.schema.inputs import Served
 from fusechat.app.schema.values import (
     Address,
+    Chats,
     Count,
     DeviceMap,
     Dtype,
@@ -156,7 +157,7 @@ class Search(Section, total=False):
 class Evaluation(Served, total=False):
     kind: str
     file: Path
-    chats: Path
+    chats: Chats
     questions: Path
     split: str
     limit: Count | None

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fusechat.app.schema.values import (
     Betas,
+    Chats,
     Count,
     Device,
     Devices,
@@ -68,7 +69,7 @@ class Data(Section, total=False):
 
 
 class Validation(Section, total=False):
-    path: Path | None
+    path: Chats | None
 
 
 class Lora(Section, total=False):

@@ -95,6 +95,10 @@ Label = Annotated[str, Len(1), Says("a name")] | int
 Name = Annotated[str, Predicate(is_name), Says("a name without /")] | int
 Scalar = str | bool | int | Finite
 Path = Annotated[str, Len(1), Says("a path")]
+Chats = Annotated[  # `fusechat.chats.mixture` knows the keys of a part
+    Path | Annotated[Sequence[Path | Mapping[str, Any]], Len(1)],
+    Says("a path, or a list of paths and of {path: PATH, rows: N} or {path: PATH, weight: W}"),
+]
 Texts = Annotated[Sequence[str], Len(1)]
 HubId = Annotated[str, Predicate(is_hub_id), Says("a Hub id, owner/name")]
 Address = Annotated[str, Predicate(is_address), Says("an address, http(s)://HOST/v1")]
