@@ -43,8 +43,8 @@ def disturbed(world: World, stage: Stage, log: Path, boundary: Boundary, fault: 
     def strike(name: str, number: int, path: str, changes: bool) -> None:
         if changes and (name, number) == (boundary.call, boundary.number):
             _note(log, name, number, path, changes)
-            if fault == "SIGKILL":
-                os.kill(os.getpid(), signal.SIGKILL)
+            if fault.startswith("SIG"):
+                return os.kill(os.getpid(), getattr(signal, fault))
             raise OSError(getattr(errno, fault), os.strerror(getattr(errno, fault)), path)
 
     return _run(world, stage, strike), bool(log.read_text())
