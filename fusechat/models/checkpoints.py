@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,16 +60,17 @@ class LazyCheckpoint:
             raise UserError(
                 f"{path} holds no model ({SINGLE} or {INDEX} expected); give a Hugging Face model directory"
             )
+        held: dict[Path, Iterable[str]] = {}
         for file in (self.path / name for name in names):
             if file.suffix == ".bin":
-                self._bin |= _pickled(file)
+                held[file] = tensors = _pickled(file)
+                self._bin |= tensors
             else:
                 infos, head = _opened(file)
-                if twice := sorted(infos.keys() & self.infos.keys()):
-                    held = self.infos[twice[0]].file
-                    raise UserError(f"{twice[0]} is in {held} and in {file}; copy or download the model again")
+                held[file] = infos
                 self.infos |= infos
                 self._streams[file] = Stream(file, head, whole.judge)
+        _check_once(held)
         self.infos |= {name: TensorInfo(tuple(t.shape), t.dtype, self.path, -1) for name, t in self._bin.items()}
 
     def __contains__(self, name: str) -> bool:
@@ -131,6 +133,23 @@ class LazyCheckpoint:
         return self._maps[file]
 
 
+def check_shards(path: Path) -> None:
+    """Raises `UserError` where a tensor stands in two of the files that a model's weights are taken from."""
+    files = [path / name for name in whole.weight_files(path)] if path.is_dir() else []
+    if len(files) > 1:
+        _check_once({file: _pickled(file) if file.suffix == ".bin" else _header(file)[0] for file in files})
+
+
+def _check_once(held: Mapping[Path, Iterable[str]]) -> None:
+    """Raises `UserError` for the first tensor of two files: which of the two counts would be chance."""
+    first: dict[str, Path] = {}
+    for file, names in held.items():
+        for name in sorted(names):
+            if name in first:
+                raise UserError(f"{name} is in {first[name]} and in {file}; copy or download the model again")
+            first[name] = file
+
+
 def _pickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a .bin file. weights_only: a pickle from a stranger must not run code."""
     whole.judge(file, digest(file))
@@ -155,6 +174,21 @@ def _opened(file: Path) -> tuple[dict[str, TensorInfo], bytes]:
     """What a file holds, and the bytes that say so."""
     listed, remedy = whole.recorded(file.parent)
     check_size(file, listed.get(file.name, {}), remedy)
+    entries, head = _header(file)
+    if strange := next((name for name, entry in entries.items() if entry["dtype"] not in DTYPES), None):
+        kind = entries[strange]["dtype"]
+        raise UserError(
+            f"{file}: {strange} is {kind}, no {', '.join(DTYPES)}; give the model as it was before it was quantised"
+        )
+    infos = {
+        name: TensorInfo(tuple(e["shape"]), DTYPES[e["dtype"]], file, len(head) + e["data_offsets"][0])
+        for name, e in entries.items()
+    }
+    return infos, head
+
+
+def _header(file: Path) -> tuple[dict[str, Any], bytes]:
+    """A file's tensors as its header describes them, and its bytes up to their data."""
     try:
         with safe_open(file, framework="np"):  # the library's own check that header and length fit
             pass
@@ -163,14 +197,4 @@ def _opened(file: Path) -> tuple[dict[str, TensorInfo], bytes]:
             header = json.loads(text := stream.read(length))
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{file} is truncated or not safetensors ({error}); copy it again") from error
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    if strange := next((name for name, entry in entries.items() if entry["dtype"] not in DTYPES), None):
-        kind = entries[strange]["dtype"]
-        raise UserError(
-            f"{file}: {strange} is {kind}, no {', '.join(DTYPES)}; give the model as it was before it was quantised"
-        )
-    infos = {
-        name: TensorInfo(tuple(e["shape"]), DTYPES[e["dtype"]], file, 8 + length + e["data_offsets"][0])
-        for name, e in entries.items()
-    }
-    return infos, begin + text
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, begin + text

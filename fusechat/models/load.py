@@ -59,6 +59,8 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from fusechat.models.checkpoints import check_shards
+
     check_place(path)
     settings.check("source", dtype=dtype, load_in=load_in, attn_implementation=attn_implementation)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "device_map": device_map}
@@ -70,6 +72,7 @@ def load_model(
             options["device_map"] = {"": device}  # a quantized model cannot be moved later
     options |= {"dtype": getattr(torch, dtype), "revision": revision, "trust_remote_code": trust_remote_code}
     check_model(path)
+    check_shards(Path(path))
     try:
         with torch.device("cpu"):  # transformers takes the device of a block around it for a device_map
             if is_gguf(path):

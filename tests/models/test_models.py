@@ -128,11 +128,27 @@ def test_a_tensor_in_two_shards_and_shards_beside_a_whole_file(sharded: Path) ->
     held, other = load_file(first), load_file(second)
     name = next(iter(held))
     save_file({**other, name: held[name] + 1}, second, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"{name} is in \S+{first.name} and in \S+{second.name}; copy or download"):
-        LazyCheckpoint(sharded)
+    for opened in (LazyCheckpoint, load_model):
+        with pytest.raises(UserError, match=rf"{name} is in \S+{first.name} and in \S+{second.name}; copy or download"):
+            opened(str(sharded))
     save_file({**other, **held, name: held[name] + 2}, sharded / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(LazyCheckpoint(sharded).tensor(name), held[name] + 2), "as transformers has it:"
     assert torch.equal(load_model(str(sharded)).state_dict()[name], held[name] + 2)
+
+
+@pytest.mark.parametrize("opened", [LazyCheckpoint, load_model])
+def test_a_tensor_in_two_bin_shards(opened: Any, sharded: Path) -> None:
+    held = {file: load_file(file) for file in sorted(sharded.glob("*.safetensors"))}
+    names = {file: f"pytorch_{file.stem}.bin" for file in held}
+    places = {name: names[file] for file, tensors in held.items() for name in tensors}
+    name, *_ = sorted(held[min(held)])
+    for file, tensors in held.items():
+        torch.save({**tensors, name: torch.ones(2)}, sharded / names[file])
+        file.unlink()
+    (sharded / "model.safetensors.index.json").unlink()
+    (sharded / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(UserError, match=rf"{name} is in \S+00001-of-00002\.bin and in \S+00002-of-00002\.bin; copy"):
+        opened(str(sharded))
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.complex64])
@@ -204,3 +220,21 @@ def test_logits_are_computed_in_rows_that_the_device_holds(
     assert chunk_rows.__wrapped__(torch.device("cuda"), vocabulary, 1) == rows
     assert chunk_rows(torch.device("cpu"), vocabulary, 1 << 21) == (1 << 21) // vocabulary
     assert chunk_rows(torch.device("cpu"), vocabulary, 1) == 1
+
+
+def test_weights_that_a_config_ties_and_that_differ_are_two(tmp_path: Path, recwarn: Any) -> None:
+    """As transformers loads them, merging reads them: nobody takes one of the two for both."""
+    import transformers
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, tie_word_embeddings=False, **shape)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    loaded, read = load_model(str(tmp_path)).state_dict(), LazyCheckpoint(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor) and torch.equal(read.tensor(name), tensor)
+    loaded_again = tmp_path / "again"
+    load_model(str(tmp_path)).save_pretrained(loaded_again)
+    assert sorted(LazyCheckpoint(loaded_again)) == sorted(read)
