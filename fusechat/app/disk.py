@@ -23,7 +23,7 @@ def told() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        number, file = _of(error)
+        number, file = cause(error)
         if number not in REMEDIES:
             raise
         where = f" ({file})" if file else ""
@@ -33,7 +33,7 @@ def told() -> Iterator[None]:
         ) from error
 
 
-def _of(error: BaseException | None) -> tuple[int, str]:
+def cause(error: BaseException | None) -> tuple[int, str]:
     """The system's error number behind an exception, and the file where it says so; 0 where there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:

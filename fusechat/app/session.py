@@ -21,7 +21,7 @@ from fusechat.app.registry import import_modules
 
 MISSING = "???"  # in a config: no value
 STEPS = "pipeline.steps"
-CHATTY = ("httpx", "httpx2", "filelock", "fsspec", "datasets", "alembic")
+CHATTY = ("httpx", "httpx2", "filelock", "fsspec", "datasets", "alembic", "matplotlib")
 PACKAGES = ("torch", "transformers", "lightning", "datasets", "safetensors", "hydra-core", "wandb", "fusechat")
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from fusechat.app import disk
 from fusechat.app.checksums import check_first_use
 from fusechat.app.errors import UserError
 from fusechat.app.schema.values import is_hub_id
@@ -63,12 +66,25 @@ def _load_files(path: Path, streaming: bool) -> Any:
         found = datasets.load_dataset(kind, data_files=names, split="train", streaming=streaming)
     except Exception as error:
         check_texts(path)
+        _check_cache(error, files)
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         hint = "do all rows have the same columns and types?"
         raise UserError(f"{path} cannot be read as {kind} ({reason}); {hint}") from error
     for cached in [] if streaming else found.cache_files:
         check_first_use(Path(cached["filename"]), "remove it: it is made again from the chats")
     return found
+
+
+def _check_cache(error: Exception, files: Sequence[Path]) -> None:
+    """Raises `UserError`, or the error again where a disk is full, for one that is not about the chats' own files."""
+    number, place = disk.cause(error)
+    if number in disk.REMEDIES:
+        raise error
+    if place and Path(place) not in files:
+        raise UserError(
+            f"{place} cannot be written ({os.strerror(number)}), where Hugging Face keeps what it has read of chats; "
+            "HF_HOME=DIR names another folder"
+        ) from error
 
 
 def _taken(stream: Any, path: str) -> datasets.Dataset:
