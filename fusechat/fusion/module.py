@@ -150,6 +150,11 @@ class FusionModule(lightning.LightningModule):
         for name, value in (("loss", loss), ("sft", sft / self.step_tokens), ("fusion", fusion / self.step_tokens)):
             self.log(f"train/{name}", value, on_step=True, batch_size=1, prog_bar=name != "loss")
 
+    def optimizer_step(self, *given: Any, **named: Any) -> None:
+        """A step, after which its gradients go: Lightning would hold them until the next forward pass is over."""
+        super().optimizer_step(*given, **named)
+        self.zero_grad()
+
     def on_validation_epoch_start(self) -> None:
         """Nothing is summed yet."""
         self.held_out = torch.zeros(5, dtype=torch.float64, device=self.device)

@@ -7,6 +7,7 @@ NAMES = [
     "loss",
     "step",
     "packing",
+    "trainer",
     "data",
     "alignment",
     "alignment_stage",

@@ -26,9 +26,12 @@ def resident(key: str = "VmRSS:") -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def measure(work: Callable[[], Any], reset: Callable[[], Any], repeats: int = 3, key: str = "RssAnon:") -> Cost:
+def measure(
+    work: Callable[[], Any], reset: Callable[[], Any], repeats: int = 3, key: str = "RssAnon:", warm: bool = True
+) -> Cost:
     """Runs ``work`` once to warm up, then measures it; ``reset`` drops what it left, before memory is read."""
-    work()
+    if warm:
+        work()
     seconds, peak = [], 0.0
     for _ in range(repeats):
         reset()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fusechat.app.errors import UserError
 from fusechat.fusion import FusionLoss, Optimizer
 from fusechat.fusion import train as fuse
+from fusechat.fusion.batches import FusionBatch
 from fusechat.fusion.options import Data
 from fusechat.merging.adapters import AdapterCheckpoint
 from fusechat.models.checkpoints import LazyCheckpoint
@@ -38,6 +39,21 @@ def test_chunked_and_own_logits_train_alike(fresh: Mini) -> None:
         fresh.run("train", "source=b", f"run_name=chunked_{chunked}", f"loss.chunked={chunked}", *EXACT)
     assert distance(weights(fresh, "chunked_true"), weights(fresh, "chunked_false")) < 1e-9
     assert moved(fresh, "chunked_true") > 1e-3
+
+
+def test_no_gradient_outlives_its_step(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as large as the weights: a forward pass has them beside it only within a step."""
+    from fusechat.fusion.module import FusionModule
+
+    step, held = FusionModule.training_step, []
+
+    def seen(self: FusionModule, batch: FusionBatch) -> torch.Tensor:
+        held.append(any(parameter.grad is not None for parameter in self.parameters()))
+        return step(self, batch)
+
+    monkeypatch.setattr(FusionModule, "training_step", seen)
+    fresh.run("train", "source=a", "trainer.max_steps=3", "data.global_batch=8", "data.batch_size=4")
+    assert held == [False, True] * 3
 
 
 def test_kill_and_resume_is_bit_for_bit(fresh: Mini) -> None:

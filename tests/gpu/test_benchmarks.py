@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import experiment, gpu, step
+from tests.benchmarks import data, experiment, gpu, step, trainer
 from tests.benchmarks.card import TINY
 from tests.conftest import ROOT
 
@@ -62,3 +62,9 @@ def test_without_a_gpu_make_gpu_says_so(tmp_path: Path) -> None:
     made = subprocess.run(["make", "gpu"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (made.returncode, made.stderr) == (0, "")
     assert made.stdout == "make gpu: nvidia-smi sees no GPU on this machine, nothing was run\n"
+
+
+def test_sft_is_that_of_transformers_trainer(tmp_path: Path) -> None:
+    """The same batches, weights, optimizer, schedule and clipping: the same loss after three steps."""
+    (_, ours, *_), (_, theirs, *_) = trainer.compared((32, 2, 64, 4, 2, data.V), 3, tmp_path)
+    assert ours == pytest.approx(theirs, abs=1e-5)
