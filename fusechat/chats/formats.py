@@ -18,31 +18,31 @@ from fusechat.app.errors import UserError
 from fusechat.app.registry import Family
 from fusechat.chats.files import check_texts, read_rows
 from fusechat.chats.mixture import PART, Given, Several, mixed, parts_of
-from fusechat.chats.render import Message
+from fusechat.chats.roles import CALLS, ROLES, Message, called, calls_of, introduced, tools_of
 
 Row = Mapping[str, Any]
 LOG = logging.getLogger(__name__)
 FORMATS = Family("chat.format", needs=None)
 COLUMNS = {"id", "messages", "tag"}  # of what `load_chats` returns
-NOT_RENDERED = ("tool_calls", "function_call", "reasoning_content")  # of a turn, beside its content
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"} | {
-    role: role for role in ("system", "user", "assistant", "tool", "developer")
-}
+NOT_RENDERED = "reasoning_content"  # of a turn, beside its content
 
 
 @FORMATS.register("messages", "messages: a list of role and content", needs=("messages",))
 def messages(row: Row) -> list[Message]:
-    """As chat APIs and most of the Hub have it."""
+    """As chat APIs and most of the Hub have it; calls of tools become text (`roles`)."""
     turns = _turns(row, "messages")
-    if lost := next((key for turn in turns for key in NOT_RENDERED if turn.get(key)), None):
-        raise ValueError(f"{lost} would be lost (only texts are rendered); write it into content, or leave it out")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    if any(turn.get(NOT_RENDERED) for turn in turns):
+        raise ValueError(f"{NOT_RENDERED} would be lost (only texts are rendered); write it into content, or leave it")
+    return introduced([_said(turn) for turn in turns], tools_of(row.get("tools")))
 
 
 @FORMATS.register("sharegpt", "conversations: a list of from (human, gpt) and value", needs=("conversations",))
 def sharegpt(row: Row) -> list[Message]:
-    """As ShareGPT and FuseChat-Mixture have it."""
-    return [{"role": turn["from"], "content": turn["value"]} for turn in _turns(row, "conversations")]
+    """As ShareGPT and FuseChat-Mixture have it, and LLaMA-Factory with system and tools beside the turns."""
+    turns = [{"role": turn["from"], "content": turn["value"]} for turn in _turns(row, "conversations")]
+    spoken = [{**turn, "content": called(turn["content"])} if turn["role"] == CALLS else turn for turn in turns]
+    system = "\n\n".join(filter(None, (_text(row.get("system")), tools_of(row.get("tools")))))
+    return introduced(spoken, system)
 
 
 @FORMATS.register("alpaca", "instruction, input where there is one, output", needs=("instruction", "output"))
@@ -62,6 +62,13 @@ def prompt_response(row: Row) -> list[Message]:
 def text(row: Row) -> list[Message]:
     """Plain text, as FuseLLM reads it (with chat.template=plain)."""
     return [{"role": "assistant", "content": row["text"]}]
+
+
+def _said(turn: Row) -> Message:
+    """A turn with its calls of tools behind its text."""
+    if calls := calls_of(turn):
+        return {"role": turn["role"], "content": "\n".join([*filter(None, [_text(turn.get("content"))]), *calls])}
+    return {"role": turn["role"], "content": turn["content"]}
 
 
 def _turns(row: Row, column: str) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from fusechat.chats.render import Message
+from fusechat.chats.roles import Message
 
 Question = tuple[str, ...]  # what the user has said up to an answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ import numpy.typing as npt
 
 from fusechat.app.errors import UserError
 from fusechat.chats import slow_tokenizers
+from fusechat.chats.roles import Message, in_two_roles
 from fusechat.chats.turns import Turns
 
+LOG = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 Spans = list[tuple[int, int, int]]
-Message = dict[str, str]
 PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
 SENTINEL = re.compile("\ue000(\\d+)\ue001")
 
@@ -53,8 +55,9 @@ class ChatRenderer:
 
     template: ``native`` (this tokenizer's own), or a Jinja text. ``host`` is the tokenizer whose special tokens
     the template names (the pivot, when every source reads the pivot's format). end_of_turn: train on the special
-    token that closes an assistant's turn. A slow tokenizer knows no boundaries inside a turn (`slow_tokenizers`).
-    Raises `UserError` for a missing template.
+    token that closes an assistant's turn. train_on: ``all`` turns of the assistant, or the ``last``. A slow tokenizer
+    knows no boundaries inside a turn (`slow_tokenizers`). A chat with roles that the template refuses is read with user
+    and assistant alone (`roles.in_two_roles`). Raises `UserError` for a missing template.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class ChatRenderer:
         host: Any = None,
         max_length: int = 2048,
         end_of_turn: bool = True,
+        train_on: str = "all",
     ) -> None:
         self.tokenizer, self.host = tokenizer, host or tokenizer
         self.template = self.host.chat_template if template == "native" else template
@@ -73,11 +77,14 @@ class ChatRenderer:
                 f"the tokenizer {self.host.name_or_path!r} has no chat template; give one with "
                 "chat.template='<jinja>', chat.template=pivot or chat.template=plain"
             )
-        self.max_length, self.end_of_turn = max_length, end_of_turn
+        self.max_length, self.end_of_turn, self.train_on = max_length, end_of_turn, train_on
         self._pieces: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+        self._refused: set[tuple[str, ...]] = set()
+        self._untold: set[str] = set()  # roles whose turns are left out
 
     def __call__(self, chats: Sequence[Sequence[Message]]) -> list[Rendered]:
         """Renders and tokenizes a batch of chats."""
+        chats = [self._accepted(chat) for chat in chats]
         texts = self._apply(chats)
         if not self.tokenizer.is_fast:
             return [self._without_offsets(*pair) for pair in zip(chats, texts, strict=True)]
@@ -86,7 +93,12 @@ class ChatRenderer:
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text that asks the model for its next answer."""
-        return str(self._call([dict(m) for m in messages], add_generation_prompt=True))
+        try:
+            return str(self._call([dict(m) for m in messages], add_generation_prompt=True))
+        except UserError:
+            if (others := in_two_roles(messages)) == [*messages]:
+                raise
+            return str(self._call(others, add_generation_prompt=True))
 
     def content_spans(self, chat: Sequence[Message], text: str) -> Spans:
         """(message index, first character, end) of every message's content in the rendered text.
@@ -134,7 +146,8 @@ class ChatRenderer:
     ) -> Rendered:
         """Marks the tokens that hold an assistant's text, turn by turn."""
         turns, contents = Turns(text, offsets, torn), hashlib.sha256()
-        for first, end in [(first, end) for index, first, end in spans if chat[index]["role"] == "assistant"]:
+        spoken = [(first, end) for index, first, end in spans if chat[index]["role"] == "assistant"]
+        for first, end in spoken[-1:] if self.train_on == "last" else spoken:
             contents.update(text[first:end].encode())
             close = self._closing(ids, offsets, text, turns.after(end), end) if self.end_of_turn else None
             turns.add(first, end, close)
@@ -156,6 +169,18 @@ class ChatRenderer:
     def _special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
 
+    def _accepted(self, chat: Sequence[Message]) -> Sequence[Message]:
+        """The chat, or the same in two roles where the template refuses its own."""
+        roles = tuple(message["role"] for message in chat)
+        if roles not in self._pieces and roles not in self._refused:
+            try:
+                self._literals(chat)
+            except UserError:
+                if in_two_roles(chat) == [*chat]:
+                    raise
+                self._refused.add(roles)
+        return in_two_roles(chat) if roles in self._refused else chat
+
     def _literals(self, chat: Sequence[Message]) -> list[tuple[str, int]]:
         roles = tuple(message["role"] for message in chat)
         if roles not in self._pieces:
@@ -164,6 +189,10 @@ class ChatRenderer:
             indices = [int(part) for part in parts[1::2]]
             if len(set(indices)) != len(indices):
                 raise UserError("the chat template prints a message twice; give another with chat.template='<jinja>'")
+            if lost := {*roles} - {roles[index] for index in indices} - self._untold:
+                told = "the chat template of %r prints no turn of %s: what it says is read by no model"
+                LOG.warning(told, self.host.name_or_path, ", ".join(sorted(lost)))
+                self._untold |= lost
             self._pieces[roles] = [*zip(parts[::2], [*indices, -1], strict=True)]
         return self._pieces[roles]
 
@@ -196,7 +225,12 @@ def _content_end(text: str, start: int, content: str, following: str, last: bool
 
 
 def renderer_for(
-    tokenizer: Any, pivot_tokenizer: Any, template: str, max_length: int, end_of_turn: bool = True
+    tokenizer: Any,
+    pivot_tokenizer: Any,
+    template: str,
+    max_length: int,
+    end_of_turn: bool = True,
+    train_on: str = "all",
 ) -> ChatRenderer:
     """The renderer that ``chat.template`` names: ``pivot``, ``native``, ``plain`` (text as it is) or a Jinja text."""
     host = None
@@ -204,4 +238,5 @@ def renderer_for(
         host, template = pivot_tokenizer, "native"
     elif template == "plain":
         template = PLAIN_TEMPLATE
-    return ChatRenderer(tokenizer, template=template, host=host, max_length=max_length, end_of_turn=end_of_turn)
+    options: dict[str, Any] = {"max_length": max_length, "end_of_turn": end_of_turn, "train_on": train_on}
+    return ChatRenderer(tokenizer, template=template, host=host, **options)

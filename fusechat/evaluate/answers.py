@@ -13,7 +13,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import file_hash, sealed_line, whole_lines, write_durably
 from fusechat.app.progress import progress
 from fusechat.app.texts import json_rows
-from fusechat.chats.render import Message
+from fusechat.chats.roles import Message
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Work
 
 Question = dict[str, Any]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fusechat.chats.padding import pad
-from fusechat.chats.render import ChatRenderer, Message
+from fusechat.chats.render import ChatRenderer
+from fusechat.chats.roles import Message
 from fusechat.models.devices import fed_at
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fusechat.chats.padding import pad
-from fusechat.chats.render import ChatRenderer, Message
+from fusechat.chats.render import ChatRenderer
+from fusechat.chats.roles import Message
 from fusechat.models.devices import fed_at
 from fusechat.models.heads import OutputHead
 

@@ -10,7 +10,8 @@ from fusechat.app.errors import UserError
 from fusechat.app.trainer import seed_everything
 
 if TYPE_CHECKING:
-    from fusechat.chats.render import ChatRenderer, Message, Rendered
+    from fusechat.chats.render import ChatRenderer, Rendered
+    from fusechat.chats.roles import Message
     from fusechat.stores.served.asked import Asked
     from fusechat.stores.served.server import Server
 

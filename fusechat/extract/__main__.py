@@ -53,7 +53,7 @@ def _extract(cfg: DictConfig) -> None:
         **source,
         **plain(cfg.extract),
         **plain(cfg.store),
-        **{key: chat[key] for key in ("template", "max_length", "end_of_turn")},
+        **{key: chat[key] for key in ("template", "max_length", "end_of_turn", "train_on")},
         pivot=pivot,
         seed=cfg.seed,
         server=server,

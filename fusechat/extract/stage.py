@@ -50,6 +50,7 @@ def extract(
     template: str = "pivot",
     max_length: int = 2048,
     end_of_turn: bool = True,
+    train_on: str = "all",
     kind: str = "top_k",
     top_k: int = 10,
     top_p: float = 0.99,
@@ -87,12 +88,12 @@ def extract(
     amount = {"kind": kind, "top_k": top_k, "top_p": top_p, "draws": draws}
     amount |= {"tokens_per_batch": tokens_per_batch, "rows_per_shard": rows_per_shard}
     settings.check("extract", **amount, max_bad_fraction=max_bad_fraction)
-    settings.check("chat", template=template, max_length=max_length, end_of_turn=end_of_turn)
+    settings.check("chat", template=template, max_length=max_length, end_of_turn=end_of_turn, train_on=train_on)
     settings.check("store", logprobs=logprobs)
     tokenizer = models.load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     keep = _keep(len(tokenizer), top_k, top_p, draws)
     pivot = models.load_tokenizer(pivot) if template == "pivot" and isinstance(pivot, str) else pivot
-    renderer = renderer_for(tokenizer, pivot, template, max_length, end_of_turn)
+    renderer = renderer_for(tokenizer, pivot, template, max_length, end_of_turn, train_on)
     rows, _ = load_chats(chats)
     parts = {"parts": sizes} if (sizes := sizes_of(rows)) else {}
     chats_mark = outputs.fingerprint(ids=list(rows["id"]), **parts)
@@ -112,7 +113,8 @@ def extract(
             {"load_in": load_in} if load_in else {}
         )
         devices = devices if device_map else devices_of(**{**ONE_PROCESS, **(trainer or {})}, key="extract.trainer")
-    deciding = {key: about[key] for key in ("tokenizer", "chats", "template", "max_length", "end_of_turn")}
+    told_of = ("tokenizer", "chats", "template", "max_length", "end_of_turn", "train_on")
+    deciding = {key: about[key] for key in told_of if key in about}
     deciding |= {"extract": amount, "store": {"logprobs": logprobs, "format": FORMAT}, **ran, **more}
     mark = outputs.stage_fingerprint(imports, **deciding)
     output = Path(output_dir)
@@ -192,4 +194,5 @@ def _about(tokenizer: Any, renderer: ChatRenderer, **names: str) -> dict[str, An
         "special_ids": sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
         "max_length": renderer.max_length,
         "end_of_turn": renderer.end_of_turn,
+        **({} if renderer.train_on == "all" else {"train_on": renderer.train_on}),
     }

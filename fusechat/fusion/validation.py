@@ -71,6 +71,7 @@ def validation_chats(chats: datasets.Dataset, tokenizer: Any, manifest: dict[str
         template=manifest["template"],
         max_length=manifest["max_length"],
         end_of_turn=manifest["end_of_turn"],
+        train_on=manifest.get("train_on", "all"),
     )
     rendered = renderer(chats["messages"])
     kept = [(chat, tag) for chat, tag in zip(rendered, chats["tag"], strict=True) if len(chat.positions)]

@@ -46,7 +46,8 @@ def _preview(cfg: DictConfig) -> None:
         name: load_tokenizer(node.path, revision=node.revision, trust_remote_code=node.trust_remote_code)
         for name, node in _models(cfg).items()
     }
-    pivot_tokenizer, options = tokenizers["pivot"], {key: chat[key] for key in ("max_length", "end_of_turn")}
+    pivot_tokenizer, keys = tokenizers["pivot"], ("max_length", "end_of_turn", "train_on")
+    options = {key: chat[key] for key in keys}
     pivot, *sources = [
         read(name, renderer_for(tokenizer, pivot_tokenizer, chat["template"], **options), messages)
         for name, tokenizer in tokenizers.items()

@@ -14,7 +14,8 @@ from fusechat.align.alignment import Alignment
 from fusechat.align.paths import lexicon
 from fusechat.align.sequence import SEQUENCES, align_chain
 from fusechat.align.stage import sequence_for, token_texts
-from fusechat.chats.render import ChatRenderer, Message, Rendered
+from fusechat.chats.render import ChatRenderer, Rendered
+from fusechat.chats.roles import Message
 from fusechat.stores.kinds import INSIDE, KINDS, NONE
 from fusechat.stores.store import DistributionStore
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusechat.chats.render import Message
+from fusechat.chats.roles import Message
 
 SKILLS = ("sort", "reverse", "shift", "knowledge", "lexicon", "calendar")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")

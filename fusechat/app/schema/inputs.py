@@ -67,6 +67,7 @@ class Chat(Section, total=False):
     template: Template
     max_length: Tokens
     end_of_turn: bool
+    train_on: Literal["all", "last"]
 
 
 class Logger(Section, total=False):
