@@ -89,8 +89,21 @@ SETTINGS = [  # verb, override, what is said of it
     ("merge_search", "search.space.sce.density=[0.1,7]", r"search\.space\.sce\.density: merge\.density=7: " + MOST),
     ("extract", "source.load_in=4bit", r"source\.load_in=4bit needs bitsandbytes: pip install bitsandbytes"),
     ("train", "logger=wandb", "logger=wandb needs an account"),
+    ("train", "preset=qlora", r"pivot\.load_in=4bit needs bitsandbytes: pip install bitsandbytes"),
+    ("train", "preset=[flash_attention_2,lora]", r"=flash_attention_2 needs flash_attn: pip install flash-attn"),
+    ("train", "pivot.attn_implementation=flash_attention_2", r"in half precision; set trainer\.precision=bf16-mixed"),
+    ("extract", "source.attn_implementation=flash_attention_2", r"in half precision; set source\.dtype=bfloat16"),
+    (
+        "extract",
+        "source.attn_implementation=kernels-community/flash-attn2 source.dtype=bfloat16",
+        r"source\.attn_implementation='kernels-community/flash-attn2' needs a CUDA device, and none is here",
+    ),
+    ("train", "chat.train_on=first", r"chat\.train_on='first' is unknown; use one of: all, last"),
+    ("train", "data.packing=maybe", r"data\.packing='maybe': expected true or false"),
+    ("extract", "chat.path=[]", r"chat\.path=\[\]: expected a path, or a list of paths and of \{path: PATH, rows: N\}"),
     ("evaluate", "model=null", r"^model is missing; run: python -m fusechat\.evaluate model=DIR$"),
 ]
+ABSENT = ("bitsandbytes", "flash_attn")
 OUTPUTS = [("train", "output_dir"), ("extract", "output_dir"), ("evaluate", "output_file"), ("report", "output_dir")]
 OUTPUTS += [("compare", "output_file"), ("merge", "output_dir"), ("judge", "output_file")]
 GIVEN = {
@@ -116,7 +129,7 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("verb", "overrides", "message"), SETTINGS, ids=lambda part: str(part)[:60])
 def test_settings(verb: str, overrides: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ABSENT else name)
     with pytest.raises(UserError, match=message) as told:
         checked(verb, tmp_path, *overrides.split())
     assert "\n" not in str(told.value)

@@ -47,6 +47,26 @@ def test_an_experiment_leaves_the_choice_of_a_member_to_its_group(experiment: st
             assert composed("train", [f"experiment={experiment}", f"{group}={name}"])[group][key] == name
 
 
+def test_presets_are_keys_that_go_together() -> None:
+    """Alone and together, over an experiment and its trainer; what an experiment's own file chooses is left alone."""
+    found = {file.stem for file in (Path(CONF) / "preset").glob("*.yaml")}
+    assert found == {"lora", "qlora", "flash_attention_2"}
+    plain, *made = (
+        composed("train", ["experiment=fusechat_7b_varm", "source=nh2_solar", *given])
+        for given in ([], ["preset=lora"], ["preset=qlora"], ["preset=[qlora,flash_attention_2]"])
+    )
+    assert [cfg.lora.enabled for cfg in (plain, *made)] == [False, True, True, True]
+    assert [cfg.pivot.load_in for cfg in (plain, *made)] == [None, None, "4bit", "4bit"]
+    assert [cfg.pivot.attn_implementation for cfg in made] == [plain.pivot.attn_implementation] * 2 + [
+        "flash_attention_2"
+    ]
+    flash = composed("extract", ["experiment=tiny", "source=a", "preset=flash_attention_2"])
+    assert (flash.source.attn_implementation, flash.source.dtype) == ("flash_attention_2", "bfloat16")
+    for cfg in made:
+        OmegaConf.resolve(cfg)
+        assert cfg.optimizer == plain.optimizer
+
+
 def test_published_hyperparameters() -> None:
     cfg = composed("train", ["experiment=fusechat_7b_varm"])
     assert (cfg.optimizer.lr, cfg.loss.lm_weight, cfg.trainer.max_epochs, cfg.chat.max_length) == (5e-6, 0.9, 3, 2048)

@@ -9,7 +9,7 @@ from typing import Any
 from fusechat.app import needs, registry, settings
 from fusechat.app.errors import UserError
 from fusechat.app.session import MISSING, plain
-from fusechat.app.surroundings import check_devices, check_place, check_writable
+from fusechat.app.surroundings import check_card, check_devices, check_place, check_writable
 from fusechat.app.tracking import check_account
 
 MODELS = {"extract": ("source.path",), "train": ("pivot.path",), "evaluate": ("model",)}  # verb -> keys of models
@@ -42,6 +42,8 @@ def check_surroundings(values: Mapping[str, Any]) -> None:
     section = "extract.trainer" if "extract.trainer" in values and verb == "extract" else "trainer"
     if verb in TRAINS:
         check_devices(section, values.get(f"{section}.accelerator"), values.get(f"{section}.devices"))
+    for key in needs.on_a_card(verb, values):
+        check_card(key, values[key])
     if values.get("logger.kind") == "wandb" and not values.get("logger.offline"):
         check_account()
     for key in ("output_dir", "output_file"):

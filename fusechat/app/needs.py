@@ -41,6 +41,11 @@ PACKAGES = {  # key -> verbs that heed it, module, how it is installed
     "evaluation.device_map": (("evaluate",), "accelerate", "'fusechat[large]'"),
     "search.device_map": (("merge_search",), "accelerate", "'fusechat[large]'"),
 }
+HALF = {  # verb -> key of its model's attention, of what it computes in, and what that may be with flash attention
+    "train": ("pivot.attn_implementation", "trainer.precision", "bf16-mixed"),
+    "extract": ("source.attn_implementation", "source.dtype", "bfloat16"),
+}
+EXACT = ("32-true", "64-true", "32", 32, "float32", "float64")
 TARGETS = {  # what a _target_ begins with -> its package, how it is installed
     "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
     "lightning.pytorch.loggers.MLFlowLogger": ("mlflow", "'fusechat[mlflow]'"),
@@ -97,12 +102,26 @@ def excluding(verb: str, values: Values) -> Iterator[str]:
             yield "callbacks.samples asks held-out prompts and data.validation_fraction=0 holds none; give e.g. 0.05"
         if values.get("trainer.strategy") == "fsdp":
             yield "callbacks.samples cannot answer with a model in shards (trainer=fsdp); set callbacks.samples=0"
+    if verb in HALF and is_flash(values, verb) and values.get((asked := HALF[verb])[1]) in EXACT:
+        yield f"{asked[0]}={values[asked[0]]} computes in half precision; set {asked[1]}={asked[2]}"
     if verb == "merge" and values.get("target") and values.get("merge.method") != "compress":
         yield f"target={values['target']} is for merge=compress; a merge takes targets='[DIR,DIR]'"
     if verb == "merge" and values.get("merge.recipe"):
         own = ("targets=", "target=", "pivot.path=", "merge=", "merge.weights=", "merge.patterns=", "merge.dtype=")
         if given := [override for override in task_overrides() if override.startswith(own)]:
             yield f"{given[0]} and merge.recipe={values['merge.recipe']}: a recipe says that itself; leave one out"
+
+
+def is_flash(values: Values, verb: str) -> bool:
+    """Whether a command's model runs with flash attention."""
+    return verb in HALF and "flash" in str(values.get(HALF[verb][0]))
+
+
+def on_a_card(verb: str, values: Values) -> list[str]:
+    """The keys whose values need a CUDA device."""
+    keys = [HALF[verb][0]] if is_flash(values, verb) else []
+    own = "optimizer._target_"
+    return keys + [own] * (verb == "train" and str(values.get(own)).startswith("bitsandbytes"))
 
 
 def held_out(values: Values) -> bool:

@@ -45,6 +45,14 @@ def check_devices(section: str, accelerator: Any, devices: Any) -> None:
         raise UserError(f"{section}.devices={shown(devices)}: {here} here; use {section}.devices=auto")
 
 
+def check_card(key: str, value: Any) -> None:
+    """Raises `UserError` where a value needs a CUDA device and none is here."""
+    import torch
+
+    if not torch.cuda.device_count():
+        raise UserError(f"{key}={shown(value)} needs a CUDA device, and none is here; leave it out")
+
+
 def check_writable(key: str, path: Path) -> None:
     """Raises `UserError` where a file or folder could not be made; nothing is left behind."""
     above = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
