@@ -60,7 +60,8 @@ def with_care() -> None:
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """`with_care` for the time of a command, which tells what is kept; nothing is left to be put right after it."""
+    """`with_care` for the time of a command, which tells what is kept."""
+    before = {number: signal.getsignal(number) for number in NUMBERS}
     with_care()
     try:
         try:
@@ -73,7 +74,8 @@ def heeded() -> Iterator[None]:
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        at_once()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_ended() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.quantities import size
 from fusechat.app.schema.values import is_hub_id
 from fusechat.app.schema.words import shown
 
@@ -81,7 +82,7 @@ def check_room(folder: Path, need: int, what: str, key: str = "output_dir") -> N
     """Says how much room ``what`` will take below a folder, in bytes; raises `UserError` where there is less."""
     above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
     free = shutil.disk_usage(above).free
-    told = f"{what} takes about {need / 1e9:.2f} GB of the {free / 1e9:.2f} GB that are free at {above}"
+    told = f"{what} takes about {size(need)} of the {size(free)} that are free at {above}"
     if need > free:
         raise UserError(f"{told}; make room, or choose another place with {key}=PATH")
     LOG.info(told)

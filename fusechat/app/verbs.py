@@ -78,7 +78,8 @@ def plainly(run: Callable[[], None]) -> None:
         with streams.read(), ending.heeded():
             run()
     except UserError as error:
-        sys.exit(f"error: {as_typed(str(error))}")
+        print(f"error: {as_typed(str(error))}", file=sys.stderr)
+        sys.exit(1)
 
 
 def command_line(verb: str = "") -> str:

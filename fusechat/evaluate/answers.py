@@ -61,7 +61,7 @@ def _work(job: Job, records: Records, form: Literal["lines", "list"]) -> Work:
                 tell()
         return {"samples": whole_lines(part)}
 
-    return Work(measure, {"questions": file_hash(path)}, job.stops, answers=form)
+    return Work(measure, {"questions": file_hash(path)}, job.stops, form, known=("questions",))
 
 
 def load_questions(path: Path, kind: str) -> list[Question]:

@@ -22,7 +22,7 @@ def chats(job: Job) -> Work:
 
     rows, _ = load_chats(job.settings["chats"], split=job.settings["split"], limit=job.settings["limit"])
     inputs, read = {"tests": fingerprint(ids=list(rows["id"]))}, job.stops if job.settings["generate"] else dict
-    return Work(lambda part: {"samples": _measure(job, rows.to_list(), part)}, inputs, read)
+    return Work(lambda part: {"samples": _measure(job, rows.to_list(), part)}, inputs, read, known=("chats",))
 
 
 def _measure(job: Job, rows: Sequence[Chat], part: Path) -> list[Sample]:

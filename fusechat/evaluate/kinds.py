@@ -13,7 +13,7 @@ One of ten lines in a module of your own, chosen by ``evaluation.kind=parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +128,7 @@ class Work:
     inputs: what decides the result beside model, settings and seed, such as files' hashes; part of the fingerprint.
     read: more of that which the model's files decide and takes a while to read; not asked for again where the result
     that is there is of the same model, settings, seed and inputs.
+    known: settings that name files of which inputs say what they hold: where these lie decides nothing.
     answers: where the samples are answers that other tools' judges read, the form of their file: JSON lines or a list.
     """
 
@@ -135,3 +136,4 @@ class Work:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[], Mapping[str, Any]] = dict
     answers: Literal["lines", "list"] | None = None
+    known: Sequence[str] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["EVALUATIONS", "evaluate", "evaluate_by"]
 
 LOG = logging.getLogger(__name__)
+Settings = Mapping[str, Any]
 OURS = ("dtype", "batch_size", "device_map")  # how a model runs here, which no server heeds
 
 
@@ -124,16 +125,20 @@ def _evaluate(
     deciding = {key: value for key, value in settings.items() if key != "device" or value is None}  # not where it ran
     if server:
         deciding = {key: value for key, value in deciding.items() if key not in OURS} | server.decides
-    mark = stage_fingerprint(imports, model=model_identity(path), evaluation=deciding, seed=seed)
+    there = {} if overwrite else _there(output, work)
+    beside = {"model": model_identity(path), "seed": seed}
+    own, *of_old = (stage_fingerprint(imports, evaluation=s, **beside) for s in _counted(deciding, work.known, there))
     about: dict[str, Any] = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path}
     about |= server.decides if server else {}
-    about[PARTS] = {**mark.parts, **flat(work.inputs)}
-    about["asked"] = fingerprint(mark=mark, **work.inputs)
-    there = {} if overwrite else _there(output, work)
-    fits = there.get("asked") == about["asked"]  # then what the model's files say need not be read again
-    mark = there["fingerprint"] if fits else fingerprint(mark=mark, **work.inputs, **work.read())
-    about["fingerprint"], part = mark, output.with_suffix(f".{mark}.part")
-    if there.get("fingerprint") == mark:
+    about[PARTS] = {**own.parts, **flat(work.inputs)}
+    about["asked"] = fingerprint(mark=own, **work.inputs)
+    fits = there.get("asked") in [fingerprint(mark=mark, **work.inputs) for mark in (own, *of_old)]
+    read = {} if fits else work.read()  # what the model's files say need not be read again
+    marks = [fingerprint(mark=mark, **work.inputs, **read) for mark in (own, *of_old)]
+    fits = fits or there.get("fingerprint") in marks
+    mark = about["fingerprint"] = there["fingerprint"] if fits else marks[0]
+    part = output.with_suffix(f".{mark}.part")
+    if fits:
         part.unlink(missing_ok=True)  # a run that was killed at its very end has left it
         LOG.info("skip: %s is evaluated already (%s, fingerprint %s)", path, output, mark)
         return about if work.answers else there, False
@@ -145,6 +150,14 @@ def _evaluate(
         content = _write_result(output, found, about, record)
     part.unlink(missing_ok=True)
     return content, True
+
+
+def _counted(deciding: Settings, known: Sequence[str], there: Mapping[str, Any]) -> list[Settings]:
+    """The settings that decide a result; and those that decided one of earlier versions, which counted where files lie:
+    where they lie now, and where they lay when the result that is there was made.
+    """
+    moved = {key: there.get("config", {}).get("evaluation", {}).get(key, deciding[key]) for key in known}
+    return [{key: value for key, value in deciding.items() if key not in known}, deciding, {**deciding, **moved}]
 
 
 def _measured(work: Work, part: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:

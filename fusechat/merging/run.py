@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import RECORD, settled, stamp, whole_directory
 from fusechat.app.places import writing
+from fusechat.app.surroundings import check_room
 from fusechat.merging.folder import fill_model, fill_store
 from fusechat.merging.inputs import Inputs, open_inputs
 from fusechat.merging.recipe import Recipe
@@ -103,7 +103,7 @@ def _make(
     groups = _group_weights(inputs, recipe)
     if dry_run:
         return Merged(output, groups, made=False, description=describe(inputs, recipe, groups))
-    _check_room(output, size_of(layout_of(inputs, recipe.dtype)))
+    check_room(output.parent, size_of(layout_of(inputs, recipe.dtype)), "the merged model")
     with whole_directory(output, overwrite) as directory:
         if recipe.storing:
             about, digests = fill_store(inputs, recipe, directory, output.name)
@@ -122,13 +122,3 @@ def _group_weights(inputs: Inputs, recipe: Recipe) -> GroupWeights:
         return {}
     asked = ("granularity", "variation", "weighting", "temperature", "allow_unchanged")
     return measured_weights(inputs, recipe.ordered, **{key: recipe.settings[key] for key in asked})
-
-
-def _check_room(output: Path, need: int) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
-    if need > free:
-        raise UserError(
-            f"{output.parent} has {free / 1e9:.2f} GB free, the merged model needs {need / 1e9:.2f} GB; "
-            "choose another output_dir"
-        )

@@ -28,6 +28,7 @@ COMPARED = {  # verb -> name in the record: key of the config
     "merge": {"merge": "merge", "seed": "seed"},
     "evaluate": {"evaluation": "evaluation", "seed": "seed"},
 }
+PLACES = {"evaluate": [("evaluation", "chats"), ("evaluation", "questions")]}  # where files lie decides nothing
 Values = Mapping[str, Any]
 
 
@@ -59,6 +60,8 @@ class Job:
 
     def _decides(self) -> dict[str, Any]:
         settings = {name: _at(self.values, key) for name, key in COMPARED.get(self.verb, {}).items()}
+        for name, key in PLACES.get(self.verb, ()):
+            settings[name] = {k: value for k, value in settings[name].items() if k != key}
         return settings | _identities(self.verb, self.values, self.reads)
 
     @property

@@ -75,11 +75,13 @@ def test_waiting_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     assert names(tmp_path) == []
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 10**6, -(10**6)])  # seconds: the clock may have been set since
+def test_a_killed_process_holds_nothing(ahead: int, tmp_path: Path) -> None:
     with holder(tmp_path / "a") as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert names(tmp_path) == [".a.lock"]
+    os.utime(tmp_path / ".a.lock", (time.time() + ahead,) * 2)
     with held(tmp_path / "a") as first:
         assert first
     assert names(tmp_path) == []

@@ -117,12 +117,51 @@ def test_results_made_before_stops_and_devices_were_looked_at_are_recognised(fre
     fresh.run("evaluate", f"model={model}", "evaluation.device=cpu")
     content, before = json.loads(output.read_text()), output.stat().st_mtime_ns
     settings = content["config"]["evaluation"]
-    of_old = {key: value for key, value in settings.items() if key not in ("file", "device", *SERVED)}
-    mark = stage_fingerprint(None, model=model_identity(model), evaluation=of_old, seed=0)
+    decided = {key: value for key, value in settings.items() if key not in ("file", "device", "chats", *SERVED)}
+    mark = stage_fingerprint(None, model=model_identity(model), evaluation=decided, seed=0)
     assert content["fingerprint"] == fingerprint(mark=mark, tests=content["tests"])
     fresh.run("evaluate", f"model={model}", "evaluation.device=auto")
     assert output.stat().st_mtime_ns == before
     assert Job(model, "b", settings, 0).stops() == {}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("moved", [True, False])
+def test_results_that_counted_where_the_chats_lie_are_recognised(moved: bool, asked: bool, fresh: Mini) -> None:
+    """And those of now are, wherever the experiment is; other chats at the same place are others."""
+    from fusechat.app.outputs import fingerprint, stage_fingerprint, write_json
+    from fusechat.models.load import model_identity
+
+    model, output = fresh.experiment / "world/models/b", fresh.experiment / "evaluation/models-b.json"
+    place = "/elsewhere/test.jsonl" if moved else f"{fresh.experiment}/world/chats/test.jsonl"
+    fresh.run("evaluate", f"model={model}")
+    content = json.loads(output.read_text())
+    settings = content["config"]["evaluation"] | {"chats": place}
+    counted = {key: value for key, value in settings.items() if key not in ("file", "device", *SERVED)}
+    mark = stage_fingerprint(None, model=model_identity(str(model)), evaluation=counted, seed=0)
+    old = {key: value for key, value in content.items() if key not in ("checksum", "asked")}
+    old |= {"fingerprint": fingerprint(mark=mark, tests=content["tests"])}
+    old |= {"asked": old["fingerprint"]} if asked else {}
+    old["config"]["evaluation"]["chats"] = place
+    write_json(output, old)
+    before = output.stat().st_mtime_ns
+    fresh.run("evaluate", f"model={model}")
+    assert output.stat().st_mtime_ns == before, "recognised"
+    chats = fresh.experiment / "world/chats/test.jsonl"
+    kept = chats.read_text().splitlines(keepends=True)
+    chats.write_text("".join(kept[1:]))
+    fresh.run("evaluate", f"model={model}", "accept_changes=true")
+    assert len(json.loads(output.read_text())["samples"]) == len(kept) - 1
+
+
+def test_a_copied_experiment_is_not_evaluated_again(fresh: Mini) -> None:
+    model, output = "world/models/c", "evaluation/models-c.json"
+    fresh.run("evaluate", f"model={fresh.experiment}/{model}")
+    moved = Mini(fresh.root.with_name("moved"))
+    fresh.root.rename(moved.root)
+    before = (moved.experiment / output).stat().st_mtime_ns
+    moved.run("evaluate", f"model={moved.experiment}/{model}")
+    assert (moved.experiment / output).stat().st_mtime_ns == before
 
 
 def test_other_stop_tokens_are_another_result(fresh: Mini) -> None:
