@@ -17,8 +17,9 @@ from fusechat.tiny.models import make_tokenizer
 
 PAIRS = [("a", "pivot"), ("pivot", "a"), ("torn", "c"), ("c", "torn"), ("torn", "a")]
 MIXED = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+SCRIPTS = [*"abe Z9é—北京の語👩👧🙂हिन्दीبκα", "tree ", "\u200d", "èक", "èख京", "èè京"]
 TEXTS = st.lists(
-    st.sampled_from([*"abe Z9é—北京の語👩👧🙂हिन्दीبκα", "tree ", "\u200d", "èक", "èख京", "èè京"]),
+    st.sampled_from(SCRIPTS),
     min_size=1,
     max_size=12,
 ).map("".join)
@@ -78,6 +79,25 @@ def test_a_piece_of_one_pivot_token_is_as_likely_as_the_source_has_it(
     known: dict[str, Any], pair: tuple[str, str], text: str, seed: int
 ) -> None:
     """Between two places that both tokenizers share; 3 % is what is asked, rounding what is seen."""
+    aligned, own, _ = gold_nats(known, pair, text, seed)
+    assert aligned == pytest.approx(own, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_mixed_scripts_gold_cross_entropy_is_the_sources_own(known: dict[str, Any], pair: tuple[str, str]) -> None:
+    """Over a text of many scripts, where both tokenizers have a boundary at both ends: within 3 %."""
+    rng = np.random.default_rng(1)
+    found = [gold_nats(known, pair, "".join(rng.choice(SCRIPTS, 24)), number) for number in range(40)]
+    aligned, own = (sum(values[k].sum() for values in found) for k in (0, 1))
+    assert aligned == pytest.approx(own, rel=0.03)
+    positions, pieces = sum(count for *_, count in found), sum(len(values) for values, *_ in found)
+    assert pieces > 0.05 * positions, "of tokens that are single bytes, mostly"
+
+
+def gold_nats(known: dict[str, Any], pair: tuple[str, str], text: str, seed: int) -> tuple[Any, Any, int]:
+    """Of each piece that is one pivot token: what the aligned gold token costs, and what the piece cost the source,
+    whose tokens are as likely as chance has it; how many tokens the text is to the pivot.
+    """
     source, pivot = (known[name] for name in pair)
     theirs, own = read(pivot, text), read(source, text)
     gold, spoken = (r.input_ids[r.positions + 1] for r in (theirs, own))
@@ -90,9 +110,8 @@ def test_a_piece_of_one_pivot_token_is_as_likely_as_the_source_has_it(
     nats = np.concatenate([[0], -np.cumsum(np.log(p))])
     _, at, of_source = np.intersect1d(places[0], np.where(places[1] < 0, -2, places[1]), return_indices=True)
     alone_in_piece = np.flatnonzero(np.diff(at) == 1)
-    for k in alone_in_piece:
-        spent = nats[of_source[k + 1]] - nats[of_source[k]]
-        assert -found.gold_logprob[at[k]] == pytest.approx(spent, rel=1e-4, abs=1e-5)
+    spent = nats[of_source[alone_in_piece + 1]] - nats[of_source[alone_in_piece]]
+    return -found.gold_logprob[at[alone_in_piece]], spent, len(gold)
 
 
 def test_a_texts_first_token_is_predicted_by_nothing(tokenizers: Callable[[str], Any]) -> None:
