@@ -1,4 +1,4 @@
-"""A step's process: started, waited for, and ended with the command that started it."""
+"""A step's process: what it is given, started, waited for, and ended with the command that started it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from collections.abc import Sequence
 
 from fusechat.app.command import PARENT
 from fusechat.app.ending import Ended
+from fusechat.app.hints import config_folders, task_overrides
 
 GRACE = 60.0  # seconds in which a step may end by itself after Ctrl-C; a training writes a checkpoint
+QUIET = ["hydra.output_subdir=null"]  # no folder of Hydra's own; a log beside the metrics
+QUIET += [f"hydra.{key}=${{paths.logs}}/commands" for key in ("run.dir", "sweep.dir")] + ["hydra.sweep.subdir=."]
+
+
+def passed_on(*but: str) -> tuple[list[str], list[str]]:
+    """What a command was given and passes on to its steps: overrides, and options. but: what keys begin with that are
+    its own.
+    """
+    kept = [override for override in task_overrides() if not override.lstrip("+~").startswith(but)]
+    return kept, [part for folder in config_folders() for part in ("--config-dir", str(folder))]
 
 
 def run_child(command: Sequence[str], timeout: float | None = None) -> int:

@@ -12,8 +12,13 @@ from fusechat.app.session import MISSING, plain
 from fusechat.app.surroundings import check_card, check_devices, check_place, check_writable
 from fusechat.app.tracking import check_account
 
-MODELS = {"extract": ("source.path",), "train": ("pivot.path",), "evaluate": ("model",)}  # verb -> keys of models
-TRAINS = ("tiny", "extract", "train")  # verbs that run Lightning's Trainer
+MODELS = {
+    "extract": ("source.path",),
+    "train": ("pivot.path",),
+    "mutual": ("pivot.path",),
+    "evaluate": ("model",),
+}  # verb -> keys of models
+TRAINS = ("tiny", "extract", "train", "mutual")  # verbs that run Lightning's Trainer
 
 
 def check_config(cfg: Any, folders: Sequence[Path] = ()) -> dict[str, Any]:

@@ -19,6 +19,7 @@ NEEDS = {  # verb -> keys without which it cannot begin
     "train": ("pivot.path",),
     "merge": ("pivot.path",),
     "merge_search": ("pivot.path", "targets", "chat.path"),
+    "mutual": ("pivot.path", "chat.path", "mutual.clients"),
     "evaluate": ("model",),
     "compare": ("first", "second"),
     "judge": ("answers", "judge.base_url", "judge.model"),
@@ -32,6 +33,7 @@ EXAMPLES |= {"answers": "FILE", "judge.base_url": "http://HOST/v1", "judge.model
 EXAMPLES |= dict.fromkeys(("source.base_url", "evaluation.base_url"), "http://HOST:8000/v1")
 EXAMPLES |= {"first": "A.json", "second": "B.json"}
 GROUPS = {"tiny.models": "experiment=tiny", "pipeline.steps": "experiment=NAME"}  # keys that an experiment brings
+GROUPS |= {"mutual.clients": "'mutual.clients={NAME: {path: DIR, chats: FILE}}'"}
 GROUPS |= {"targets": "targets='[DIR,DIR]'"}
 PACKAGES = {  # key -> verbs that heed it, module, how it is installed
     "lora.enabled": (("train",), "peft", "'fusechat[lora]'"),

@@ -27,6 +27,7 @@ GROUPS = {  # config key that names a member -> config group whose files list th
     "merge.method": "merge",
     "extract.kind": "extract",
     "evaluation.kind": "evaluation",
+    "mutual.method": "mutual",
     "chat.format": "format",
 }
 Function = TypeVar("Function", bound=Callable[..., Any])

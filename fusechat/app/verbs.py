@@ -25,6 +25,7 @@ VERBS = {  # in the order of a run
     "train": "fusechat.fusion.__main__",
     "merge": "fusechat.merging.__main__",
     "merge_search": "fusechat.merge_search",
+    "mutual": "fusechat.mutual.__main__",
     "evaluate": "fusechat.evaluate.__main__",
     "report": "fusechat.report.__main__",
     "compare": "fusechat.compare",

@@ -33,7 +33,7 @@ def with_adapters(model: Any, lora: Mapping[str, Any]) -> Any:
 
 
 def adapter_tensors(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The adapters of a model by the names that peft gives them. state: the model's own, where it is in shards."""
+    """The adapters of a model by the names that peft gives them in a file. state: the model's, if in shards."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)

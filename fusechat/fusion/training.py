@@ -56,9 +56,7 @@ class Training:
         lora, adapter = dict(self.lora), self.lora.get("adapter")
         lora.pop("adapter", None)
         if adapter is not None and not (Path(adapter) / WEIGHTS).is_file():
-            raise UserError(
-                f"lora.adapter={adapter} holds no {WEIGHTS}; give the folder `adapter` of a target, or null"
-            )
+            raise UserError(f"lora.adapter={adapter} holds no {WEIGHTS}; give a target's folder adapter/, or null")
         return {
             "pivot": model_identity(self.pivot, self.revision),
             "stores": [store.fingerprint for store in self.stores],

@@ -15,18 +15,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fusechat.app.children import ended, run_child
+from fusechat.app.children import QUIET, ended, passed_on, run_child
 from fusechat.app.command import entry, plain
 from fusechat.app.errors import HELD, UserError
-from fusechat.app.hints import config_folders, task_overrides
 from fusechat.app.verbs import module_of, typed
 from fusechat.pipeline.configs import Compose, check, composer, models_of
 from fusechat.pipeline.plan import planned, tests_of
 from fusechat.pipeline.steps import Step, is_sweep, parse
 
 LOG = logging.getLogger(__name__)
-HYDRA = ["hydra.output_subdir=null"]  # no folder of Hydra's own; a log beside the metrics
-HYDRA += [f"hydra.{key}=${{paths.logs}}/commands" for key in ("run.dir", "sweep.dir")] + ["hydra.sweep.subdir=."]
 UNTESTED = "no evaluation and no report: evaluation.chats=FILE names the chats to test with"
 
 
@@ -38,7 +35,7 @@ def run(cfg: DictConfig) -> None:
     (`plan`). Raises `UserError` that names the step where one fails; the step itself has told the cause.
     """
     _alone()
-    own, options = _given()
+    own, options = passed_on("pipeline")
     compose = composer(own)
     steps = steps_of(cfg, compose)
     check(steps, compose)
@@ -52,7 +49,7 @@ def run(cfg: DictConfig) -> None:
         sweep = ["-m"] if is_sweep(overrides) else []
         told = f"{typed(verb)} {shlex.join([*sweep, *own, *overrides, *options])}"
         LOG.info("[%d/%d] %s", number, len(steps), told)
-        command = [sys.executable, "-m", module_of(verb), *sweep, *own, *overrides, *HYDRA, *options]
+        command = [sys.executable, "-m", module_of(verb), *sweep, *own, *overrides, *QUIET, *options]
         if code := run_child(command):
             raise UserError(f"step {number} of {len(steps)} {ended(code)}: {told}", code=code if code == HELD else 1)
     LOG.info("pipeline finished in %.0f s", time.perf_counter() - started)
@@ -77,12 +74,6 @@ def _alone() -> None:
             f"the pipeline is one process, this is one of WORLD_SIZE={os.environ['WORLD_SIZE']}: start it without "
             "torchrun; trainer.devices and extract.trainer.devices say what training and extraction start"
         )
-
-
-def _given() -> tuple[list[str], list[str]]:
-    """What the pipeline was given and passes on: overrides, and options."""
-    kept = [o for o in task_overrides() if not o.lstrip("+~").startswith("pipeline")]
-    return kept, [part for folder in config_folders() for part in ("--config-dir", str(folder))]
 
 
 main = entry("pipeline")(run)

@@ -39,17 +39,27 @@ def make(
     batch_size: int = 32,
     lr: float = 3.0e-3,
     max_length: int = 2048,
+    private: Mapping[str, Spec] | None = None,
     trainer: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes ``chats/*.jsonl`` and ``models/NAME`` below ``output_dir``, which it returns.
 
-    models: name -> its `Spec` (kind: llama, gpt_neox, qwen2 or mixtral). wrong_fraction: share of the fusion chats
-    that have a wrong answer; validation chats have none, and ask what no fusion chat asks. width, layers, heads,
-    batch_size, lr: of every model and its training. trainer: options of Lightning's Trainer. A model that these
+    models: name -> its `Spec` (kind: llama, gpt_neox, qwen2 or mixtral; width: of its own). private: name -> how many
+    chats, of which mixture, ``chats/private_NAME.jsonl`` has: questions that no other of them asks. wrong_fraction:
+    share of the fusion and private chats that have a wrong answer; validation chats have none, and ask what no fusion
+    chat asks. width, layers, heads, batch_size, lr: of every model and its training. trainer: options of Lightning's
+    Trainer. A model that these
     made is kept; one of other settings is trained again in its place without asking.
     """
     check("tiny", wrong_fraction=wrong_fraction, width=width, layers=layers, heads=heads, batch_size=batch_size, lr=lr)
-    check("tiny", models=models, fusion_chats=fusion_chats, test_chats=test_chats, train_chats=train_chats)
+    check(
+        "tiny",
+        models=models,
+        private=private,
+        fusion_chats=fusion_chats,
+        test_chats=test_chats,
+        train_chats=train_chats,
+    )
     counts = {"fusion_chats": fusion_chats, "test_chats": test_chats, "train_chats": train_chats}
     tiny: dict[str, Any] = {**counts, "models": models}
     tiny |= {"wrong_fraction": wrong_fraction, "width": width, "layers": layers, "heads": heads}
@@ -60,7 +70,7 @@ def make(
             check_owner(root / "models" / name, "tiny")
         if not (root / RECORD).exists():
             write_json(root / RECORD, {"stage": "world"})
-        _make(root, models, tiny, validation_chats, seed, max_length, trainer or {})
+        _make(root, models, tiny, validation_chats, private or {}, seed, max_length, trainer or {})
     return root
 
 
@@ -68,7 +78,7 @@ def is_world(folder: Path) -> bool:
     """Whether a folder without a record is a world all the same: chats and models of ours, and nothing else."""
     parts = sorted(path.name for path in folder.iterdir())
     chats = [file.name for file in (folder / "chats").glob("*")]
-    ours = all(re.fullmatch(r"(fusion|validation|test|train_\w+)\.jsonl|\..*\.tmp", name) for name in chats)
+    ours = all(re.fullmatch(r"(fusion|validation|test|(train|private)_\w+)\.jsonl|\..*\.tmp", name) for name in chats)
     models = [path for path in (folder / "models").glob("*") if not path.name.startswith(".")]
     return parts in (["chats"], ["chats", "models"]) and ours and all(stage_of(model) == "tiny" for model in models)
 
@@ -78,6 +88,7 @@ def _make(
     models: Mapping[str, Spec],
     tiny: Mapping[str, Any],  # what decides the models
     validation_chats: int,
+    private: Mapping[str, Spec],
     seed: int,
     max_length: int,
     trainer: Mapping[str, Any],
@@ -87,8 +98,12 @@ def _make(
         "fusion": generate(world, tiny["fusion_chats"], f"fusion {seed}", wrong=tiny["wrong_fraction"]),
         "test": generate(world, tiny["test_chats"], f"test {seed}", held_out=True),
     }
-    asked = {row["messages"][0]["content"] for row in chats["fusion"]}
-    chats["validation"] = generate(world, validation_chats, f"validation {seed}", known=asked)
+    chats["validation"] = generate(world, validation_chats, f"validation {seed}", known=_questions(chats["fusion"]))
+    known = _questions(chats["validation"])
+    for name, spec in private.items():
+        options: dict[str, Any] = {"weights": spec["mixture"], "wrong": tiny["wrong_fraction"], "known": known}
+        chats[f"private_{name}"] = generate(world, spec["chats"], f"private {name} {seed}", **options)
+        known |= _questions(chats[f"private_{name}"])
     for name, spec in models.items():
         chats[f"train_{name}"] = generate(world, tiny["train_chats"], f"{name} {seed}", weights=spec["mixture"])
     write_chats(chats, root / "chats")
@@ -102,13 +117,17 @@ def _make(
             train(spec, chats[f"train_{name}"], target, about, tiny, max_length, trainer)
 
 
+def _questions(rows: Sequence[Row]) -> set[str]:
+    return {row["messages"][0]["content"] for row in rows}
+
+
 def write_chats(chats: Mapping[str, Sequence[Row]], folder: Path) -> None:
     """A file of JSON lines each; one that holds these already is not touched. No training set has a test question."""
     folder.mkdir(parents=True, exist_ok=True)
     tidy(folder)
-    test = {row["messages"][0]["content"] for row in chats["test"]}
+    test = _questions(chats["test"])
     for name, rows in chats.items():
-        known = test & {row["messages"][0]["content"] for row in rows}
+        known = test & _questions(rows)
         assert name == "test" or not known, f"{name} contains test questions"
         path, data = folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()
         if not path.exists() or path.read_bytes() != data:
@@ -135,7 +154,7 @@ def train(
     seed_everything(seed)
     texts = [message["content"] for row in rows for message in row["messages"]]
     tokenizer = make_tokenizer(spec["kind"], spec["vocab_size"], texts)
-    model = make_model(spec["kind"], tokenizer, tiny["width"], tiny["layers"], tiny["heads"])
+    model = make_model(spec["kind"], tokenizer, spec.get("width", tiny["width"]), tiny["layers"], tiny["heads"])
     renderer = ChatRenderer(tokenizer, max_length=max_length)
     data = Batches(rows, renderer, tiny["batch_size"], f"{name} {seed}", tokenizer.pad_token_id)
     fixed = {"max_epochs": -1, "max_steps": spec["steps"], "enable_checkpointing": False, "enable_progress_bar": False}

@@ -18,6 +18,7 @@ from fusechat.app.schema.stages import (
     Extract,
     Judge,
     Merge,
+    Mutual,
     Pipeline,
     Preview,
     Publish,
@@ -83,6 +84,7 @@ class Config(Section, total=False):
     tiny: Tiny
     pipeline: Pipeline
     search: Search
+    mutual: Mutual
     preview: Preview
     judge: Judge
     publish: Publish

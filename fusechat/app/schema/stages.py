@@ -50,12 +50,19 @@ class Tiny(Section, total=False):
     batch_size: Count
     lr: Positive
     models: Mapping[str, TinyModel]
+    private: Mapping[str, TinyChats] | None
 
 
 class TinyModel(Section, total=False):
     kind: Literal["llama", "gpt_neox", "qwen2", "mixtral"]
     vocab_size: Annotated[int, Ge(300)]
     steps: Count
+    mixture: Mapping[str, NonNegative] | None
+    width: Count
+
+
+class TinyChats(Section, total=False):
+    chats: Count
     mixture: Mapping[str, NonNegative] | None
 
 
@@ -142,6 +149,22 @@ class Merge(PerParameter, total=False):
     allow_unchanged: bool
     ratio: Positive
     calibration: Finite
+
+
+class MutualClient(Section, total=False):
+    path: Path
+    chats: Path
+
+
+class Mutual(Section, total=False):
+    method: str
+    name: Name
+    rounds: Count
+    epochs: Count
+    timeout: Positive | None
+    clients: Mapping[str, MutualClient] | None
+    side: Name | None
+    round: Count | None
 
 
 class Search(Section, total=False):

@@ -1,0 +1,187 @@
+"""FedMKT's rounds on miniature models: who learns from whom, who is gone on without, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from fusechat.app.errors import UserError
+from fusechat.mutual import mutual
+from fusechat.mutual.methods import SERVER
+from fusechat.mutual.rounds import Federation
+from fusechat.mutual.sides import LEARNED
+from fusechat.stores.common import CommonText
+from fusechat.stores.store import DistributionStore
+from tests.conftest import ROOT, composed, run_entry
+from tests.fusion.trained import distance
+from tests.mutual.conftest import Small
+
+SIDES = ("server", "a", "b")
+
+
+def models(folder: Path) -> list[dict[str, object]]:
+    return [load_file(folder / name / "model.safetensors") for name in SIDES]
+
+
+def test_every_side_ends_with_a_model_and_every_round_with_its_record(ended: Federation) -> None:
+    for name, path in ended.exchange.models.items():
+        moved = distance(load_file(ended.folder / name / "model.safetensors"), load_file(f"{path}/model.safetensors"))
+        assert moved > 1e-4
+    records = json.loads((ended.folder / "fusechat.json").read_text())["rounds"]
+    assert [(record["round"], record["clients"], record["missing"]) for record in records] == [
+        (number, ["a", "b"], {}) for number in (1, 2, 3)
+    ]
+    sent = {name: sum(f.stat().st_size for f in ended.exchange.place(2, name).iterdir()) for name in SIDES}
+    assert records[1]["bytes"] == sent
+    lines = (ended.folder / "rounds.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 + 2 * 3 + 2 * 3, (
+        "the server learns in 3 rounds, clients practise in 3 and learn after each"
+    )
+
+
+def test_what_is_learned_is_what_the_best_sender_says_better(ended: Federation) -> None:
+    """DualMinCE over the stores themselves, chat by chat: bits of the common text, strictly below the own."""
+    server, place = ended.side(SERVER), ended.side(SERVER).place(2, "aligned")
+    own = server.speak(server.state(2))
+    stores = [DistributionStore(path) for path in (own, place / "a", place / "b")]
+    nats, _ = CommonText(stores)(range(len(stores[0])))
+    tokens, counts = stores[0].column("tokens"), dict.fromkeys((*SIDES,), 0)
+    for (mine, *theirs), length in zip(nats.astype(np.float32), tokens.tolist(), strict=True):
+        best = min(theirs)
+        counts[("a", "b")[theirs.index(best)] if best < mine else "server"] += length
+    learned = ended.side(SERVER).at(2, LEARNED)
+    assert learned is not None
+    wins = json.loads((Path(learned.model) / "fusechat.json").read_text())["wins"]["all"]
+    total = sum(counts.values())
+    assert wins == pytest.approx({"pivot": counts["server"] / total, **{n: counts[n] / total for n in ("a", "b")}})
+    assert wins["a"] + wins["b"] > 0, "otherwise nothing is compared here"
+
+
+def test_a_side_reads_its_own_folder_and_messages_alone(small: Small, ended: Federation, tmp_path: Path) -> None:
+    shutil.copytree(ended.folder, tmp_path / "out")
+    alone = small.federation(tmp_path / "out", rounds=3)
+    for name, others in ((SERVER, ("a", "b")), ("a", (SERVER, "b"))):
+        shutil.rmtree(alone.side(name).place(3, LEARNED))
+        for other in others:
+            (alone.folder / "sides" / other).rename(tmp_path / other)
+        alone.part(name, 3)
+        for other in others:
+            (tmp_path / other).rename(alone.folder / "sides" / other)
+    assert all(distance(*pair) == 0 for pair in zip(models(ended.folder), models(alone.folder), strict=True))
+
+
+def test_a_round_goes_on_without_those_who_fail_or_are_late(
+    small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = small.federation(tmp_path / "out")
+
+    def start(name: str, round: int) -> None:
+        if name == "a" and round == 1:
+            raise TimeoutError("it slept")
+        if name == "b":
+            raise UserError("it has left")
+        made.part(name, round)
+
+    (record,) = mutual(made, start)
+    assert (record["clients"], record["missing"]) == ([], {"a": "it slept", "b": "it has left"})
+    assert "round 1 goes on without a: it slept" in caplog.text
+    assert not (made.folder / "b").exists() and not (made.folder / SERVER).exists(), "who learned nothing has no model"
+    assert (made.folder / "a").exists(), "who comes back takes in what the server has said"
+
+
+def test_a_killed_run_goes_on_with_its_round(small: Small, ended: Federation, tmp_path: Path) -> None:
+    """SIGKILL where the server of round 2 begins to train: three rounds end as if nothing had happened."""
+    out, command = tmp_path / "out", tmp_path / "run.py"
+    command.write_text(
+        "import os, sys\nfrom pathlib import Path\nimport fusechat.mutual.sides as sides\n"
+        "from fusechat.mutual import mutual\nfrom tests.mutual.conftest import Small\ntrain = sides.train\n"
+        "def killed(*given, **options):\n    at = 'sides/server/round-02' in str(given[3])\n"
+        "    return os.kill(os.getpid(), 9) if at else train(*given, **options)\nsides.train = killed\n"
+        f"mutual(Small(Path({str(small.root)!r})).federation(Path({str(out)!r}), rounds=3))\n"
+    )
+    done = subprocess.run([sys.executable, str(command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    again = small.federation(out, rounds=3)
+    before = {name: again.done(name, round).stat().st_mtime_ns for name in ("a", "b") for round in (1, 2)}
+    assert (out / "rounds/01.json").exists() and not (out / "rounds/02.json").exists()
+    mutual(again)
+    assert before == {name: again.done(name, round).stat().st_mtime_ns for name in ("a", "b") for round in (1, 2)}
+    assert all(distance(*pair) == 0 for pair in zip(models(ended.folder), models(out), strict=True))
+
+
+def test_more_rounds_go_on_and_other_settings_are_refused(small: Small, ended: Federation, tmp_path: Path) -> None:
+    shutil.copytree(ended.folder, tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"holds a mutual training made with other settings \(terms.seed: 0 there, 1 now\)"
+    ):
+        mutual(small.federation(tmp_path / "out", rounds=3, seed=1))
+    fewer = small.federation(tmp_path / "out", rounds=2)
+    assert [record["round"] for record in mutual(fewer)] == [1, 2]
+    state = ended.side("a").at(3, LEARNED)
+    assert state is not None
+    taken = load_file(f"{state.model}/model.safetensors")
+    assert distance(load_file(tmp_path / "out/a/model.safetensors"), taken) == 0, "of two rounds, not of three"
+
+
+def test_names_that_are_refused(small: Small, tmp_path: Path) -> None:
+    made = small.federation(tmp_path)
+    with pytest.raises(UserError, match=r"mutual.clients: 'server' is a folder's name here; call the client otherwise"):
+        Federation("fedmkt", made.server, {"server": made.clients["a"]}, tmp_path, made.terms)
+    with pytest.raises(UserError, match=r"mutual.clients is empty; name at least one"):
+        Federation("fedmkt", made.server, {}, tmp_path, made.terms)
+    with pytest.raises(UserError, match=r"mutual.method='fed' is unknown; use one of: "):
+        small.federation(tmp_path, "fed")
+
+
+def overrides(small: Small, out: Path) -> list[str]:
+    client = f"{{path: {small.root}/a, chats: {small.root}/private_a.jsonl}}"
+    given = [f"pivot.path={small.root}/server", f"chat.path={small.root}/public.jsonl", "chat.template=native"]
+    given += [
+        f"mutual.clients={{a: {client}}}",
+        f"output_dir={out}",
+        "fusion=dual_min_ce",
+        "extract.top_k=4",
+        "lora.r=2",
+    ]
+    given += ["trainer.max_epochs=1", "chat.max_length=128", "data.validation_fraction=0.0", "mutual.rounds=1"]
+    return [*given, f"paths.root={out.parent}/runs", "logger=none", "callbacks.progress_bar=false"]
+
+
+def test_a_part_by_its_command(small: Small, tmp_path: Path) -> None:
+    run_entry("mutual", [*overrides(small, tmp_path / "out"), "mutual.side=a", "mutual.round=1"])
+    assert json.loads((tmp_path / "out/sides/a/round-01/part.json").read_text())["last"] is False
+    assert sorted(file.name for file in (tmp_path / "out/exchange/round-01/a").iterdir()) == [
+        "envelope.json",
+        "knowledge.arrow",
+    ]
+
+
+def test_parts_are_processes_and_a_late_one_is_ended(small: Small, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fusechat.mutual", *overrides(small, tmp_path / "out"), "mutual=standalone"]
+    late = subprocess.run([*command, "mutual.timeout=0.001"], cwd=ROOT, capture_output=True, text=True)
+    assert late.returncode == 0, late.stderr
+    assert "round 1 goes on without a: its part took more than mutual.timeout=0.001 minutes" in late.stderr
+    assert not (tmp_path / "out/a").exists()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out/sides/a/round-02/part.json").exists(), "the part after the last round"
+
+
+def test_the_published_settings() -> None:
+    cfg = composed("mutual", ["experiment=fedmkt_tiny"])
+    assert (cfg.lora.r, cfg.lora.lora_alpha, cfg.lora.lora_dropout, cfg.loss.lm_weight) == (8, 16, 0.05, 0.9)
+    assert (list(cfg.optimizer.betas), cfg.optimizer.weight_decay, cfg.optimizer.warmup_ratio) == (
+        [0.9, 0.95],
+        0.1,
+        0.008,
+    )
+    assert (cfg.trainer.gradient_clip_val, cfg.data.global_batch, cfg.fusion.rule) == (1.0, 4, "dual_min_ce")
+    assert cfg.mutual.rounds <= 10 and cfg.mutual.epochs == cfg.trainer.max_epochs == 1
