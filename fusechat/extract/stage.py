@@ -69,8 +69,8 @@ def extract(
 ) -> dict[str, Any]:
     """Runs a source over chats and stores its distributions at every token of the assistant. Returns the manifest.
 
-    model: directory or Hub id; name: what the store calls it. chats: a file, a directory or a Hub dataset, or what
-    `load_chats` returns. pivot: its tokenizer, or its path, for template="pivot"; other templates as `renderer_for`.
+    model: directory or Hub id; name: what the store calls it. chats: as `load_chats` takes or returns them.
+    pivot: its tokenizer, or its path, for template="pivot"; other templates, and train_on, as `renderer_for`.
     kind: one of `KINDS`, with top_k, top_p, draws as in `Keep`. logprobs: float16, or uint8 (steps of 0.05 nats).
     tokens_per_batch: padded tokens run together; a batch that does not fit in memory runs in halves, which the
     manifest notes. max_bad_fraction: chats with NaN or inf before the run stops. when_made: called with the manifest

@@ -15,6 +15,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import RECORD, read_json, settled
 from fusechat.app.places import writes
 from fusechat.app.trainer import TIMEOUT
+from fusechat.chats.mixture import Given
 from fusechat.fusion.checks import check_maps, check_rule
 from fusechat.fusion.inputs import open_stores
 from fusechat.fusion.losses import FusionLoss
@@ -57,7 +58,7 @@ def train(
     seed: int = 0,
     resume: str | None = "last",
     overwrite: bool = False,
-    validation: str | Path | None = None,
+    validation: Given | None = None,
     logger: Callable[[int], Any] | None = None,
     record: Mapping[str, Any] | None = None,
     imports: Mapping[str, str] | None = None,
@@ -76,7 +77,7 @@ def train(
     lora: ``enabled``, ``adapter`` (the folder of one that training goes on from) and options of `peft.LoraConfig`, over
     `LORA`; the target then holds its adapter too, in ``adapter``. max_length: the longest chat in tokens where
     data.max_tokens says none. resume: ``last`` checkpoint of the same settings, a path, or None. validation: chats of
-    one's own (file, folder or Hub dataset) to validate with in place of data.validation_fraction, all chats of the
+    one's own (as chat.path names them) to validate with in place of data.validation_fraction, all chats of the
     stores being trained on. logger: makes Lightning's loggers from the step that training goes on from. record: more to
     write into ``fusechat.json``. imports: the user's own modules with their hashes. remedies: for messages, the
     commands that make pivot_store and each aligned store. launch: starts so many ranks on this machine that call
@@ -151,7 +152,7 @@ def _made(
     return fit(training, output, callbacks, **beside)
 
 
-def _own_chats(validation: str | Path | None) -> Any:
+def _own_chats(validation: Given | None) -> Any:
     """The chats to validate with, a `datasets.Dataset`, where there are some."""
     if validation is None:
         return None

@@ -21,7 +21,7 @@ OWN = ("fusion", "loss", "optimizer", "data", "lora", "trainer", "seed")
 COMPARED = {  # verb -> name in the record: key of the config
     "tiny": {"seed": "seed"},
     "extract": {"extract": "extract", "store.logprobs": "store.logprobs", "dtype": "source.dtype"}
-    | {"max_length": "chat.max_length", "end_of_turn": "chat.end_of_turn"},
+    | {"max_length": "chat.max_length", "end_of_turn": "chat.end_of_turn", "train_on": "chat.train_on"},
     "align": {"token_map": "token_map.name", "sequence": "alignment.sequence", "unmatched": "alignment.unmatched"}
     | {"logprobs": "store.logprobs"},
     "train": {name: name for name in OWN},
