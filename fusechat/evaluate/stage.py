@@ -19,6 +19,7 @@ from fusechat.app.outputs import fingerprint, read_json, stage_fingerprint, writ
 from fusechat.app.places import writing
 from fusechat.app.settings import check
 from fusechat.app.surroundings import check_place
+from fusechat.chats.mixture import Given
 from fusechat.evaluate import answers as _answers  # noqa: F401  these three register their kinds
 from fusechat.evaluate import chats as _chats  # noqa: F401
 from fusechat.evaluate import harness as _harness  # noqa: F401
@@ -36,7 +37,7 @@ OURS = ("dtype", "batch_size", "device_map")  # how a model runs here, which no 
 
 def evaluate(
     model: str | Path,
-    chats: str | Path,
+    chats: Given,
     output_file: str | Path,
     *,
     split: str = "test",
@@ -66,7 +67,12 @@ def evaluate(
     fingerprint. server: where the model runs, if not here; of ``model`` only tokenizer and config are read then. Raises
     `UserError`.
     """
-    settings = {"kind": "chats", "chats": str(chats), "split": split, "limit": limit, "template": template}
+    settings: dict[str, Any] = {
+        "kind": "chats",
+        "chats": str(chats) if isinstance(chats, Path) else chats,
+        "split": split,
+    }
+    settings |= {"limit": limit, "template": template}
     settings |= {"generate": generate, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype}
     settings |= {"max_length": max_length, "device_map": device_map, "trust_remote_code": trust_remote_code}
     settings |= {"device": device}
