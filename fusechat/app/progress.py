@@ -14,6 +14,7 @@ from typing import Any
 
 LOG = logging.getLogger(__name__)
 LINES, FRAMES = 30.0, 0.5  # seconds between two lines, and between two looks at a bar
+MEGABYTE = 10**6
 Told = Callable[[], str]  # asked only when it is shown: what is on a device is not waited for otherwise
 
 
@@ -61,6 +62,20 @@ def progress(what: str, total: int, unit: str, done: int = 0, *, bar: bool = Tru
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), told, TimeRemainingColumn())
     with Bar(*columns, transient=True, console=Console(stderr=True)) as shown, _above_the_bar():
         yield Progress(what, total, unit, done, shown)
+
+
+@contextmanager
+def bytes_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """`progress` in megabytes; total, and what is called with, are bytes."""
+    left = 0
+    with progress(what, max(1, total // MEGABYTE), "MB") as tell:
+
+        def count(number: int) -> None:
+            nonlocal left
+            whole, left = divmod(left + number, MEGABYTE)
+            tell(whole)
+
+        yield count
 
 
 def in_terminal() -> bool:

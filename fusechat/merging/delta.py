@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json, write_json
+from fusechat.app.progress import bytes_progress
 from fusechat.merging.family import METHODS
 from fusechat.merging.groups import BLOCK
 from fusechat.merging.slices import Slices
@@ -107,17 +108,19 @@ def write_store(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, list[tuple[int, int]]] = {}
     lost = total = 0.0
-    for name, info in pivot.infos.items():
-        if len(info.shape) != 2 or not BLOCK.match(name):
-            tensors[name] = target.tensor(name).clone()
-            continue
-        matrix = Slices(pivot.tensor(name), [target.tensor(name)])
-        tensors |= {f"{name}:{part}": value for part, value in compress(matrix, ratio).items()}
-        ranks[name] = ranks_of(info.shape, ratio)
-        delta = target.tensor(name).float() - pivot.tensor(name).float()
-        left, right = factors(tensors.__getitem__, name, ranks[name], info.shape)
-        lost += float((left @ right - delta).square().sum())
-        total += float(delta.square().sum())
+    with bytes_progress("compress", sum(info.bytes for info in pivot.infos.values())) as tell:
+        for name, info in pivot.infos.items():
+            tell(info.bytes)
+            if len(info.shape) != 2 or not BLOCK.match(name):
+                tensors[name] = target.tensor(name).clone()
+                continue
+            matrix = Slices(pivot.tensor(name), [target.tensor(name)])
+            tensors |= {f"{name}:{part}": value for part, value in compress(matrix, ratio).items()}
+            ranks[name] = ranks_of(info.shape, ratio)
+            delta = target.tensor(name).float() - pivot.tensor(name).float()
+            left, right = factors(tensors.__getitem__, name, ranks[name], info.shape)
+            lost += float((left @ right - delta).square().sum())
+            total += float(delta.square().sum())
     for checkpoint in (pivot, target):
         checkpoint.verify()
     save_file(tensors, directory / FILE)

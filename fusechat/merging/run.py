@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import RECORD, settled, stamp, whole_directory
 from fusechat.app.places import writing
+from fusechat.app.progress import spell
+from fusechat.app.quantities import size
 from fusechat.app.surroundings import check_room
 from fusechat.merging.folder import fill_model, fill_store
 from fusechat.merging.inputs import Inputs, open_inputs
@@ -96,6 +99,7 @@ def _make(
     held = settled(output / RECORD, recipe.mark, what="merged model", keep="output_dir=DIR", overwrite=overwrite)
     if held is not None:
         return Merged(output, held.get("weights", {}), made=False)
+    began = time.monotonic()
     inputs = open_inputs(recipe.pivot_path, recipe.target_paths, by_token=not recipe.storing, blocks=recipe.blocks)
     recipe.check_patterns(inputs.floating)
     if dry_run and recipe.storing:
@@ -110,11 +114,25 @@ def _make(
         else:
             about, digests = fill_model(inputs, recipe, groups, directory, output.name)
         write_record(directory, {**stamp(recipe.mark), **about, **(record or {})}, digests)
-    LOG.info("%s is made by %s from %d target(s)", output, recipe.method, len(inputs.targets))
+    LOG.info(f"{_told(inputs, recipe, groups, about, output.name)}; in {spell(time.monotonic() - began)}, {output}")
+    return Merged(output, groups)
+
+
+def _told(inputs: Inputs, recipe: Recipe, groups: GroupWeights, about: Mapping[str, Any], name: str) -> str:
+    """What was made, with the numbers that matter."""
+    count = len(inputs.targets)
     if measured := about.get("measured"):
         share = 100 * measured["bytes"] / measured["target_bytes"]
-        LOG.info("%.1f %% of the target; relative error of the deltas %.3f", share, measured["relative_error"])
-    return Merged(output, groups)
+        lost = measured["relative_error"]
+        return f"compressed {name}: {share:.1f} % of the target; relative error of the deltas {lost:.3f}"
+    layout = layout_of(inputs, recipe.dtype)
+    targets = f"{count} target{'' if count == 1 else 's'}"
+    made = f"merged {name}: {recipe.method} of {targets}, {len(layout)} parameters, {size(size_of(layout))}"
+    known = [weights for weights in groups.values() if weights]
+    if not known:
+        return made
+    ranges = (f"{min(column):.2f} to {max(column):.2f}" for column in zip(*known, strict=True))
+    return f"{made}; weights {', '.join(ranges)}"
 
 
 def _group_weights(inputs: Inputs, recipe: Recipe) -> GroupWeights:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError, one_of
 from fusechat.app.outputs import RECORD, read_json, replace, sealed_line, whole_lines, write_durably, write_json
+from fusechat.app.progress import progress, spell
 from fusechat.merging.recipe import Recipe
 from fusechat.merging.run import make
 from fusechat.stores.units import bits_per_byte
@@ -56,8 +57,13 @@ def search(
         return known.value(recipe, record, {"method": method, **chosen})
 
     study = optuna.create_study(direction="minimize", sampler=optuna.samplers.TPESampler(seed=seed))
-    study.optimize(objective, n_trials=trials)
-    return known.table()
+    with progress("search", trials, "merges", bar=False) as tell:  # each merge shows its own
+        study.optimize(objective, n_trials=trials, callbacks=[lambda study, _: tell(1, lambda: _best(study))])
+    return known.table(tell.seconds)
+
+
+def _best(study: Any) -> str:
+    return f"best {study.best_value:.4f} bits per byte"
 
 
 class Trials:
@@ -96,8 +102,8 @@ class Trials:
         LOG.info("%s: %.4f bits per byte", " ".join(f"{key}={value}" for key, value in choice.items()), value)
         return value
 
-    def table(self) -> float:
-        """Writes and prints the table; returns the lowest score."""
+    def table(self, seconds: float) -> float:
+        """Writes and prints the table; returns the lowest score. seconds: what the search took."""
         import pandas as pd
 
         from fusechat.report.results import markdown
@@ -106,8 +112,10 @@ class Trials:
         write_durably(self.folder / "results.csv", frame.to_csv(index=False).encode())
         write_durably(self.folder / "results.md", markdown(frame).encode())
         print(markdown(frame))
-        LOG.info("the best of %d merges is in %s", len(frame), self.output)
-        return float(frame[COLUMN].iloc[0])
+        value, method = float(frame[COLUMN].iloc[0]), frame["method"].iloc[0]
+        told = f"the best of {len(frame)} merge(s): {method}, {value:.4f} held-out bits per byte"
+        LOG.info(f"{told}; in {spell(seconds)}, {self.output}")
+        return value
 
 
 def space_of(space: Space, methods: Sequence[str]) -> Space:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusechat.app.errors import UserError
+from fusechat.app.progress import bytes_progress
 from fusechat.merging.groups import group_of
 from fusechat.merging.inputs import Inputs
 from fusechat.merging.recipe import Recipe
@@ -45,15 +46,18 @@ def write_merged(inputs: Inputs, recipe: Recipe, groups: GroupWeights, directory
     layout = layout_of(inputs, recipe.dtype)
     names, floating = list(layout), set(inputs.floating)
     writer = CheckpointWriter(directory, layout, bytes_of(recipe.max_shard_size))
-    for position, name in enumerate(names, 1):
-        inputs.read_ahead(names[position : position + AHEAD])
-        if name in floating:
-            for part in merged_parts(inputs, recipe, groups, name):
-                writer.write(name, part)
-        else:
-            inputs.check_equal(name)
-            writer.write(name, inputs.pivot.tensor(name))
-        inputs.let_go(name)
+    with bytes_progress(f"merge by {recipe.method}", size_of(layout)) as tell:
+        for position, name in enumerate(names, 1):
+            inputs.read_ahead(names[position : position + AHEAD])
+            if name in floating:
+                for part in merged_parts(inputs, recipe, groups, name):
+                    writer.write(name, part)
+                    tell(part.numel() * layout[name][1].itemsize)
+            else:
+                inputs.check_equal(name)
+                writer.write(name, inputs.pivot.tensor(name))
+                tell(inputs.pivot.infos[name].bytes)
+            inputs.let_go(name)
     writer.close()
     for checkpoint in (inputs.pivot, *inputs.targets):
         checkpoint.verify()

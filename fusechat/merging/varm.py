@@ -15,6 +15,7 @@ import torch
 
 from fusechat.app.errors import UserError, one_of
 from fusechat.app.outputs import read_json, tidy, write_json
+from fusechat.app.progress import bytes_progress
 from fusechat.app.remembered import folder
 from fusechat.merging.dense import linear
 from fusechat.merging.family import METHODS, Parts, Weights
@@ -141,7 +142,11 @@ def change_of_target(inputs: Inputs, j: int, key: str) -> dict[str, Change]:
     for file in (own, beside):
         if file.exists() and (held := read_json(file).get(key)) is not None:
             return {name: Change(*entry) for name, entry in held.items()}
-    found = {name: _change(inputs, j, name) for name in inputs.floating}
+    found, infos = {}, inputs.pivot.infos
+    with bytes_progress(f"measure target {j + 1}", sum(infos[name].bytes for name in inputs.floating)) as tell:
+        for name in inputs.floating:
+            found[name] = _change(inputs, j, name)
+            tell(infos[name].bytes)
     for checkpoint in (inputs.pivot, inputs.targets[j]):
         checkpoint.verify()
     with contextlib.suppress(OSError):  # a read-only cache: measured again next time
