@@ -10,6 +10,8 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fusechat.app.marks import UNDECIDING
 
 SWEPT = "FUSECHAT_SWEPT"  # environment variable: keys that a sweep varies, shared with the processes of its jobs
 LONGEST = 80  # characters of a name that overrides may take
+_told: ContextVar[Sequence[str]] = ContextVar("told", default=())  # what a sweep that is to come will vary
 WHOLLY = {"paths", "logger", "hydra", "sweep", "output_dir", "output_file", "run_name", "ckpt_path", "overwrite"}
 WHOLLY |= {"wait", "verify", "accept_changes", "gradient_checkpointing"}
 
@@ -69,8 +73,30 @@ def decides(key: str) -> bool:
     return section not in WHOLLY and rest.partition(".")[0] not in UNDECIDING.get(section, ())
 
 
+def named_as_in_a_sweep(config: Any, overrides: Sequence[str]) -> None:
+    """Names in a config what a job's sweep will call it, before there is a sweep. overrides: those it varies."""
+    token = _told.set(overrides)
+    try:
+        _resolve_names(config)
+    finally:
+        _told.reset(token)
+
+
+def _resolve_names(config: Any) -> None:
+    for key in config:
+        node = config._get_node(key)
+        if isinstance(node, DictConfig):
+            _resolve_names(node)
+        elif isinstance(node._value(), str) and "${named:" in node._value():
+            with suppress(OmegaConfBaseException):  # a value is missing: the stage tells
+                config[key] = config[key]
+
+
 def _varied() -> Iterator[tuple[str, str]]:
     """Key and value of this job's overrides that its sweep varies."""
+    for override in _told.get():
+        key, _, value = override.lstrip("+").partition("=")
+        yield key, value.strip("'\"")
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return
     hydra: Any = HydraConfig.get()

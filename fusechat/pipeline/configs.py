@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 from hydra.errors import HydraException
@@ -12,9 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from fusechat.app import door
 from fusechat.app.errors import UserError
 from fusechat.app.hints import config_folders, with_near_names
+from fusechat.app.naming import named_as_in_a_sweep
 from fusechat.pipeline.steps import Step, expand, shown
 
-Compose = Callable[[Step], DictConfig]  # a job -> its config
+Compose = Callable[..., DictConfig]  # a job, and those of its overrides that a sweep varies -> its config
 MODEL_OF = {"extract": "source.path", "train": "output_dir", "merge": "output_dir", "merge_search": "output_dir"}
 
 
@@ -31,22 +32,31 @@ def composer(own: Sequence[str]) -> Compose:
         config: DictConfig = compose(verb, [*own, *overrides])
         return config
 
-    def config(job: Step) -> DictConfig:
+    def config(job: Step, varied: Sequence[str] = ()) -> DictConfig:
         verb, overrides = job
         models = [override for override in overrides if override.startswith("model=")]
         found = composed(verb, *(override for override in overrides if override not in models))
         if models:
             found = found.copy()
             found.model = OverridesParser.create().parse_override(models[-1]).value()
+        if varied:
+            found = found if models else found.copy()
+            named_as_in_a_sweep(found, varied)
         return found
 
     return config
 
 
+def jobs(step: Step, compose: Compose) -> Iterator[tuple[Step, DictConfig]]:
+    """The jobs of a step with their configs, named as they will be when the step runs."""
+    for job in expand(step):
+        yield job, compose(job, [text for text in job[1] if text not in step[1]])
+
+
 def models_of(step: Step, compose: Compose) -> list[str]:
     """The models that a step reads as a source, or makes."""
     key = MODEL_OF.get(step[0])
-    return [str(OmegaConf.select(compose(job), key)) for job in expand(step)] if key else []
+    return [str(OmegaConf.select(config, key)) for _, config in jobs(step, compose)] if key else []
 
 
 def check(steps: Sequence[Step], compose: Compose) -> None:

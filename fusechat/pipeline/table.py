@@ -14,9 +14,9 @@ from fusechat.app.outputs import read_json
 from fusechat.app.quantities import duration, size
 from fusechat.app.session import plain
 from fusechat.app.states import ESTIMATES, STYLES, State, short
-from fusechat.pipeline.configs import Compose
+from fusechat.pipeline.configs import Compose, jobs
 from fusechat.pipeline.states import Job, jobs_of
-from fusechat.pipeline.steps import Step, expand
+from fusechat.pipeline.steps import Step
 
 RENEWED = ("evaluate", "report", "tiny")  # commands that make anew, unasked, what does not fit
 
@@ -100,8 +100,8 @@ def size_of(output: Path) -> int:
 def _jobs(steps: Sequence[Step], compose: Compose) -> Iterator[tuple[int, Job]]:
     """Every job with the number of its step."""
     for number, step in enumerate(steps, 1):
-        for job in expand(step):
-            for one in jobs_of(job[0], plain(compose(job))):
+        for (verb, _), config in jobs(step, compose):
+            for one in jobs_of(verb, plain(config)):
                 yield number, one
 
 

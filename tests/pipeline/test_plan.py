@@ -12,7 +12,7 @@ from fusechat.app.command import CONF
 from fusechat.app.errors import UserError
 from fusechat.app.session import plain
 from fusechat.pipeline.__main__ import steps_of
-from fusechat.pipeline.configs import check, composer
+from fusechat.pipeline.configs import check, composer, jobs
 from fusechat.pipeline.plan import planned
 from fusechat.pipeline.steps import parse, shown
 from tests.conftest import composed
@@ -129,3 +129,31 @@ def test_no_tests_no_evaluation_and_that_is_told(hydra: None, caplog: pytest.Log
     steps = steps_of(compose(("pipeline", ["pipeline.steps=auto"])), compose)
     assert shown(steps[-1]) == SOUP
     assert "no evaluation and no report: evaluation.chats=FILE names the chats to test with" in caplog.text
+
+
+def test_jobs_of_a_sweep_are_named_as_they_will_be(hydra: None, tmp_path: Path) -> None:
+    """What a dry run says of a step with several values is said of its jobs' own outputs, as in a multirun."""
+    place = f"{tmp_path}/tiny/seed0"
+    compose = composer(["experiment=tiny", f"paths.root={tmp_path}"])
+    named = {
+        "merge merge=varm merge.granularity=layer,model": (
+            "output_dir",
+            [f"merged/varm_{m}" for m in ("layer", "model")],
+        ),
+        "merge merge=linear,ties merge.dtype=null,bfloat16": (
+            "output_dir",
+            [f"merged/{m}_dtype_{d}" for m in ("linear", "ties") for d in ("null", "bfloat16")],
+        ),
+        "train source=a,b loss.lm_weight=0.5,0.9": (
+            "output_dir",
+            [f"targets/{s}_lm_weight_{w}" for s in "ab" for w in ("0.5", "0.9")],
+        ),
+        "evaluate model=x/a,x/b evaluation.limit=5,7": (
+            "output_file",
+            [f"evaluation/x-{m}_limit_{n}.json" for m in "ab" for n in (5, 7)],
+        ),
+        "extract source=a,b": ("output_dir", ["distributions/a", "distributions/b"]),
+    }
+    for line, (key, wanted) in named.items():
+        found = [str(config[key]) for _, config in jobs(parse(line), compose)]
+        assert found == [f"{place}/{name}" for name in wanted], line
