@@ -113,5 +113,6 @@ def _tells(key: str, value: str, base: str, root: Any) -> bool:
         return False
     if key == "experiment":
         return value not in Path(root.paths.experiment).parts
+    value = str(OmegaConf.select(root, key)) if "$" in value else value  # what an interpolation stands for
     said = (f"_{form}_" in f"_{base}_" for form in (value, Path(value).name, label(value)))
     return not (re.search("[a-z]", value, re.I) and any(said))

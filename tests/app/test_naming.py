@@ -1,6 +1,7 @@
 """Names in a sweep: each job's holds what the jobs differ in; alone, a command names its output as ever."""
 
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,7 @@ def names(verb: str, key: str, *overrides: str, monkeypatch: pytest.MonkeyPatch)
         GlobalHydra.instance().clear()
         with initialize_config_dir(CONF, version_base="1.3"):
             cfg = compose(verb, [*job, "hydra.mode=MULTIRUN"], return_hydra_config=True)
+        cfg.hydra.overrides.task = [re.sub(r"\$\{(.*?)\}", r"$\\{\1\\}", override) for override in job]  # a sweeper's
         HydraConfig.instance().set_config(cfg)
         found.append(str(cfg[key]).rpartition("/")[2])
         HydraConfig.instance().cfg = None
@@ -95,6 +97,10 @@ def test_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     found = names("evaluate", "output_file", TINY, "model=x/a,x/b", "evaluation.limit=1,2", monkeypatch=monkeypatch)
     assert found == [f"x-{model}_limit_{limit}.json" for model in "ab" for limit in (1, 2)]
     assert names("evaluate", "output_file", TINY, "model=x/a,x/b", monkeypatch=monkeypatch) == ["x-a.json", "x-b.json"]
+    named = ["model='${pivot.path}','${source.path}','${paths.experiment}/targets/x_1'"]
+    places = ["pivot.path=/x/pivot", "source.path=/x/b.gguf"]
+    found = names("evaluate", "output_file", TINY, *places, *named, monkeypatch=monkeypatch)
+    assert found == ["x-pivot.json", "x-b.gguf.json", "targets-x_1.json"], "an interpolation is what it stands for"
 
 
 def test_one_command_alone_keeps_its_name() -> None:
