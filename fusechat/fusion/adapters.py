@@ -26,7 +26,10 @@ def with_adapters(model: Any, lora: Mapping[str, Any]) -> Any:
     import peft
 
     options = {key: value for key, value in lora.items() if key not in NOT_PEFT}
-    made = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    try:
+        made = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    except ValueError as error:  # modules that are not there, dropout that experts cannot have
+        raise UserError(f"lora does not fit {model.name_or_path}: {str(error).splitlines()[0]}") from error
     if lora.get("adapter"):
         _fill(made, Path(lora["adapter"]))
     return made
