@@ -55,7 +55,7 @@ def federation_of(cfg: DictConfig) -> Federation:
     terms = Terms(
         chat.pop("path"),
         cfg.pivot.path,
-        {key: chat.pop(key) for key in ("template", "max_length", "end_of_turn")},
+        {key: chat.pop(key) for key in ("template", "max_length", "end_of_turn", "train_on")},
         FusionRule(**plain(cfg.fusion)),
         FusionLoss(**plain(cfg.loss)),
         reading=chat,

@@ -32,7 +32,7 @@ class Terms:
     """What all sides agree on.
 
     public: the chats that all know, as ``chat.path``, reading: options of `load_chats`; host: the model whose chat
-    template ``template="pivot"`` names. chat: template, max_length, end_of_turn. extraction: options of `extract`,
+    template ``template="pivot"`` names. chat: template, max_length, end_of_turn, train_on. extraction: options of `extract`,
     alignment: of `align`. rule and loss: of learning from others; epochs: of private chats in a round, trainer's
     max_epochs is of the public ones. lora: without ``enabled``. seed: with the round's number it decides each training.
     """
