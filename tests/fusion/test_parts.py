@@ -91,6 +91,15 @@ def test_a_logger_by_name_says_what_to_install(
     assert cfg.logger[logger]["_target_"] in TARGETS and cfg.logger.kind == "csv"
 
 
+def test_mlflow_writes_a_database_beside_the_metrics(mini: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 3.17 on it refuses folders of files, which Lightning's logger takes where no place is named."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    cfg = mini.cfg("train", "source=a", "logger=mlflow")
+    assert cfg.logger.mlflow.tracking_uri == f"sqlite:///{cfg.paths.logs}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    assert mini.cfg("train", "source=a", "logger=mlflow").logger.mlflow.tracking_uri == "http://elsewhere"
+
+
 def test_the_default_is_adamw_with_the_fingerprint_it_has_always_had(mini: Mini) -> None:
     said = plain(mini.cfg("train").optimizer)
     assert Optimizer.of(said).settings == said
