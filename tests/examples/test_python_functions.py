@@ -166,7 +166,7 @@ def test_chats_are_read_as_they_are_written(
     assert (tmp_path / "chats/fusion.jsonl").read_bytes() == before, "an experiment keeps its chats"
 
 
-@pytest.mark.parametrize(("group", "key", "name"), [("loss", "kind", "alm"), ("alignment", "sequence", "chain")])
+@pytest.mark.parametrize(("group", "key", "name"), [("loss", "kind", "jsd"), ("alignment", "sequence", "dtw")])
 def test_the_choice_of_a_member_is_left_to_its_group(group: str, key: str, name: str) -> None:
     given = ["experiment=python_functions", f"hydra.searchpath=[{HERE}]"]
     assert composed("train", [*given, f"{group}={name}"])[group][key] == name
