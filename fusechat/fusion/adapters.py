@@ -43,7 +43,7 @@ def adapter_tensors(model: Any, state: Mapping[str, Tensor] | None = None) -> di
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
-def save_adapters(model: Any, state: Mapping[str, Tensor], directory: Path) -> None:
+def save_adapters(model: Any, state: Mapping[str, Tensor] | None, directory: Path) -> None:
     """Writes the adapters as peft does, a folder that `PeftModel.from_pretrained` and ``merge.py`` read."""
     from safetensors.torch import save_file
 
@@ -63,14 +63,32 @@ def merged_adapters(
     return model.merge_and_unload()
 
 
+def export(path: str, lora: Mapping[str, Any], given: Mapping[str, Tensor] | None, directory: Path) -> None:
+    """Writes what an adapter makes of its base, with tokenizer and adapter, as a target holds them; in fp32.
+
+    given: the adapter's tensors by peft's names; None: as they begin, by torch's random generator. Raises `UserError`
+    where these are of other shapes.
+    """
+    model = with_adapters(models.load_model(path), {**lora, "adapter": None})
+    if given is not None:
+        _take(model, given, "the adapter")
+    save_adapters(model, None, directory / FOLDER)
+    model.merge_and_unload().save_pretrained(directory)
+    models.load_tokenizer(path).save_pretrained(directory)
+
+
 def _fill(model: Any, folder: Path) -> None:
-    from peft.utils.save_and_load import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    given = load_file(folder / WEIGHTS)
+    _take(model, load_file(folder / WEIGHTS), f"lora.adapter={folder}")
+
+
+def _take(model: Any, given: Mapping[str, Tensor], what: str) -> None:
+    from peft.utils.save_and_load import set_peft_model_state_dict
+
     shapes = [{name: tuple(t.shape) for name, t in of.items()} for of in (adapter_tensors(model), given)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         if shapes[0].get(name) != shapes[1].get(name):
             told = f"{name} is {shapes[1].get(name)} there, {shapes[0].get(name)} by lora.r and lora.target_modules"
-            raise UserError(f"lora.adapter={folder} does not fit: {told}; set them as they were")
-    set_peft_model_state_dict(model, given)
+            raise UserError(f"{what} does not fit: {told}; set them as they were")
+    set_peft_model_state_dict(model, dict(given))

@@ -47,9 +47,11 @@ def run(cfg: DictConfig) -> None:
 def federation_of(cfg: DictConfig) -> Federation:
     """config -> objects."""
     from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer
+    from fusechat.merging.recipe import COMMON, NO_SETTINGS
     from fusechat.mutual.rounds import Client, Federation
     from fusechat.mutual.sides import Terms
 
+    merge = {key: value for key, value in plain(cfg.merge).items() if key not in (*COMMON, *NO_SETTINGS)}
     chat, alignment, store = plain(cfg.chat), plain(cfg.alignment), plain(cfg.store)
     extraction: dict[str, Any] = {**plain(cfg.extract), **store, "dtype": cfg.pivot.dtype}
     terms = Terms(
@@ -65,6 +67,8 @@ def federation_of(cfg: DictConfig) -> Federation:
         data=Data(**plain(cfg.data)),
         callbacks=Callbacks(**plain(cfg.callbacks)),
         lora=plain(cfg.lora),
+        average=cfg.merge.method,
+        average_settings=merge,
         trainer=plain(cfg.trainer),
         epochs=cfg.mutual.epochs,
         validation=cfg.validation.path,

@@ -6,17 +6,20 @@ A method is a class with two functions here, or in a module of one's own, and on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from fusechat.app.errors import UserError
 from fusechat.app.registry import Family
-from fusechat.mutual.messages import Message, post, read
+from fusechat.mutual.averaging import averaged, shapes
+from fusechat.mutual.messages import AGAIN, Message, post, read
 from fusechat.mutual.sides import Side, State
 from fusechat.stores.store import DistributionStore
 
-METHODS = Family("mutual.method")
+METHODS = Family("mutual.method", needs=("first",))
+"""Needs: ``first``: the server has a part before the first round, 0, and says something to begin with."""
+
 SERVER = "server"  # the name of the side that all others talk with
 
 
@@ -96,6 +99,74 @@ class Standalone:
     def server(self, side: Side, exchange: Exchange, round: int) -> Mapping[str, str]:
         """Nothing."""
         return {}
+
+
+@METHODS.register("fedavg", "adapters of clients of one shape, averaged by the server", needs=("first",))
+class FedAvg:
+    """FedAvg (arXiv 1602.05629) of low-rank factors: θ = Σ_i n_i θ_i / Σ_i n_i, n_i private chats of client i."""
+
+    def client(self, side: Side, exchange: Exchange, round: int, last: bool) -> None:
+        """Takes in the adapter that the server has sent, practises, and sends its own."""
+        told = exchange.read(round - 1, SERVER)
+        if told is None or told.adapter is None:
+            raise UserError(f"the server has sent no adapter in round {round - 1}; run its part again")
+        state = side.receive(told.adapter, round)
+        if not last:
+            adapter, chats = side.practise(state, round).adapter, len(DistributionStore(side.folder / "private"))
+            place = exchange.place(round, side.name)
+            post(place, sender=side.name, round=round, adapter=adapter, trained_on=chats)
+
+    def server(self, side: Side, exchange: Exchange, round: int) -> Mapping[str, str]:
+        """Averages the adapters, lets the LLM and the small model learn from each other, and sends the adapter."""
+        small, left = self.small(side, exchange), dict[str, str]()
+        if round == 0:
+            state = small.receive(None, round)
+        else:
+            before = exchange.read(round - 1, SERVER)
+            assert before is not None and before.adapter is not None
+            adapters, left = _adapters(exchange, round, before)
+            state = small.receive(averaged(before, adapters, small.place(round, ""), small.terms), round)
+            state = self.distil(side, small, state, round)
+        post(exchange.place(round, SERVER), sender=SERVER, round=round, adapter=state.adapter)
+        return left
+
+    def small(self, side: Side, exchange: Exchange) -> Side:
+        """The clients' model as the server has it. Raises `UserError` where clients have several."""
+        if len(paths := {exchange.models[name] for name in exchange.clients}) > 1:
+            raise UserError(
+                f"adapters of one model alone are averaged, the clients have {len(paths)}; use mutual=fedmkt"
+            )
+        return replace(side, name="small", path=paths.pop(), folder=side.folder / "small")
+
+    def distil(self, side: Side, small: Side, state: State, round: int) -> State:
+        """The small model after what the server does beside averaging: nothing."""
+        return state
+
+
+@METHODS.register("fedcollm", "averaged adapters, and mutual distillation with the server's LLM", needs=("first",))
+class FedCoLLM(FedAvg):
+    """FedCoLLM (arXiv 2411.11707): FedAvg, and on the public chats L = CE + KL in both directions at the server."""
+
+    def distil(self, side: Side, small: Side, state: State, round: int) -> State:
+        """The LLM learns from the averaged model and the other way; the LLM's adapter stays."""
+        large = side.state(round)
+        stores = {"small": small.speak(state), SERVER: side.speak(large)}
+        side.learn(large, {"small": stores["small"]}, round)
+        return small.learn(state, {SERVER: stores[SERVER]}, round)
+
+
+def _adapters(exchange: Exchange, round: int, like: Message) -> tuple[dict[str, Message], dict[str, str]]:
+    """The adapters that fit what was sent, and the reasons of those that do not."""
+    found, left, known = dict[str, Message](), dict[str, str](), shapes(like)
+    for name in exchange.clients:
+        try:
+            if (message := exchange.read(round, name)) is not None:
+                if shapes(message) != known:
+                    raise UserError(f"{name} sends factors of other names or shapes than it was sent; {AGAIN}")
+                found[name] = message
+        except UserError as error:
+            left[name] = str(error)
+    return found, left
 
 
 def _tell(side: Side, state: State, exchange: Exchange, round: int) -> None:

@@ -34,7 +34,7 @@ from fusechat.mutual.sides import LEARNED, PRACTISED, RECEIVED, Side, State, Ter
 
 LOG = logging.getLogger(__name__)
 BEGUN, PART = "begun.json", "part.json"  # what an unfinished run is of; that a side's part of a round is done
-HOLDS = ("extract", "align", "train", "mutual")  # stages whose outputs lie inside
+HOLDS = ("extract", "align", "train", "merge", "mutual")  # stages whose outputs lie inside
 OURS = ("sides", "exchange", "rounds")  # folders beside the models
 SECTIONS = {"data": "data", "trainer": "trainer", "extraction": "extract", "alignment": "alignment"}  # of `Terms`
 Start = Callable[[str, int], None]  # runs a side's part of a round, in a process of its own perhaps
@@ -99,7 +99,11 @@ class Federation:
         return stage_fingerprint(self.terms.imports, method=self.method, models=models, private=private, terms=terms)
 
     def part(self, name: str, round: int) -> None:
-        """A side's part of a round; after the last one there is one more, in which clients take in what was said."""
+        """A side's part of a round.
+
+        Before the first the server may have one, 0; after the last there is one more, in which clients take in what was
+        said.
+        """
         side, done = self.side(name), self.done(name, round)
         if name == SERVER:
             write_json(done, {"left": dict(self.parts.server(side, self.exchange, round))})
@@ -132,6 +136,8 @@ def mutual(federation: Federation, start: Start | None = None, *, overwrite: boo
         if settled(folder / RECORD, mark, what="mutual training", keep="output_dir=DIR", overwrite=True) is None:
             (folder / RECORD).unlink(missing_ok=True)
         run = start or federation.part
+        if "first" in METHODS[federation.method].needs and not federation.done(SERVER, 0).exists():
+            run(SERVER, 0)
         records = [_round(federation, round, run) for round in range(1, federation.rounds + 1)]
         for name in federation.clients:
             _attempt(federation, name, federation.rounds + 1, run)

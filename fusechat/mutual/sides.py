@@ -9,22 +9,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fusechat.align import align
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import RECORD
+from fusechat.app.outputs import RECORD, fingerprint, settled, stamp, whole_directory
+from fusechat.app.trainer import seed_everything
 from fusechat.chats.formats import load_chats
 from fusechat.extract import extract
 from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer, train
-from fusechat.models.load import load_tokenizer, tokenizer_identity
+from fusechat.fusion.adapters import FOLDER as ADAPTER
+from fusechat.fusion.adapters import export
+from fusechat.fusion.run import LORA
+from fusechat.models.load import load_tokenizer, model_identity, tokenizer_identity
+from fusechat.models.whole import write_record
 from fusechat.mutual.hearing import Heard
 from fusechat.mutual.messages import AGAIN, Message
 from fusechat.stores.store import DistributionStore
 
 LEARNED, PRACTISED, RECEIVED = "learned", "practised", "received"  # states of a model, by what came last
-ADAPTER = "adapter"  # inside a model's folder
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,11 @@ class Terms:
     """What all sides agree on.
 
     public: the chats that all know, as ``chat.path``, reading: options of `load_chats`; host: the model whose chat
-    template ``template="pivot"`` names. chat: template, max_length, end_of_turn, train_on. extraction: options of `extract`,
-    alignment: of `align`. rule and loss: of learning from others; epochs: of private chats in a round, trainer's
-    max_epochs is of the public ones. lora: without ``enabled``. seed: with the round's number it decides each training.
+    template ``template="pivot"`` names. chat: template, max_length, end_of_turn, train_on. extraction: options of
+    `extract`, alignment: of `align`. rule and loss: of learning from others; epochs: of private chats in a round,
+    trainer's max_epochs is of the public ones. lora: without ``enabled``. average: the method of
+    `fusechat.merging.METHODS` by which adapters are averaged, with its settings. seed: with the round's number it
+    decides each training.
     """
 
     public: str
@@ -49,6 +56,8 @@ class Terms:
     data: Data = field(default_factory=Data)
     callbacks: Callbacks = field(default_factory=Callbacks)
     lora: Mapping[str, Any] = field(default_factory=dict)
+    average: str = "linear"
+    average_settings: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 1
     validation: str | None = None
@@ -103,6 +112,19 @@ class Side:
         options = {"kind": "top_k", "top_k": 1}  # what is read of this store are its tokens
         store = self._extract(self.path, self.private, self.folder / "private", options)
         return self._train(state, store, {}, round, PRACTISED, FusionRule("sft"), self.terms.epochs)
+
+    def receive(self, adapter: Mapping[str, Any] | None, round: int) -> State:
+        """The base with an adapter that was sent, or averaged; None: as adapters begin. Raises `UserError`."""
+        place, lora = self.place(round, RECEIVED), {**LORA, **self.terms.lora}
+        content = None if adapter is None else {name: tensor.numpy().tobytes() for name, tensor in adapter.items()}
+        told = content and sha256(b"".join(name.encode() + content[name] for name in sorted(content))).hexdigest()
+        mark = fingerprint(base=model_identity(self.path), adapter=told, lora=dict(lora), seed=self.terms.seed)
+        if settled(place / RECORD, mark, what="model", keep="output_dir=DIR") is None:
+            seed_everything(self.terms.seed)
+            with whole_directory(place, overwrite=True) as directory:
+                export(self.path, lora, adapter, directory)
+                write_record(directory, {**stamp(mark), "stage": "mutual", "name": self.name})
+        return State(str(place), place / ADAPTER)
 
     def speak(self, state: State) -> Path:
         """The store of what the model says of the public chats."""

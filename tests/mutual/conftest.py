@@ -27,6 +27,7 @@ class Small:
     root: Path
 
     def federation(self, folder: Path, method: str = "fedmkt", rounds: int = 1, **terms: object) -> Federation:
+        """Of clients a and b, of different models; of one where adapters are averaged."""
         rule = FusionRule("dual_min_ce")
         chat = {"template": "native", "max_length": 128, "end_of_turn": True}
         agreed = Terms(
@@ -42,7 +43,10 @@ class Small:
             lora={"r": 2},
             trainer={"max_epochs": 1},
         )
-        clients = {name: Client(str(self.root / name), str(self.root / f"private_{name}.jsonl")) for name in ("a", "b")}
+        base = {"a": "a", "b": "a" if method in ("fedavg", "fedcollm") else "b"}
+        clients = {
+            name: Client(str(self.root / base[name]), str(self.root / f"private_{name}.jsonl")) for name in ("a", "b")
+        }
         agreed = replace(agreed, **terms)  # type: ignore[arg-type]
         return Federation(method, str(self.root / "server"), clients, folder, agreed, rounds)
 

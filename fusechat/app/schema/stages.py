@@ -164,7 +164,7 @@ class Mutual(Section, total=False):
     timeout: Positive | None
     clients: Mapping[str, MutualClient] | None
     side: Name | None
-    round: Count | None
+    round: Natural | None
 
 
 class Search(Section, total=False):
