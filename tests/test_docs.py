@@ -36,6 +36,7 @@ FAMILIES = {  # config key -> where its family is
     "extract.kind": "fusechat.extract.kinds:KINDS",
     "chat.format": "fusechat.chats.formats:FORMATS",
     "evaluation.kind": "fusechat.evaluate.stage:EVALUATIONS",
+    "mutual.method": "fusechat.mutual.methods:METHODS",
 }
 
 
