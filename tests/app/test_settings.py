@@ -40,6 +40,7 @@ UNFIT = {  # predicate -> values of the right form that it refuses
 VERB_OF_KEYS = {verb for verb in VERBS if verb not in WITHOUT_CONFIG}
 GIVEN = {  # what the commands cannot do without
     "evaluate": ["model=runs"],
+    "mutual": ["mutual.clients={a: {path: runs, chats: a.jsonl}}"],
     "compare": ["first=a.json", "second=b.json"],
     "judge": ["answers=a.jsonl", "judge.base_url=http://localhost/v1", "judge.model=m"],
     "publish": ["model=runs", "repo=a/b"],
