@@ -29,7 +29,7 @@ from fusechat.app.locks import waiting
 from fusechat.app.naming import SWEPT, label, named, swept
 from fusechat.app.session import imported, plain, provenance
 from fusechat.app.trainer import quiet_trainer, seed_everything
-from fusechat.app.verbs import as_typed, command_line
+from fusechat.app.verbs import as_typed, command_line, plainly
 
 __all__ = ["entry", "experiment_of", "imported", "label", "make_trainer", "plain", "provenance", "seed_everything"]
 
@@ -85,8 +85,7 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
         command = hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")(job)
 
         def main() -> None:
-            with streams.read(), ending.heeded():
-                help.main(config_name) if help.wanted(sys.argv[1:]) else _command(command)
+            plainly(lambda: help.main(config_name) if help.wanted(sys.argv[1:]) else _command(command))
 
         return main
 

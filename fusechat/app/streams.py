@@ -14,7 +14,8 @@ from contextlib import contextmanager
 def read() -> Iterator[None]:
     """What is printed in the block is with its reader after it; where that is gone, the process ends without a word.
 
-    Its exit code is then that of any program of a pipe (141). Raises `OSError` for what a full disk does to a file.
+    Its exit code is then that of any program of a pipe (141). Raises `OSError` for what a full disk does to a file;
+    what could not be written is let go.
     """
     try:
         try:
@@ -26,13 +27,24 @@ def read() -> Iterator[None]:
     except BrokenPipeError:
         if not _gone():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        _let_go()
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError:
+        try:
+            _flush()
+        except OSError:
+            _let_go()
+        raise
 
 
 def _flush() -> None:
     if sys.stdout is not None:  # closed before we began
         sys.stdout.flush()
+
+
+def _let_go() -> None:
+    """Python flushes once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _gone() -> bool:

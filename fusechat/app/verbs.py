@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fusechat.app import ending, streams
+from fusechat.app import disk, ending, streams
 from fusechat.app.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
@@ -74,11 +74,13 @@ def near(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
 
 
 def plainly(run: Callable[[], None]) -> None:
-    """Runs a command that composes no config: a mistake is one line, and so is what Ctrl-C ends."""
+    """Runs a command: a mistake is one line, and so are a full disk and what Ctrl-C ends; nobody reads: no word."""
     try:
-        with streams.read(), ending.heeded():
+        with disk.told(), streams.read(), ending.heeded():
             run()
     except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
         print(f"error: {as_typed(str(error))}", file=sys.stderr)
         sys.exit(1)
 

@@ -21,7 +21,8 @@ def chats(job: Job) -> Work:
     from fusechat.chats.formats import load_chats
 
     rows, _ = load_chats(job.settings["chats"], split=job.settings["split"], limit=job.settings["limit"])
-    inputs, read = {"tests": fingerprint(ids=list(rows["id"]))}, job.stops if job.settings["generate"] else dict
+    inputs = {"tests": fingerprint(ids=list(rows["id"])), "tags": fingerprint(tags=list(rows["tag"]))}
+    read = job.stops if job.settings["generate"] else dict
     return Work(lambda part: {"samples": _measure(job, rows.to_list(), part)}, inputs, read, known=("chats",))
 
 

@@ -138,9 +138,10 @@ def _evaluate(
     about |= server.decides if server else {}
     about[PARTS] = {**own.parts, **flat(work.inputs)}
     about["asked"] = fingerprint(mark=own, **work.inputs)
-    fits = there.get("asked") in [fingerprint(mark=mark, **work.inputs) for mark in (own, *of_old)]
+    counted = [(mark, inputs) for inputs in _inputs(work.inputs, there) for mark in (own, *of_old)]
+    fits = there.get("asked") in [fingerprint(mark=mark, **inputs) for mark, inputs in counted]
     read = {} if fits else work.read()  # what the model's files say need not be read again
-    marks = [fingerprint(mark=mark, **work.inputs, **read) for mark in (own, *of_old)]
+    marks = [fingerprint(mark=mark, **inputs, **read) for mark, inputs in counted]
     fits = fits or there.get("fingerprint") in marks
     mark = about["fingerprint"] = there["fingerprint"] if fits else marks[0]
     part = output.with_suffix(f".{mark}.part")
@@ -164,6 +165,14 @@ def _counted(deciding: Settings, known: Sequence[str], there: Mapping[str, Any])
     """
     moved = {key: there.get("config", {}).get("evaluation", {}).get(key, deciding[key]) for key in known}
     return [{key: value for key, value in deciding.items() if key not in known}, deciding, {**deciding, **moved}]
+
+
+def _inputs(now: Settings, there: Mapping[str, Any]) -> list[Settings]:
+    """The inputs that decide a result; and, where the one that is there is of the same tags, those of earlier versions,
+    which did not count them.
+    """
+    tags = fingerprint(tags=[sample["tag"] for sample in there.get("samples", [])])
+    return [now, *([{key: value for key, value in now.items() if key != "tags"}] if now.get("tags") == tags else [])]
 
 
 def _measured(work: Work, part: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:

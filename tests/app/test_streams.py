@@ -1,4 +1,4 @@
-"""What is piped into a program that ends before: no traceback, the exit code of any program of a pipe."""
+"""What is piped into a program that ends before, or onto a full disk: no traceback, and an exit code that says so."""
 
 import os
 import subprocess
@@ -26,3 +26,14 @@ def test_nobody_reads(command: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # argparse
     done = subprocess.run(run, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", COMMANDS[:1] + COMMANDS[2:3] + COMMANDS[4:], ids=" ".join)
+def test_the_disk_is_full(command: list[str], unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        run = [sys.executable, *command]
+        done = subprocess.run(run, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    told = "error: No space left on device; what was finished is whole: make room and run the same command again\n"
+    assert (done.returncode, done.stderr) == (1, told)

@@ -119,7 +119,8 @@ def test_results_made_before_stops_and_devices_were_looked_at_are_recognised(fre
     settings = content["config"]["evaluation"]
     decided = {key: value for key, value in settings.items() if key not in ("file", "device", "chats", *SERVED)}
     mark = stage_fingerprint(None, model=model_identity(model), evaluation=decided, seed=0)
-    assert content["fingerprint"] == fingerprint(mark=mark, tests=content["tests"])
+    tags = fingerprint(tags=[sample["tag"] for sample in content["samples"]])
+    assert content["fingerprint"] == fingerprint(mark=mark, tests=content["tests"], tags=tags)
     fresh.run("evaluate", f"model={model}", "evaluation.device=auto")
     assert output.stat().st_mtime_ns == before
     assert Job(model, "b", settings, 0).stops() == {}
@@ -148,6 +149,9 @@ def test_results_that_counted_where_the_chats_lie_are_recognised(moved: bool, as
     fresh.run("evaluate", f"model={model}")
     assert output.stat().st_mtime_ns == before, "recognised"
     chats = fresh.experiment / "world/chats/test.jsonl"
+    chats.write_text(chats.read_text().replace('"tag": "sort"', '"tag": "order"'))
+    fresh.run("evaluate", f"model={model}", "accept_changes=true")
+    assert {"order"} <= set(json.loads(output.read_text())["metrics"]["accuracy"]), "other tags are another breakdown"
     kept = chats.read_text().splitlines(keepends=True)
     chats.write_text("".join(kept[1:]))
     fresh.run("evaluate", f"model={model}", "accept_changes=true")
