@@ -138,7 +138,9 @@ def test_adapters_that_do_not_leave_or_cannot_be_averaged(small: Small, tmp_path
     assert not (tmp_path / "message").exists()
     made = small.federation(tmp_path / "out")
     several = Federation("fedavg", made.server, made.clients, made.folder, made.terms)
-    with pytest.raises(UserError, match=r"adapters of one model alone are averaged, the clients have 2; use mutual=fedmkt"):
+    with pytest.raises(
+        UserError, match=r"adapters of one model alone are averaged, the clients have 2; use mutual=fedmkt"
+    ):
         several.part(SERVER, 0)
 
 
