@@ -48,6 +48,8 @@ COLUMNS = {  # stage -> keys, and sections all of whose keys count
     "evaluate": ("model", *(f"evaluation.{key}" for key in EVALUATION)),
     "report": ("report", "runs"),
 }
+SWEPT = ("loss.lm_weight", "fusion.rule")  # what a view of wandb sets against the objective
+BY = "source.name"  # what it groups trainings by
 LONG = 64  # characters that wandb lets a tag have
 
 

@@ -49,7 +49,7 @@ def check_surroundings(values: Mapping[str, Any]) -> None:
         check_devices(section, values.get(f"{section}.accelerator"), values.get(f"{section}.devices"))
     for key in needs.on_a_card(verb, values):
         check_card(key, values[key])
-    if values.get("logger.kind") == "wandb" and not values.get("logger.offline"):
+    if needs.is_online(values):
         check_account()
     for key in ("output_dir", "output_file"):
         if values.get(key):

@@ -41,6 +41,7 @@ PACKAGES = {  # key -> verbs that heed it, module, how it is installed
     "source.load_in": (("extract",), "bitsandbytes", "bitsandbytes"),
     "pivot.load_in": (("train",), "bitsandbytes", "bitsandbytes"),
     "evaluation.device_map": (("evaluate",), "accelerate", "'fusechat[large]'"),
+    "report.workspace": (("report",), "wandb_workspaces", "'fusechat[workspace]'"),
     "search.device_map": (("merge_search",), "accelerate", "'fusechat[large]'"),
 }
 HALF = {  # verb -> key of its model's attention, of what it computes in, and what that may be with flash attention
@@ -104,6 +105,8 @@ def excluding(verb: str, values: Values) -> Iterator[str]:
             yield "callbacks.samples asks held-out prompts and data.validation_fraction=0 holds none; give e.g. 0.05"
         if values.get("trainer.strategy") == "fsdp":
             yield "callbacks.samples cannot answer with a model in shards (trainer=fsdp); set callbacks.samples=0"
+    if verb == "report" and values.get("report.workspace") and not is_online(values):
+        yield "report.workspace=true saves views in wandb's project; add logger=wandb, after 'wandb login'"
     if verb in HALF and is_flash(values, verb) and values.get((asked := HALF[verb])[1]) in EXACT:
         yield f"{asked[0]}={values[asked[0]]} computes in half precision; set {asked[1]}={asked[2]}"
     if verb == "merge" and values.get("target") and values.get("merge.method") != "compress":
@@ -112,6 +115,11 @@ def excluding(verb: str, values: Values) -> Iterator[str]:
         own = ("targets=", "target=", "pivot.path=", "merge=", "merge.weights=", "merge.patterns=", "merge.dtype=")
         if given := [override for override in task_overrides() if override.startswith(own)]:
             yield f"{given[0]} and merge.recipe={values['merge.recipe']}: a recipe says that itself; leave one out"
+
+
+def is_online(values: Values) -> bool:
+    """Whether a command logs to wandb over the network."""
+    return values.get("logger.kind") == "wandb" and not values.get("logger.offline")
 
 
 def is_flash(values: Values, verb: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,11 @@ from fusechat.app.outputs import read_json
 from fusechat.app.parts import made, split
 from fusechat.app.session import plain
 
-SUMMARIES = {"validation/bits_per_byte": "min", "validation/loss": "min", "train/tokens_per_second": "max"}
+BEST = "validation/bits_per_byte"  # what searches over trainings minimise
+STEP = "trainer/global_step"  # the axis of every curve
+ANSWERS = "evaluation/answers"  # the table of an evaluation
+MEASURED = ("evaluation/bits_per_byte/all", "evaluation/accuracy/all")
+SUMMARIES = {BEST: "min", "validation/loss": "min", "train/tokens_per_second": "max"}
 Made = tuple[str, Path]  # kind (distributions, aligned, target, merged) and folder
 
 
@@ -38,7 +42,10 @@ def make_logger(cfg: DictConfig, name: str, resumed_at: int = 0) -> Any:
 
 
 def _wandb_logger(cfg: DictConfig, name: str) -> Any:
-    """group = experiment with its seed, job_type = stage, the keys that decide the job as columns."""
+    """group = experiment with its seed, job_type = stage, the keys that decide the job as columns.
+
+    Sections are nested, as wandb's own groups and filters expect: they find no key with a dot in its name.
+    """
     if not cfg.logger.offline:
         check_account()
     from lightning.pytorch.loggers import WandbLogger
@@ -46,7 +53,7 @@ def _wandb_logger(cfg: DictConfig, name: str) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     Path(cfg.paths.logs).mkdir(parents=True, exist_ok=True)
     values = flatten(plain(cfg))
-    config: Any = columns(values)
+    config: Any = nested(columns(values))
     wandb = WandbLogger(
         name=seeded(name, values),
         project=cfg.logger.project,
@@ -60,7 +67,7 @@ def _wandb_logger(cfg: DictConfig, name: str) -> Any:
     )
     wandb._wandb_init.pop("anonymous", None)  # given as None, wandb warns of it
     for metric, best in SUMMARIES.items():
-        wandb.experiment.define_metric(metric, step_metric="trainer/global_step", summary=best)
+        wandb.experiment.define_metric(metric, step_metric=STEP, summary=best)
     return wandb
 
 
@@ -78,6 +85,18 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     pairs = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
     return {key: value for pair in pairs for key, value in pair.items()}
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flatten` flattens."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return tree
 
 
 def wandb_run(cfg: DictConfig, name: str) -> Any:

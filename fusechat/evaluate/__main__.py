@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from fusechat.app.command import entry, imported, label, plain, provenance
 from fusechat.app.outputs import read_json
-from fusechat.app.tracking import log_made, wandb_run
+from fusechat.app.tracking import ANSWERS, log_made, wandb_run
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -50,7 +50,7 @@ def log(cfg: DictConfig, result: Mapping[str, Any], output: Path) -> None:
     }
     rows = answered(result, output.with_name(f"{label(cfg.pivot.path)}.json"))
     columns: list[str | int] = ["skill", "prompt", "reference", "pivot's answer", "answer"]
-    run.log({**flat, **({"evaluation/answers": wandb.Table(columns=columns, data=rows)} if rows else {})})
+    run.log({**flat, **({ANSWERS: wandb.Table(columns=columns, data=rows)} if rows else {})})
     run.summary.update(flat)
     made = Path(cfg.model)
     kind = {"targets": "target", "merged": "merged"}.get(made.parent.name)

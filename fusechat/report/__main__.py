@@ -35,6 +35,12 @@ def run(cfg: DictConfig) -> None:
         print_rows(rows, f"beside those published for seed {cfg.seed}; docs/demo.md says what moves")
     LOG.info("report: %s", made.page)
     _log(cfg, made)
+    if cfg.report.workspace:
+        from fusechat.app.workspace import save_views
+
+        experiment = None if cfg.runs else cfg.experiment_name
+        for address in save_views(cfg.logger.entity, cfg.logger.project, experiment):
+            LOG.info("view: %s", address)
 
 
 def _log(cfg: DictConfig, made: Any) -> None:

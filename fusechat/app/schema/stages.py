@@ -205,6 +205,7 @@ class Report(Section, total=False):
     labels: Annotated[Sequence[str], Len(1), Predicate(are_distinct), Says("a list of names, each once")] | None
     published: Path | None
     baseline: str | None
+    workspace: bool
 
 
 class Preview(Section, total=False):
