@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 
 from fusechat.report.comparisons import judged
-from fusechat.report.figures import COLOURS, forest, pyplot, save
+from fusechat.report.figures import COLOURS, pyplot, save
+from fusechat.report.forests import forest
 from fusechat.report.published import PACKAGE
 from fusechat.report.statistics import over_seeds
 
@@ -33,7 +34,7 @@ WIDTH, HEIGHT = 1.24, 0.62  # of a box
 
 
 def differences(published: pd.DataFrame) -> pd.DataFrame:
-    """Every model's bits per byte less the mean of the SFT runs, over the seeds; rows for `figures.forest`."""
+    """Every model's bits per byte less the mean of the SFT runs, over the seeds; rows for `forests.forest`."""
     values = published.pivot(index="model", columns="seed", values="bits per byte")
     sft = values[values.index.str.startswith(BASELINE)]
     rows = []

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 BASELINES = ("targets-sft_[0-9]*", "targets-sft")  # as the pipelines name plain SFT: its shuffles, or a single run
 OWN_RUNS = "baseline, run by run"
 POOLED = "pooled"
+MADE = (KIND["targets"], KIND["merged"])  # what fusing made; the pivot and the sources are what it was made from
 NAME = "name"  # of a model, without its experiment's
 NUMBERS = ("difference", "low", "high", "p")
 Rows = Sequence[Mapping[str, Any]]
@@ -26,12 +27,13 @@ Rows = Sequence[Mapping[str, Any]]
 def comparisons(rows: Rows, baseline: str | None, metric: str) -> pd.DataFrame:
     """Every model against the baseline of its experiment. Several runs of the baseline stand as their mean, by chat.
 
-    Columns: experiment, tests, model, kind, against, metric, difference, low and high of its 95 % interval, p, and the
-    verdict: better, worse or within noise. Intervals are paired bootstraps over the chats of a test set. Of
-    experiments that differ in their seed alone (`family`) the rows of experiment `POOLED` come first: the mean of a
-    model's differences, with Student's interval over the seeds. baseline: an evaluation's name, or a pattern of names;
-    None: the first of `BASELINES` that is there, else each test set's first evaluation. An experiment without one is
-    compared with another's on the same test set. Raises `UserError` for a name that is not there.
+    Columns: experiment, tests, model, kind, against, metric, seeds, n (chats of all of them), difference, low and high
+    of its 95 % interval, p, and the verdict: better, worse or within noise. Intervals are paired bootstraps over the
+    chats of a test set. Of experiments that differ in their seed alone (`family`) the rows of experiment `POOLED` come
+    first: the mean of a model's differences, with Student's interval over the seeds. baseline: an evaluation's name, or
+    a pattern of names; None: the first of `BASELINES` that is there, else each test set's first evaluation. An
+    experiment without one is compared with another's on the same test set. Raises `UserError` for a name that is not
+    there.
     """
     import pandas as pd
 
@@ -70,7 +72,7 @@ def _on_one(experiments: Mapping[str, Rows], pattern: str | None, metric: str) -
             name = short(row["name"])
             shown = f"{experiment}: {name}" if len(experiments) > 1 else name
             about = {"experiment": experiment, "tests": row["tests"], NAME: name, "model": shown, "kind": kind}
-            about |= {"against": label, "metric": metric}
+            about |= {"against": label, "metric": metric, "seeds": 1, "n": len(row["samples"])}
             lines.append(judged(about | compare(base, row["samples"], metric)))
         yield lines
 
@@ -88,7 +90,9 @@ def _pooled(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]
             if all(name in seed for seed in seeds):
                 numbers = over_seeds([seed[name]["difference"] for seed in seeds])
                 shown = f"{own}: {name}" if len(several) > 1 else name
-                pooled.append(judged({**first, "experiment": POOLED, "tests": POOLED, "model": shown} | numbers))
+                counts = {"seeds": len(seeds), "n": sum(seed[name]["n"] for seed in seeds)}
+                about = {**first, "experiment": POOLED, "tests": POOLED, "model": shown} | counts
+                pooled.append(judged(about | numbers))
     sign = 1 if pooled and pooled[0]["metric"] in LOWER_IS_BETTER else -1
     kinds = [line["kind"] for line in pooled]
     return sorted(pooled, key=lambda line: (kinds.index(line["kind"]), -sign * line["difference"]))  # worst first

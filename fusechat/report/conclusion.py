@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fusechat.report.comparisons import MADE
 from fusechat.report.results import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     import pandas as pd
-
-MADE = ("targets", "merged models")  # what fusing made; the pivot and the sources are what it was made from
 
 
 def conclusion(comparisons: pd.DataFrame) -> str:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by every kind of colour vision
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000"]
-VERDICTS = {"better": ("#0072b2", "o"), "worse": ("#d55e00", "s"), "within noise": ("#767676", "D")}
 
 
 def pyplot() -> Any:
@@ -42,41 +41,6 @@ def save(figure: Any, path: Path) -> str:
     pyplot().close(figure)
     text = drawn.getvalue()
     return text[text.index("<svg") :]
-
-
-def forest(rows: pd.DataFrame, unit: str) -> Any:
-    """Paired differences from the baseline with their 95 % intervals, a panel a kind of model.
-
-    rows: model, kind, against, difference, low, high, verdict.
-    """
-    parts = [(kind, part) for kind, part in rows.groupby("kind", sort=False)]
-    heights = [len(part) + 1.2 for _, part in parts]
-    figure, axes = pyplot().subplots(
-        len(parts), 1, figsize=(8.4, 0.9 + 0.3 * sum(heights)), height_ratios=heights, squeeze=False
-    )
-    for axis, (kind, part) in zip(axes[:, 0], parts, strict=True):
-        places = np.arange(len(part))
-        for verdict, (colour, marker) in VERDICTS.items():
-            held = (part["verdict"] == verdict).to_numpy()
-            if held.any():
-                chosen = part[held]
-                axis.hlines(places[held], chosen["low"], chosen["high"], color=colour, linewidth=1.6)
-                points = axis.scatter(
-                    chosen["difference"], places[held], color=colour, marker=marker, s=26, zorder=3, label=verdict
-                )
-                points.set_gid(f"comparisons-points-{kind}-{verdict.replace(' ', '-')}")
-        axis.axvline(0, color="#333333", linewidth=0.8)
-        axis.set_yticks(places, part["model"], fontsize=9)
-        axis.set_ylim(len(part) - 0.4, -0.6)
-        axis.margins(x=0.08)
-        axis.set_title(kind, loc="left", fontsize=10)
-        for place, row in zip(places, part.itertuples(), strict=True):
-            told = f"{signed(row.difference)} [{signed(row.low)}, {signed(row.high)}]"
-            axis.annotate(told, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    axes[-1, 0].set_xlabel(f"{unit}, difference from {rows['against'].iloc[0]} with 95 % interval")
-    figure.legend(*_legend(axes[:, 0]), loc="upper right", ncol=3, fontsize=8, frameon=False)
-    figure.tight_layout()
-    return figure
 
 
 def skills(rows: pd.DataFrame) -> Any:
@@ -127,7 +91,7 @@ def wins(rows: pd.DataFrame) -> Any:
     for axis in axes.flat[len(targets) :]:
         axis.set_visible(False)
     figure.supxlabel("% of response tokens", fontsize=9)
-    figure.legend(*_legend(axes.flat), loc="outside upper right", ncol=len(models), fontsize=8, frameon=False)
+    figure.legend(*legend(axes.flat), loc="outside upper right", ncol=len(models), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / size[1]))
     return figure
 
@@ -190,23 +154,17 @@ def _stacked(axis: Any, rows: pd.DataFrame, by: str, part: str, parts: Sequence[
     axis.set_xlim(0, 100)
 
 
-def signed(value: float) -> str:
-    """Three digits with their sign; nothing has none."""
-    text = f"{value:+.3f}"
-    return text[1:] if float(text) == 0 else text
-
-
 def room_for(figure: Any, experiments: Sequence[str], axes: Any) -> float:
     """Tells several experiments' colours at the top; the height, as a share, that is left below."""
     if len(experiments) < 2:
         return 1.0
     columns = min(4, len(experiments))
-    figure.legend(*_legend(axes), loc="upper right", ncol=columns, fontsize=8, frameon=False)
+    figure.legend(*legend(axes), loc="upper right", ncol=columns, fontsize=8, frameon=False)
     lines = -(-len(experiments) // columns)
     return float(1 - 0.25 * lines / figure.get_size_inches()[1])
 
 
-def _legend(axes: Any) -> tuple[list[Any], list[str]]:
+def legend(axes: Any) -> tuple[list[Any], list[str]]:
     """Handles and labels of all axes, each label once."""
     found: dict[str, Any] = {}
     for axis in axes:

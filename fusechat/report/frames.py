@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusechat.report.comparisons import MADE, POOLED, comparisons
 from fusechat.report.results import has, short
 from fusechat.stores.kinds import kind_counts
 
@@ -37,6 +39,25 @@ def skills(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             found.append(counts | {"value": sum(part) / len(part), **bounds})
     frame = _frame(found)
     return frame.sort_values("skill", kind="stable", ignore_index=True) if len(frame) else frame
+
+
+def skills_pooled(rows: Sequence[Mapping[str, Any]], baseline: str | None) -> pd.DataFrame:
+    """Exact matches of what fusing made against the baseline, of all and by skill, as `comparisons` pools them.
+
+    Columns: skill, model, kind, against, seeds, n (chats of all seeds), difference, low, high (shares), p, verdict.
+    """
+    answered = [{**row, "samples": part} for row in rows if (part := [s for s in row["samples"] if has(s, "accuracy")])]
+    tags = sorted({sample["tag"] for row in answered for sample in row["samples"]} - {""})
+    found = []
+    for skill in ["all", *tags]:
+        part = [{**row, "samples": [s for s in row["samples"] if skill in ("all", s["tag"])]} for row in answered]
+        part = [row for row in part if row["samples"]]
+        if baseline is None or any(fnmatchcase(row["name"], baseline) for row in part):
+            each = comparisons(part, baseline, "accuracy")
+            pooled = each[(each["experiment"] == POOLED) & each["kind"].isin(MADE)] if len(each) else each
+            found += [{"skill": skill, **line} for line in pooled.to_dict("records")]
+    columns = ["skill", "model", "kind", "against", "seeds", "n", "difference", "low", "high", "p", "verdict"]
+    return _frame(found)[columns] if found else _frame([])
 
 
 def training(runs: Mapping[tuple[str, str], pd.DataFrame], quantities: Sequence[str]) -> pd.DataFrame:

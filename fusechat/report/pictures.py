@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat.app.checksums import check_first_use
 from fusechat.app.outputs import read_json
-from fusechat.report import curves, figures, frames
+from fusechat.report import curves, figures, forests, frames
 from fusechat.report.comparisons import POOLED
 
 if TYPE_CHECKING:
@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 MARKS = "Blue circles lie on the better side of the line with their whole interval, orange squares on the worse side, "
 MARKS += "grey diamonds are within noise. "
+OVER_SEEDS = "Mean over the seeds of the difference from each seed's own baseline on the same chats, with Student's "
+OVER_SEEDS += "interval: a seed is one observation, whatever the number of its chats."
 CAPTIONS = {
-    "comparisons_pooled": MARKS + "Mean over the seeds of the difference from each seed's own baseline, with Student's "
-    "interval: a seed is one observation, whatever the number of its chats.",
+    "comparisons_pooled": MARKS + OVER_SEEDS,
     "comparisons": MARKS + "Paired bootstrap over the same test chats, 2,000 draws.",
-    "skills": "Share of answers that match the reference exactly, by the test chats' tag; Wilson's 95 % intervals.",
+    "skills_pooled": MARKS
+    + "Share of answers that match the reference exactly, by the test chats' tag. "
+    + OVER_SEEDS
+    + " Of so many intervals about one in twenty lies off the line by chance.",
+    "skills": "Share of answers that match the reference exactly, by the test chats' tag: each evaluation by itself, "
+    "with Wilson's 95 % interval.",
     "training": "One column a run; grey: the other runs, for comparison; where there are several experiments, these in "
     "colours. Losses are those of single optimizer steps.",
     "objective": "Each target by the bits per byte of the chats held out of its training, by which trainings are "
@@ -48,22 +54,32 @@ class Picture:
 
 
 def draw(
-    places: Mapping[str, Path], rows: Sequence[Mapping[str, Any]], comparisons: pd.DataFrame, metric: str, output: Path
+    places: Mapping[str, Path],
+    rows: Sequence[Mapping[str, Any]],
+    comparisons: pd.DataFrame,
+    metric: str,
+    baseline: str | None,
+    output: Path,
 ) -> list[Picture]:
     """Draws what the folders allow, in the order of the page, with a PNG and a CSV each. places: by label."""
     return [
         _drawn(name, title, table, figure, output)
-        for name, title, table, figure in _found(places, rows, comparisons, metric)
+        for name, title, table, figure in _found(places, rows, comparisons, metric, baseline)
         if len(table)
     ]
 
 
 def _found(
-    places: Mapping[str, Path], rows: Sequence[Mapping[str, Any]], comparisons: pd.DataFrame, metric: str
+    places: Mapping[str, Path],
+    rows: Sequence[Mapping[str, Any]],
+    comparisons: pd.DataFrame,
+    metric: str,
+    baseline: str | None,
 ) -> Iterator[tuple[str, str, pd.DataFrame, Callable[[pd.DataFrame], Any]]]:
     """Name, title, rows and figure."""
     targets = records(places, "targets/*/fusechat.json")
     yield from _forests(comparisons)
+    yield "skills_pooled", "By skill, over the seeds", frames.skills_pooled(rows, baseline), forests.skills
     yield "skills", "By skill", frames.skills(rows), figures.skills
     logged = {(e, run): curve for e, folder in places.items() for run, curve in training_curves(folder).items()}
     yield "training", "Training", frames.training(logged, list(curves.QUANTITIES)), curves.training
@@ -95,9 +111,10 @@ def _forests(
         part = comparisons[comparisons["tests"] == tests]
         unit = str(part["metric"].iloc[0]).replace("_", " ")
         whose = f": {', '.join(part['experiment'].unique())}" if len(sets) > 1 else ""
+        whose = f", over {part['seeds'].iloc[0]} seeds" if tests == POOLED else whose
         title = f"Against {part['against'].iloc[0]}{whose}"
         name = "comparisons" if len(sets) == 1 else f"comparisons_{POOLED if tests == POOLED else n}"
-        yield name, title, part.drop(columns="tests"), lambda found, unit=unit: figures.forest(found, unit)  # type: ignore[misc]
+        yield name, title, part.drop(columns="tests"), lambda found, unit=unit: forests.forest(found, unit)  # type: ignore[misc]
 
 
 def _drawn(name: str, title: str, table: pd.DataFrame, figure: Callable[[pd.DataFrame], Any], output: Path) -> Picture:

@@ -90,7 +90,7 @@ def _report(
         if len(spent):
             spent.to_csv(directory / "cost.csv", index=False)
         (directory / "results.md").write_text(results.markdown(table))
-        pictures = draw(places, rows, compared, metric, directory)
+        pictures = draw(places, rows, compared, metric, baseline, directory)
         said, about = conclusion(compared), made_from(places, made_by)
         (directory / "index.html").write_text(page(title, said, table, spent, pictures, about), encoding="utf-8")
         write_json(directory / RECORD, {"stage": "report"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,9 @@ def over_seeds(differences: Sequence[float]) -> dict[str, float]:
     from scipy.stats import ttest_1samp
 
     values = np.array(differences)
-    test, mean = ttest_1samp(values, 0.0), float(values.mean())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Precision loss")  # all but alike: next to no width
+        test, mean = ttest_1samp(values, 0.0), float(values.mean())
     bounds = (float(bound) for bound in test.confidence_interval(0.95))
     low, high = (bound if np.isfinite(bound) else mean for bound in bounds)  # all alike: no width
     return {"difference": mean, "low": low, "high": high, "p": float(np.nan_to_num(test.pvalue, nan=1.0))}

@@ -208,6 +208,44 @@ def test_seeds_are_pooled_by_their_differences() -> None:
     assert conclusion(found).count("target a") == 1
 
 
+def test_skills_are_pooled_by_the_differences_of_their_seeds() -> None:
+    """Counted by loops; Student's factor 12.7062 for one degree of freedom."""
+    rng, rows = np.random.default_rng(4), []
+    for seed in range(2):
+        for name, chance in (
+            ("targets-sft_1", 0.3),
+            ("targets-sft_2", 0.4),
+            ("targets-a", 0.6),
+            ("merged-c", 0.1),
+            ("models-b", 0.1),
+        ):
+            row = evaluated(name, seed, 0.0)
+            for n, sample in enumerate(row["samples"]):
+                sample |= {"tag": "sort" if n % 3 else "", "correct": bool(rng.random() < chance)}
+            rows.append(row)
+    rows.append(evaluated("targets-unanswered", 0, 0.0))
+    for sample in rows[-1]["samples"]:
+        del sample["correct"]
+    found = frames.skills_pooled(rows, None)
+    assert found["skill"].tolist() == ["all", "all", "sort", "sort"] and "b" not in set(found["model"])
+    assert set(found["seeds"]) == {2} and found["n"].tolist() == [400, 400, 266, 266]
+    for line in found.to_dict("records"):
+        gaps = []
+        for seed in range(2):
+            share = {}
+            for row in rows[5 * seed : 5 * seed + 5]:
+                hits = [s["correct"] for s in row["samples"] if line["skill"] in ("all", s["tag"])]
+                share[results.short(row["name"])] = sum(hits) / len(hits)
+            gaps.append(share[line["model"]] - (share["target sft_1"] + share["target sft_2"]) / 2)
+        mean, half = sum(gaps) / 2, 12.7062 * abs(gaps[0] - gaps[1]) / 2
+        wanted = (mean, mean - half, mean + half)
+        assert (line["difference"], line["low"], line["high"]) == pytest.approx(wanted, abs=3e-4), line
+        assert line["verdict"] == ("within noise" if abs(mean) <= half else "better" if mean > 0 else "worse")
+    assert len(frames.skills_pooled(rows[:5], None)) == 0, "one seed is not pooled"
+    assert len(frames.skills_pooled(rows, "targets-unanswered")) == 0, "the baseline has no answers"
+    assert set(frames.skills_pooled(rows, "targets-sft_1")["against"]) == {"target sft_1"}
+
+
 def of(experiment: str, name: str, tests: int, nats: float) -> dict[str, Any]:
     return evaluated(name, tests, nats) | {"folder": experiment}
 
