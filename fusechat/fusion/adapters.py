@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ def save_adapters(model: Any, state: Mapping[str, Tensor] | None, directory: Pat
     """Writes the adapters as peft does, a folder that `PeftModel.from_pretrained` and ``merge.py`` read."""
     from safetensors.torch import save_file
 
-    model.peft_config["default"].save_pretrained(directory)
+    config = copy(model.peft_config["default"])
+    if isinstance(config.target_modules, set):  # in an order of its own in every process
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(directory)
     save_file(adapter_tensors(model, state), directory / WEIGHTS, {"format": "pt"})
 
 

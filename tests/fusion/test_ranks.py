@@ -160,9 +160,11 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def test_the_export_is_one_plain_directory(strategy: str, group: int, place: Path) -> None:
     for case in CASES:
         alone, ours = (place / "targets" / f"{case.name}-{end}" for end in ("alone", f"{strategy}-{group}"))
-        files = {path.name for path in ours.iterdir()}
-        assert files == {path.name for path in alone.iterdir()}
-        same = files - {"fusechat.json", "README.md", "model.safetensors"}
+        files, theirs = ({path.relative_to(of) for path in of.rglob("*.*")} for of in (ours, alone))
+        assert files == theirs
+        same = [
+            name for name in files if name.suffix != ".safetensors" and name.name not in ("fusechat.json", "README.md")
+        ]
         assert all((ours / name).read_bytes() == (alone / name).read_bytes() for name in same)
         assert record(place, ours.name)["fingerprint"] == record(place, alone.name)["fingerprint"]
         transformers.AutoModelForCausalLM.from_pretrained(ours)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -107,7 +108,8 @@ def test_a_killed_run_goes_on_with_its_round(small: Small, ended: Federation, tm
         "    return os.kill(os.getpid(), 9) if at else train(*given, **options)\nsides.train = killed\n"
         f"mutual(Small(Path({str(small.root)!r})).federation(Path({str(out)!r}), rounds=3))\n"
     )
-    done = subprocess.run([sys.executable, str(command)], cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(command)], env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     again = small.federation(out, rounds=3)
     before = {name: again.done(name, round).stat().st_mtime_ns for name in ("a", "b") for round in (1, 2)}
