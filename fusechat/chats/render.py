@@ -105,22 +105,18 @@ class ChatRenderer:
 
         The template is rendered once per sequence of roles with sentinels as contents; what lies between them is
         literal and is found again in ``text``, with the content in between, as it is or stripped by the template.
-        Raises `UserError` where a template rewrites a content beyond recognition.
+        Where what others say decides more of the text than that (quoted as JSON, left out where it is empty), the
+        chat is rendered with sentinels for the assistant's contents alone, and these are found.
+        Raises `UserError` where a template rewrites one of them beyond recognition.
         """
-        pieces = self._literals(chat)
-        spans: Spans = []
-        at = 0
-        for (literal, index), (following, _) in pairwise(pieces):
-            start = at + len(literal)
-            content = chat[index]["content"]
-            end = _content_end(text, start, content, following, last=len(spans) + 2 == len(pieces))
-            if not text.startswith(literal, at) or end is None:
-                raise UserError(
-                    f"the chat template rewrites message {index} ({chat[index]['role']}: {content[:40]!r}) so that "
-                    "it is not found in the rendered text; give another with chat.template='<jinja>'"
-                )
-            spans.append((index, start, end))
-            at = end
+        spans, lost = _found(chat, text, self._literals(chat))
+        if lost is not None:
+            spans, lost = _found(chat, text, self._split(chat, ("assistant",)))
+        if lost is not None:
+            raise UserError(
+                f"the chat template rewrites message {lost} ({chat[lost]['role']}: {chat[lost]['content'][:40]!r}) so "
+                "that it is not found in the rendered text; give another with chat.template='<jinja>'"
+            )
         return spans
 
     def _with_offsets(self, chat: Sequence[Message], text: str, encoding: Any) -> Rendered:
@@ -184,17 +180,26 @@ class ChatRenderer:
     def _literals(self, chat: Sequence[Message]) -> list[tuple[str, int]]:
         roles = tuple(message["role"] for message in chat)
         if roles not in self._pieces:
-            marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(chat)]
-            parts = SENTINEL.split(self._apply([marked])[0])
-            indices = [int(part) for part in parts[1::2]]
-            if len(set(indices)) != len(indices):
-                raise UserError("the chat template prints a message twice; give another with chat.template='<jinja>'")
+            pieces = self._split(chat, roles)
+            indices = [index for _, index in pieces[:-1]]
             if lost := {*roles} - {roles[index] for index in indices} - self._untold:
                 told = "the chat template of %r prints no turn of %s: what it says is read by no model"
                 LOG.warning(told, self.host.name_or_path, ", ".join(sorted(lost)))
                 self._untold |= lost
-            self._pieces[roles] = [*zip(parts[::2], [*indices, -1], strict=True)]
+            self._pieces[roles] = pieces
         return self._pieces[roles]
+
+    def _split(self, chat: Sequence[Message], roles: Sequence[str]) -> list[tuple[str, int]]:
+        """What the template prints around the contents of ``roles``: each with the message behind it, -1 at the end."""
+        marked = [
+            {**message, "content": f"\ue000{i}\ue001"} if message["role"] in roles else message
+            for i, message in enumerate(chat)
+        ]
+        parts = SENTINEL.split(self._apply([marked])[0])
+        indices = [int(part) for part in parts[1::2]]
+        if len(set(indices)) != len(indices):
+            raise UserError("the chat template prints a message twice; give another with chat.template='<jinja>'")
+        return [*zip(parts[::2], [*indices, -1], strict=True)]
 
     def _apply(self, chats: Sequence[Sequence[Message]]) -> list[str]:
         return list(self._call([[dict(message) for message in chat] for chat in chats]))
@@ -206,6 +211,20 @@ class ChatRenderer:
             raise UserError(
                 f"the chat template of {self.host.name_or_path!r} fails: {error}; see chat.template"
             ) from error
+
+
+def _found(chat: Sequence[Message], text: str, pieces: list[tuple[str, int]]) -> tuple[Spans, int | None]:
+    """Where the contents between the pieces lie in a text, and the first message that is not where it should be."""
+    spans: Spans = []
+    at = 0
+    for (literal, index), (following, _) in pairwise(pieces):
+        start, last = at + len(literal), len(spans) + 2 == len(pieces)
+        end = _content_end(text, start, chat[index]["content"], following, last)
+        if not text.startswith(literal, at) or end is None:
+            return spans, index
+        spans.append((index, start, end))
+        at = end
+    return spans, None
 
 
 def _content_end(text: str, start: int, content: str, following: str, last: bool) -> int | None:

@@ -148,7 +148,7 @@ def test_template_errors(tokenizers: Callable[[str], Any]) -> None:
     )
     with pytest.raises(UserError, match=r"the chat template of .* fails: no.*see chat\.template"):
         render_chat(chat, tokenizer, template="{{ raise_exception('no') }}")
-    with pytest.raises(UserError, match=r"rewrites message 0 \(user: 'x'\)"):
+    with pytest.raises(UserError, match=r"rewrites message 1 \(assistant: 'answer'\)"):
         render_chat(chat, tokenizer, template="{% for m in messages %}{{ m['content'] | upper }};{% endfor %}")
     with pytest.raises(UserError, match="prints a message twice"):
         render_chat(chat, tokenizer, template="{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}")

@@ -112,6 +112,32 @@ def test_the_assistant_alone_is_trained_on(name: str, template: str, tokenizers:
     assert "".join(trained(tokenizers(name), template=template, train_on="last")[1].split()) == "Yes."
 
 
+QUOTING = (  # results of tools as JSON, as Llama 3.1's; no turn for an empty system, as Phi-3's
+    "{% for m in messages %}{% if m['role'] == 'tool' %}[tool] {{ m['content'] | tojson }}{{ eos_token }}\n"
+    "{% elif m['role'] != 'system' or m['content'] %}[{{ m['role'] }}] {{ m['content'] | trim }}{{ eos_token }}\n{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_others_say_may_be_written_otherwise(name: str, tokenizers: Callable[[str], Any]) -> None:
+    """In any turn but the assistant's; the same tokens are trained on as where it stands as it is."""
+    chat = [{"role": "system", "content": ""}, *CHAT[1:3], {"role": "tool", "content": '{"sum": "2!"}\n2!'}, *CHAT[4:]]
+    renderer = ChatRenderer(tokenizers(name), template=QUOTING, end_of_turn=False)
+    rendered = renderer([chat])[0]
+    assert '[tool] "{\\"sum\\": \\"2!\\"}\\n2!"' in rendered.text and "[system]" not in rendered.text
+    said = [rendered.text[first:end] for _, first, end in renderer.content_spans(chat, rendered.text)]
+    assert said == [CALL, "2!", "Yes."]
+    learnt = [i for i, keep in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if keep]
+    assert "".join(tokenizers(name).decode(learnt).split()) == "".join(f"{CALL}2!Yes.".split())
+
+
+def test_an_answer_must_stand_as_it_is(tokenizers: Callable[[str], Any]) -> None:
+    thought = [*CHAT[1:2], {"role": "assistant", "content": "<think>a</think>b"}]
+    template = "{% for m in messages %}{{ m['content'] | replace('</think>', ' ') }};{% endfor %}"
+    with pytest.raises(UserError, match=r"rewrites message 1 \(assistant: '<think>a</think>b'\) so that it is not found"):
+        ChatRenderer(tokenizers("pivot"), template=template)([thought])
+
+
 def test_two_roles_leave_the_assistants_turns_alone() -> None:
     assert [m["content"] for m in in_two_roles(CHAT) if m["role"] == "assistant"] == [CALL, "2!", "Yes."]
     assert [m["role"] for m in in_two_roles(CHAT)] == ["user", "assistant"] * 3
