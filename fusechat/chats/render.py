@@ -181,8 +181,7 @@ class ChatRenderer:
         roles = tuple(message["role"] for message in chat)
         if roles not in self._pieces:
             pieces = self._split(chat, roles)
-            indices = [index for _, index in pieces[:-1]]
-            if lost := {*roles} - {roles[index] for index in indices} - self._untold:
+            if lost := {*roles} - {roles[index] for _, index in pieces[:-1]} - self._untold:
                 told = "the chat template of %r prints no turn of %s: what it says is read by no model"
                 LOG.warning(told, self.host.name_or_path, ", ".join(sorted(lost)))
                 self._untold |= lost

@@ -134,7 +134,9 @@ def test_what_others_say_may_be_written_otherwise(name: str, tokenizers: Callabl
 def test_an_answer_must_stand_as_it_is(tokenizers: Callable[[str], Any]) -> None:
     thought = [*CHAT[1:2], {"role": "assistant", "content": "<think>a</think>b"}]
     template = "{% for m in messages %}{{ m['content'] | replace('</think>', ' ') }};{% endfor %}"
-    with pytest.raises(UserError, match=r"rewrites message 1 \(assistant: '<think>a</think>b'\) so that it is not found"):
+    with pytest.raises(
+        UserError, match=r"rewrites message 1 \(assistant: '<think>a</think>b'\) so that it is not found"
+    ):
         ChatRenderer(tokenizers("pivot"), template=template)([thought])
 
 
