@@ -11,11 +11,19 @@ import torch
 from torch import Tensor
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json
 from fusechat.fusion.training import WEIGHTS
 from fusechat.models import load as models
 
 FOLDER = "adapter"  # inside a target
 NOT_PEFT = ("enabled", "adapter")  # keys of the section that are ours
+CONFIG = "adapter_config.json"  # of an adapter, as peft calls it
+SCALED = (
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "alpha_pattern",
+)  # peft's options by which the same tensors are another model
 
 
 def with_adapters(model: Any, lora: Mapping[str, Any]) -> Any:
@@ -84,7 +92,12 @@ def export(path: str, lora: Mapping[str, Any], given: Mapping[str, Tensor] | Non
 def _fill(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
-    _take(model, load_file(folder / WEIGHTS), f"lora.adapter={folder}")
+    what, made = f"lora.adapter={folder}", model.peft_config["default"].to_dict()
+    told = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    for key in SCALED:
+        if key in told and told[key] != made.get(key):
+            raise UserError(f"{what} was trained with {key}={told[key]}, {made[key]} now; set lora.{key} as it was")
+    _take(model, load_file(folder / WEIGHTS), what)
 
 
 def _take(model: Any, given: Mapping[str, Tensor], what: str) -> None:

@@ -183,6 +183,7 @@ def test_a_training_goes_on_from_an_adapter_and_keeps_its_own(fresh: Mini) -> No
     [
         (["lora.r=4"], r"does not fit: base_model.model.*lora_A.weight is \(2, 96\) there, \(4, 96\) by lora.r"),
         (["lora.enabled=false"], r"lora.adapter=.* goes on from an adapter and lora.enabled=false; set it to true"),
+        (["lora.lora_alpha=32"], r"was trained with lora_alpha=16(\.0)?, 32(\.0)? now; set lora.lora_alpha as it was"),
         (["lora.adapter=${paths.experiment}/world"], r"lora.adapter=.*world holds no adapter_model.safetensors; give"),
     ],
 )
