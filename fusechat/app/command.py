@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fusechat.app import checksums, disk, ending, failures, help, registry, remembered, session, streams
 from fusechat.app.errors import HELD, UserError
-from fusechat.app.hints import config_folders, experiment_of, task_overrides, with_near_names
+from fusechat.app.hints import config_folders, experiment_of, is_typed, task_overrides, with_near_names
 from fusechat.app.labels import report_place
 from fusechat.app.locks import waiting
 from fusechat.app.naming import SWEPT, label, named, swept
@@ -123,7 +123,7 @@ def _command(command: Callable[[], None]) -> None:
 
 def _one_line(error: BaseException) -> str:
     """What an exception says, as one line; its kind before it where it is no message to people."""
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
+    if is_typed(error):
         return " ".join(as_typed(with_near_names(error)).split())
     text = " ".join(str(error).split())
     return as_typed(text) if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
@@ -133,9 +133,9 @@ def _mistake(command: Callable[[], None], traceback: bool) -> Exception | None:
     """What a person got wrong, or nothing; errors of ours, and all where a traceback was asked for, go through."""
     try:
         command()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ours are of the last kind
         ending.check_ended()
-        if traceback:
+        if traceback or not (isinstance(error, UserError) or is_typed(error)):
             raise
         return error
     return None

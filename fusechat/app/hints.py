@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fusechat.app.registry import CONF
 from fusechat.app.verbs import near
 
+NO_NAME = "Config group override must be"  # how a ValueError of hydra's begins
 SHARED = r"(pivot|chat|paths|format|experiment_name|seed)\b"  # overrides that all commands of an experiment share
 
 
-def with_near_names(error: Exception) -> str:
+def is_typed(error: BaseException) -> bool:
+    """Whether an error is about what was typed: hydra's, whose composition has a plain one too."""
+    return isinstance(error, (HydraException, OmegaConfBaseException)) or str(error).startswith(NO_NAME)
+
+
+def with_near_names(error: BaseException) -> str:
     """The message of hydra's error, with the names that come near the unknown one."""
     text = str(error).strip()
     if key := re.search(r"Could not override '([\w./@]+)'|Key '[\w.]+' is not in struct\s+full_key: ([\w.]+)", text):
@@ -36,9 +44,24 @@ def with_near_names(error: Exception) -> str:
         folder = CONF / Path(group[1]).parent
         text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
         return " ".join(text.split()) + near(Path(group[1]).name, [p.stem for p in folder.glob("*.yaml")], cutoff=0.4)
+    if text.startswith(NO_NAME):
+        return _no_name() or text
     if home := re.search(r"LexerNoViableAltException: (.*=)~(\S*)", text):
         return f"{home[1]}~{home[2]}: write the folder out, {home[1]}{Path.home()}{home[2]}; ~ is not taken here"
     return text
+
+
+def _no_name() -> str | None:
+    """What the first override says that gives a group a number or nothing."""
+    for given in sys.argv[1:]:
+        group, _, value = given.partition("=")
+        if re.fullmatch(r"null|true|false|[\d.]*", value) and (names := _members(group)):
+            return f"{given}: expected one of {', '.join(names)}; ~{group} leaves the group out"
+    return None
+
+
+def _members(group: str) -> list[str]:
+    return sorted({file.stem for file in (CONF / group).glob("*.yaml")} - {"common"})
 
 
 def _merge_keys() -> str:

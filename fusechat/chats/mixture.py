@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from fusechat.app.errors import UserError
@@ -106,6 +107,9 @@ def _part(given: Any) -> Part:
         raise UserError(f"chat.path: weight={weight!r} of {path}: expected a number above 0")
     if rows is not None and weight is not None:
         raise UserError(f"chat.path: {path} has rows={rows} and weight={weight}; give one of them")
+    for key in ("name", *OPTIONS):
+        if not isinstance(held.get(key), (str, int, NoneType)):
+            raise UserError(f"chat.path: {key}={held[key]!r} of {path}: expected a name")
     options = {own: str(held[key]) for key, own in OPTIONS.items() if held.get(key)}
     return Part(str(path), str(held.get("name") or Path(path).stem), rows, weight, options)
 

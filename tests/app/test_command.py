@@ -37,6 +37,8 @@ def run(folder: Path, *overrides: str) -> "tuple[int, list[str]]":
         (["first=~/x"], 2, f"error: first=~/x: write the folder out, first={Path.home()}/x; ~ is not taken here"),
         (["frist=a"], 2, "error: the config has no key 'frist'; did you mean first"),
         (["experiment=tinny"], 2, "error: In 'compare': Could not find 'experiment/tinny'"),
+        (["preset=null"], 2, "error: preset=null: expected one of flash_attention_2, lora, qlora; ~preset leaves"),
+        (["first=x", "merge=3"], 2, "error: merge=3: expected one of breadcrumbs, compress, "),
         (["first=${nope}"], 2, "Interpolation key 'nope' not found"),
         (
             ["first=/nope", "second=/nope"],

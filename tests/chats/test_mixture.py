@@ -106,6 +106,7 @@ def test_parts_have_names_formats_and_tags(files: list[str], tmp_path: Path, cap
         ([{"path": "five", "weight": -1}], r"weight=-1 of .*five\.jsonl: expected a number above 0"),
         ([{"path": "ten", "weight": 100}, {"path": "five", "weight": 1}], r"weight=1 gives five no chat; give it more"),
         ([{"path": "five", "row": 2}], r"a part has no key 'row'; did you mean rows\?; keys: path, name, rows, weight"),
+        ([{"path": "five", "name": ["a"]}], r"name=\['a'\] of .*five\.jsonl: expected a name"),
         ([{"rows": 2}], r"the part \{'rows': 2\} has no path; give \{path: FILE, rows: 1000\}"),
         (["five", "five"], r"two parts are called 'five'; give each a name"),
         (["five", "empty"], r"empty\.jsonl is empty; see chat\.path"),
