@@ -35,9 +35,13 @@ def check_texts(pivot: DistributionStore, source: DistributionStore, tokenizers:
     texts = [tokenizer.decode(store.gold(row), skip_special_tokens=True) for tokenizer, store in pairs]
     at = len(os.path.commonprefix(texts))
     excerpts = " / ".join(repr(text[max(0, at - 20) : at + 20]) for text in texts)
+    trained = [store.manifest.get("train_on", "all") for store in (pivot, source)]
+    mend = "set chat.template so that both keep the same text"
+    if trained[0] != trained[1]:
+        mend = f"extract both with the same chat.train_on, which was {trained[0]} / {trained[1]}"
     raise UserError(
         f"{len(differing)} chats read differently after rendering; the first is row {row}, character {at}: {excerpts} "
-        "(pivot / source); set chat.template so that both keep the same text"
+        f"(pivot / source); {mend}"
     )
 
 

@@ -16,7 +16,7 @@ from fusechat.app.verbs import VERBS, about, as_typed
 OURS = ("hydra", "paths")  # folders of conf/ that hold nothing to choose from
 COLUMN, WIDTH = 40, 120  # where the text behind a key begins, and where a line ends
 MORE = """\
-Every command has also: experiment=NAME, seed, overwrite, wait, verify, imports, paths.root, logger.
+Every command has also: experiment=NAME, preset=NAME, seed, overwrite, wait, verify, imports, paths.root, logger.
 --help all lists every group with its options, and every loss, rule, token map, merge method, ... by name."""
 FOOTER = """\
 Any value can be overridden: group=option picks a file, a.b=value sets a key, -m sweeps over commas and ranges.

@@ -21,6 +21,7 @@ NOISE += [
     ".*Checkpoint directory .* exists.*",
     ".*smaller than the logging interval.*",
     ".*find_unused_parameters=True was specified.*",
+    ".*is_gradient_checkpointing. is deprecated.*",  # peft asks for it
 ]
 
 

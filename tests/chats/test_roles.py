@@ -187,5 +187,8 @@ def test_the_last_turn_alone_is_extracted(mini: Mini, tmp_path: Path, capsys: py
     again = DistributionStore(world.experiment / "distributions/pivot")
     assert "train_on" not in again.manifest
     assert all(few < many for few, many in zip(counts, again.column("tokens").tolist(), strict=True))
+    world.run("extract", "source=a", "chat.train_on=last")
+    with pytest.raises(UserError, match=r"2 chats read .* both with the same chat\.train_on, which was all / last"):
+        world.run("align", "source=a")
     world.run("preview", "source=pivot", "preview.show=1")
     assert "</tool_call><|end|><|tool|>2<|end|>" in capsys.readouterr().out
