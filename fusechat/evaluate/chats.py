@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusechat.app.errors import UserError
 from fusechat.app.outputs import fingerprint, sealed_line, whole_lines
 from fusechat.app.progress import Progress, progress
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Sample, Work
@@ -20,7 +21,10 @@ def chats(job: Job) -> Work:
     """The chats of ``chats`` (any format that chat.path reads), of its ``split``, at most ``limit`` of them."""
     from fusechat.chats.formats import load_chats
 
-    rows, _ = load_chats(job.settings["chats"], split=job.settings["split"], limit=job.settings["limit"])
+    try:
+        rows, _ = load_chats(job.settings["chats"], split=job.settings["split"], limit=job.settings["limit"])
+    except UserError as error:
+        raise UserError(f"evaluation.chats: {error}") from error
     inputs = {"tests": fingerprint(ids=list(rows["id"])), "tags": fingerprint(tags=list(rows["tag"]))}
     read = job.stops if job.settings["generate"] else dict
     return Work(lambda part: {"samples": _measure(job, rows.to_list(), part)}, inputs, read, known=("chats",))

@@ -21,7 +21,7 @@ from fusechat.fusion.precision import PRECISIONS
 from fusechat.fusion.ranks import Share, group_of_one, share, starts_ranks
 from fusechat.fusion.record import Description, measured, metric_of
 from fusechat.fusion.training import Training
-from fusechat.fusion.validation import validation_chats
+from fusechat.fusion.validation import validation_chats, warn_of_trained
 from fusechat.models import load as models
 from fusechat.models.whole import check_model
 
@@ -80,6 +80,8 @@ def _source(training: Training) -> dict[str, Any]:
 
 def _data(training: Training, tokenizer: Any) -> FusionDataModule:
     own, stores = training.validation, training.stores
+    if own is not None:
+        warn_of_trained(own, stores[0])
     return FusionDataModule(
         stores,
         training.data,

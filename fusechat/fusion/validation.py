@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import datasets
@@ -14,6 +15,7 @@ from fusechat.chats.render import ChatRenderer, Rendered
 from fusechat.stores.encoding import Array
 from fusechat.stores.store import DistributionStore
 
+LOG = logging.getLogger(__name__)
 NONE = {"ids": np.int64, "logprobs": np.float16}  # entries of any model
 
 
@@ -59,6 +61,16 @@ def read_chats(path: Given) -> datasets.Dataset:
         return load_chats(path)[0]
     except UserError as error:
         raise UserError(f"validation.path={', '.join(paths_of(path))}: {error}") from error
+
+
+def warn_of_trained(chats: datasets.Dataset, store: DistributionStore) -> None:
+    """Says how many of one's own chats are trained on too: of one file, parts of a mixture are drawn alike."""
+    known = set(chats["id"])
+    trained = {identity for rows in store.ranges for identity in store.arrow("id", *rows).to_pylist()}
+    if count := len(known & trained):
+        LOG.warning(
+            "%d of %d chats of validation.path are trained on too: held out is less than it says", count, len(known)
+        )
 
 
 def validation_chats(chats: datasets.Dataset, tokenizer: Any, manifest: dict[str, Any]) -> ValidationChats:

@@ -125,7 +125,9 @@ def test_what_is_no_mixture(given: list[Any], message: str, files: list[str], tm
         load_chats(real)
 
 
-def test_every_stage_takes_the_same_mixture(mini: Mini, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_takes_the_same_mixture(
+    mini: Mini, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """Stores of two models hold the same rows; the target's card names the parts; another seed is another store."""
     chats = mini.experiment / "world/chats"
     mixture = f"[{{path:{chats}/fusion.jsonl,rows:40,name:noisy}},{chats}/validation.jsonl]"
@@ -141,11 +143,14 @@ def test_every_stage_takes_the_same_mixture(mini: Mini, tmp_path: Path, capsys: 
     assert stores[0].manifest["chats"] == fingerprint(ids=ids[0], parts={"noisy": 40, "validation": 16})
     world.run("align", "source=a")
     world.run("train", "source=a", f"validation.path=[{chats}/test.jsonl,{chats}/validation.jsonl]")
+    assert "16 of 40 chats of validation.path are trained on too: held out is less than it says" in caplog.text
     assert "Chats: noisy 40, validation 16." in (world.experiment / "targets/a/README.md").read_text()
     world.run("preview", "source=pivot", "preview.show=1")
     assert " 56 " in capsys.readouterr().out
     model, tests = f"{world.experiment}/targets/a", f"[{chats}/test.jsonl,{{path:{chats}/validation.jsonl,rows:4}}]"
     world.run("evaluate", f"model={model}", f"evaluation.chats={tests}", "evaluation.generate=false")
+    with pytest.raises(UserError, match=r"evaluation\.chats: chat\.path: test holds 24 chats and rows=25 is more"):
+        world.run("evaluate", f"model={model}", f"evaluation.chats=[{{path:{chats}/test.jsonl,rows:25}}]")
     result = json.loads(next((world.experiment / "evaluation").glob("*.json")).read_text())
     assert len(result["samples"]) == 24 + 4
     with pytest.raises(UserError, match=r"chats"):
