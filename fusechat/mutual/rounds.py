@@ -131,6 +131,7 @@ def mutual(federation: Federation, start: Start | None = None, *, overwrite: boo
     folder, mark = federation.folder, stage_fingerprint(round=federation.rounds, of=str(federation.mark))
     reads = [*federation.exchange.models.values(), *(client.chats for client in federation.clients.values())]
     known = lambda place: (place / BEGUN).exists()
+    LOG.info("%d public chats, %d clients", len(federation.terms.chats), len(federation.clients))  # read before a claim
     with writing(folder, "mutual", reads=reads, known=known, holds=HOLDS):
         _begin(federation, overwrite)
         if settled(folder / RECORD, mark, what="mutual training", keep="output_dir=DIR", overwrite=True) is None:

@@ -119,6 +119,12 @@ def test_a_killed_run_goes_on_with_its_round(small: Small, ended: Federation, tm
     assert all(distance(*pair) == 0 for pair in zip(models(ended.folder), models(out), strict=True))
 
 
+def test_public_chats_that_are_not_there_claim_nothing(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.jsonl"):
+        mutual(small.federation(tmp_path / "out", public=str(tmp_path / "nothing.jsonl")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_rounds_go_on_and_other_settings_are_refused(small: Small, ended: Federation, tmp_path: Path) -> None:
     shutil.copytree(ended.folder, tmp_path / "out")
     with pytest.raises(
