@@ -75,10 +75,12 @@ def della(
     generators = _generators(seed, len(density))
     for pivot, targets in slices.rows():
         last = max(1, pivot.shape[1] - 1)
+        places = torch.arange(pivot.shape[1], dtype=pivot.dtype, device=pivot.device)
         rescaled = []
         for target, d, generator in zip(targets, density, generators, strict=True):
             delta = target - pivot
-            rank = delta.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float()
+            order = delta.abs().argsort(dim=-1, stable=True)
+            rank = torch.empty_like(delta).scatter_(-1, order, places.expand_as(delta))
             keep = (d - epsilon + 2 * epsilon * rank / last).clamp_(1e-6, 1.0)
             rescaled.append(delta.mul_(_below(generator, delta, keep)).div_(keep))
         yield merge(rescaled, weights, normalize).mul_(scale).add_(pivot)
