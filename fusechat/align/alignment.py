@@ -16,7 +16,7 @@ from fusechat.align import paths
 from fusechat.align.chain import follow
 from fusechat.align.maps import PairCounts
 from fusechat.align.nearest import Ints
-from fusechat.align.projection import Ragged, gold_path, project, ranked
+from fusechat.align.projection import Ragged, gold_path, project, ranked, with_ranks
 from fusechat.align.sequence import SEQUENCES, Kinds, unmatched
 from fusechat.app.errors import UserError
 from fusechat.app.progress import progress
@@ -37,7 +37,8 @@ class Alignment:
     sequence: a name of `SEQUENCES`. unmatched: gold or skip. chained: whether gold tokens take the chain rule.
     logprobs: how they are stored. table: source id -> pivot id, None where ids are to be ranks. texts: the tokens'
     texts by id, (pivot, source), and words: both vocabularies, where the sequence alignment needs them. drawn: the
-    source's entries are samples.
+    source's entries are samples. common [vocab_size]: the pivot's tokens that the source has, where what the pivot
+    lacks is kept by rank: source tokens without a partner have ids beyond the pivot's in the table then.
     """
 
     pivot: DistributionStore
@@ -50,6 +51,7 @@ class Alignment:
     texts: tuple[list[str], list[str]] | None = None
     words: paths.Lexicon | None = None
     drawn: bool = False
+    common: Array | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -95,9 +97,10 @@ class Alignment:
         rows, places = [self.row(row) for row in span], [self._places(row) for row in span]
         results, kinds = [result for result, _ in rows], [kind for _, kind in rows]
         logprobs = [encode_logprobs(result.logprobs, self.logprobs) for result in results]
+        ranks = 0 if self.common is None or self.table is None else len(self.table)
         lists = {
             "counts": list_column([encode_counts(result.counts) for result in results], np.uint16),
-            "ids": list_column([result.ids for result in results], narrowest(self.vocab_size - 1)),
+            "ids": list_column([result.ids for result in results], narrowest(self.vocab_size + ranks - 1)),
             "logprobs": list_column(logprobs, np.dtype(self.logprobs)),
             "gold_logprob": list_column([result.gold_logprob for result in results], np.float16),
             "kind": list_column(kinds, np.uint8),
@@ -112,8 +115,9 @@ class Alignment:
         match, kind = self.match(row)
         counts, ids, logprobs, gold_logprob = self.source.row(row, "counts", "ids", "logprobs", "gold_logprob")
         source = Ragged(counts.astype(np.int64), ids, decode_logprobs(logprobs), gold_logprob.astype(np.float32))
-        if self.table is None:  # ranks of whole tokens
+        if self.table is None or self.common is not None:  # ranks are of whole tokens
             match, kind = np.where(kind == INSIDE, -1, match), np.where(kind == INSIDE, NONE, kind).astype(np.uint8)
+        if self.table is None:
             return ranked(source, match), kind
         if len(ids) and int(ids.max()) >= len(self.table):
             raise UserError(
@@ -121,13 +125,14 @@ class Alignment:
                 "tokens; give the tokenizer that the store was extracted with (source.path)"
             )
         more = self.vocab_size, self.unmatched == "gold", self.drawn
-        if self.words is not None:
+        if self.words is not None and self.common is None:
             pivot, own = self._paths(row, self.words)
             return follow(source, match, pivot, own, self.table, self.words, *more), kind
         chain = np.full((len(match), 3), -1, np.int64)
         if self.chained:
             chain = gold_path(*self._places(row), match, self.source.gold(row))
-        return project(source, match, self.table, self.pivot.gold(row), chain, *more), kind
+        result = project(source, match, self.table, self.pivot.gold(row), chain, *more)
+        return (result if self.common is None else with_ranks(result, self.vocab_size)), kind
 
     def _boundaries(self, row: int) -> tuple[Ints, Ints]:
         (theirs,), (own,) = self.pivot.row(row, "boundaries"), self.source.row(row, "boundaries")

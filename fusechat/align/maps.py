@@ -6,7 +6,8 @@ None in place of a table means that no map is wanted: distributions keep their r
 
 - ``fast``: the pivot's tokenizer reports offsets (it is a fast one);
 - ``chain``: the gold token's probability is to come from the chain rule, see `fusechat.align.projection.gold_path`;
-- ``counts``: a fourth argument, `PairCounts` of the corpus.
+- ``counts``: a fourth argument, `PairCounts` of the corpus;
+- ``rest``: source tokens without an answer keep their probability, with a rank for an id.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fusechat.align.nearest import Ints, nearest
 from fusechat.app.registry import Family
 from fusechat.chats.vocabulary import marker, token_bytes, token_names, written
 
-TOKEN_MAPS = Family("token_map.name", needs=("fast", "chain", "counts"))
+TOKEN_MAPS = Family("token_map.name", needs=("fast", "chain", "counts", "rest"))
 Roles = Sequence[tuple[int, int]]
 
 
@@ -83,6 +84,14 @@ def prefix(source: Any, pivot: Any, roles: Roles) -> Ints:
 @TOKEN_MAPS.register("uld", "no map; probabilities by rank, for loss.kind=uld")
 def uld(source: Any, pivot: Any, roles: Roles) -> None:
     """No map: the sorted-probability distance (ULD, arXiv 2402.12030) compares probabilities by rank."""
+
+
+@TOKEN_MAPS.register(
+    "hybrid", "exact match; what has none keeps its probability by rank, for loss.kind=hybrid", needs=("rest",)
+)
+def hybrid(source: Any, pivot: Any, roles: Roles) -> Ints:
+    """As `em`; the tokens that the pivot's vocabulary lacks are compared by rank (GOLD, NeMo-RL)."""
+    return em(source, pivot, roles)
 
 
 def most_supported(seen: PairCounts, fallback: Ints) -> Ints:

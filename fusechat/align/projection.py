@@ -16,7 +16,7 @@ expectation is its probability, and so is the share of u_1 that is split: g gets
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -78,6 +78,14 @@ def ranked(source: Ragged, match: Ints) -> Ragged:
     gold = np.zeros(len(match), np.float32)
     gold[matched] = source.gold_logprob[match[matched]]
     return Ragged(np.array([len(span) for span in spans], np.int64), ranks, source.logprobs[entries], gold)
+
+
+def with_ranks(result: Ragged, pivot_size: int) -> Ragged:
+    """Ids beyond the pivot's become ``pivot_size`` + r: the r-th most likely token that its vocabulary lacks."""
+    beyond = result.ids >= pivot_size
+    before = np.concatenate([[0], np.cumsum(beyond)])
+    rank = before[:-1] - np.repeat(before[result.starts[:-1]], result.counts)
+    return replace(result, ids=np.where(beyond, pivot_size + rank, result.ids))
 
 
 def gold_path(pivot: Ints, source: Ints, match: Ints, source_gold: Ints) -> Ints:

@@ -25,6 +25,7 @@ from fusechat.app.progress import spell
 from fusechat.app.settings import check
 from fusechat.chats.vocabulary import token_bytes
 from fusechat.models.load import load_tokenizer
+from fusechat.stores.encoding import encode_mask
 from fusechat.stores.kinds import KINDS, SAME
 from fusechat.stores.store import DistributionStore
 from fusechat.stores.writer import StoreWriter, finished, is_store
@@ -99,6 +100,7 @@ def align(
         alignment = make_alignment(*stores, tokenizers, **settings, num_proc=num_proc, modules=modules)
         write_aligned(alignment, writer, num_proc, modules)
         made = {"token_map": token_map, "sequence": alignment.sequence}
+        made |= {} if alignment.common is None else {"common": encode_mask(alignment.common)}
     about = {name: stores[0].manifest[name] for name in ("vocab_size", "chats")}
     about |= {name: stores[1].manifest[name] for name in ("model", "path") if name in stores[1].manifest}
     about |= {"kind": "aligned", "logprobs": logprobs}
@@ -141,7 +143,18 @@ def make_alignment(
     alignment.table = chosen.function(tokenizers[1], tokenizers[0], roles, *seen)
     if alignment.table is not None:
         check_table(alignment.table, token_map, len(tokenizers[1]), alignment.vocab_size)
+    if "rest" in chosen.needs:
+        keep_rest(alignment)
     return alignment
+
+
+def keep_rest(alignment: Alignment) -> None:
+    """Tells the pivot's tokens that the source has; the source's others get an id beyond the pivot's each."""
+    assert alignment.table is not None
+    table, size = alignment.table, alignment.vocab_size
+    alignment.common = np.zeros(size, bool)
+    alignment.common[table[table >= 0]] = True
+    alignment.table = np.where(table >= 0, table, size + np.arange(len(table)))
 
 
 def sequence_for(name: str, offsets: bool) -> str:

@@ -15,7 +15,7 @@ from fusechat.chats.padding import Layout, padded, reading
 from fusechat.fusion.plan import Draw
 from fusechat.stores.common import CommonText, chunks, places
 from fusechat.stores.distributions import NEG_INF
-from fusechat.stores.encoding import Array, decode_logprobs
+from fusechat.stores.encoding import Array, decode_logprobs, decode_mask
 from fusechat.stores.store import DistributionStore
 
 LARGEST = 1e-2  # log-probabilities above are no rounding any more
@@ -29,6 +29,7 @@ class FusionBatch:
     at [N], each position's place in the flattened [B * T]; gold, sequence [N], the token and the chat;
     ids, logprobs [S, N, K]; gold_logprob [S, N]; nats, n_bytes, n_tokens [B, S] of what each model predicts;
     chunk, chunk_nats [S, N], for a loss on chunks of text: see `fusechat.stores.common.chunks`, else [S, 0];
+    shared [S, V]: the pivot's tokens that each model has, for a loss that is split, else [S, 0];
     common_nats [B, S] and common_bytes [B, 1] of the text that all of them predict. step_tokens: response tokens of the
     whole optimizer step, over all its micro-batches and ranks.
     """
@@ -43,6 +44,7 @@ class FusionBatch:
     gold_logprob: Tensor
     chunk: Tensor
     chunk_nats: Tensor
+    shared: Tensor
     nats: Tensor
     n_bytes: Tensor
     n_tokens: Tensor
@@ -75,13 +77,21 @@ SILENT = Entries(NOWHERE, NOWHERE, NOWHERE, NOWHERE)
 class FusionRows(Dataset[FusionBatch]):
     """Batches by `Draw`. stores: the pivot's first, then the aligned sources', row by row of the same chats.
 
-    chunked: whether they say which chunk of text each position lies in. lay: how chats become rows of tokens.
+    chunked: whether they say which chunk of text each position lies in; split: which tokens each model has. lay: how
+    chats become rows of tokens.
     """
 
     def __init__(
-        self, stores: Sequence[DistributionStore], pad_token_id: int, chunked: bool = False, lay: Layout = padded
+        self,
+        stores: Sequence[DistributionStore],
+        pad_token_id: int,
+        chunked: bool = False,
+        lay: Layout = padded,
+        split: bool = False,
     ) -> None:
         self.stores, self.pad_token_id, self.chunked, self.lay = list(stores), pad_token_id, chunked, lay
+        masks = [shared_tokens(store) if split else np.zeros(0, bool) for store in stores]
+        self.shared = torch.from_numpy(np.stack(masks))
         self.scalars = {
             name: torch.from_numpy(np.stack([s.column(name) for s in stores], 1))
             for name in ("nats", "bytes", "tokens")
@@ -109,6 +119,7 @@ class FusionRows(Dataset[FusionBatch]):
             gold_logprob=torch.from_numpy(np.stack([m.gold_logprob for m in models]).astype(np.float32)),
             chunk=torch.from_numpy(chunk),
             chunk_nats=torch.from_numpy(chunk_nats).float(),
+            shared=self.shared,
             nats=self.scalars["nats"][draw.rows].float(),
             n_bytes=self.scalars["bytes"][draw.rows].float(),
             n_tokens=self.scalars["tokens"][draw.rows].float(),
@@ -126,9 +137,14 @@ class FusionRows(Dataset[FusionBatch]):
         again = "align again with overwrite=true"
         if len(counts) != n:
             raise UserError(f"{store.path} has {len(counts)} positions where the pivot has {n}; {again}")
-        if len(ids) and (int(ids.max()) >= self.stores[0].manifest["vocab_size"] or not logprobs.max() <= LARGEST):
+        if len(ids) and (int(ids.max()) >= self._n_ids(store, counts) or not logprobs.max() <= LARGEST):
             raise UserError(f"{store.path} holds ids beyond the pivot's vocabulary, NaN or inf; {again}")
         return Entries(counts, ids, logprobs, gold_logprob)
+
+    def _n_ids(self, store: DistributionStore, counts: Array) -> int:
+        """The pivot's vocabulary and, where a store holds some by rank, the ranks."""
+        size, ranked = self.stores[0].manifest["vocab_size"], "common" in store.manifest
+        return int(size) + (int(counts.max()) if ranked else 0)
 
     def _chunks(self, rows: list[int]) -> tuple[Array, Array]:
         """The chunk of every position, numbered on from chat to chat, and its nats, for S models: [S, N] each."""
@@ -155,3 +171,9 @@ class FusionRows(Dataset[FusionBatch]):
                 present = np.arange(kept) < model.counts[:, None]
                 ids[s][present], logprobs[s][present] = model.ids, model.logprobs
         return ids, logprobs
+
+
+def shared_tokens(store: DistributionStore) -> Array:
+    """The pivot's tokens that a store's model has too, bool [V]; all of them where it has the pivot's vocabulary."""
+    size = store.manifest["vocab_size"]
+    return decode_mask(store.manifest["common"], size) if "common" in store.manifest else np.ones(size, bool)

@@ -33,21 +33,34 @@ def check_tokens(stores: Sequence[DistributionStore], tokenizer: Any, pivot: str
 
 
 def check_maps(stores: Sequence[DistributionStore], loss: FusionLoss) -> None:
-    """Raises `UserError` where a store holds probabilities by rank alone and the loss compares ids."""
-    for store in stores[1:]:
-        if store.manifest.get("token_map") == "uld" and not (loss.ranked or loss.on_chunks):
+    """Raises `UserError` where a store holds probabilities by rank and the loss compares ids, or the other way."""
+    for store in stores[1:] if not (loss.ranked or loss.on_chunks) else ():
+        made = store.manifest.get("token_map")
+        if made == "uld" or ("common" in store.manifest and not loss.split):
             raise UserError(
-                f"{store.path} was aligned with token_map=uld: its probabilities have ranks and no tokens, and "
-                f"loss.kind={loss.kind} compares tokens; use loss=uld, or align with another token_map"
+                f"{store.path} was aligned with token_map={made}: its probabilities have ranks and no tokens, and "
+                f"loss.kind={loss.kind} compares tokens; use loss={made}, or align with another token_map"
+            )
+        if loss.split and "common" not in store.manifest and made != "same":
+            raise UserError(
+                f"{store.path} was aligned with token_map={made}, which does not tell the tokens of both vocabularies "
+                f"apart from others, as loss.kind={loss.kind} does; align with token_map=hybrid"
             )
 
 
 def check_rule(rule: FusionRule, loss: FusionLoss) -> None:
-    """Raises `UserError` where chunks of text are to be compared and a rule mixes models, which cut it differently."""
+    """Raises `UserError` where a rule mixes models that a loss must tell apart: they cut text, or know tokens, in their
+    own ways.
+    """
     if loss.on_chunks and rule.needs_sources and not (rule.takes_one and rule.level == "sequence"):
         raise UserError(
             f"loss.kind={loss.kind} compares chunks of text, which each model cuts in its own way: one model is to "
             "speak for a sequence; set fusion=min_ce fusion.level=sequence"
+        )
+    if loss.split and rule.needs_sources and not (rule.takes_one and rule.empty == "skip"):
+        raise UserError(
+            f"loss.kind={loss.kind} compares by id the tokens that a model shares with the pivot: one model is to "
+            "speak at a position; set fusion=min_ce fusion.empty=skip"
         )
 
 

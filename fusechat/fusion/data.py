@@ -50,8 +50,8 @@ class FusionDataModule(lightning.LightningDataModule):
     """Splits the chats of opened stores by content hash, and batches them.
 
     max_tokens: the longest chat that is allowed; vocab_size: rows of the pivot's embedding; own: chats to validate with
-    in place of a part of the stores'; chunked and lay: see `FusionRows`. Raises `UserError` where a chat is longer, a
-    store has more ids, or no chat is left to train on.
+    in place of a part of the stores'; chunked, split and lay: see `FusionRows`. Raises `UserError` where a chat is
+    longer, a store has more ids, or no chat is left to train on.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class FusionDataModule(lightning.LightningDataModule):
         pad_token_id: int,
         own: DistributionStore | None = None,
         chunked: bool = False,
+        split: bool = False,
         lay: Layout = padded,
     ) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class FusionDataModule(lightning.LightningDataModule):
         if (ids := pivot.manifest["vocab_size"]) > vocab_size:
             known = f"the model's embedding {vocab_size} rows"
             raise UserError(f"{pivot.path} has ids up to {ids}, {known}; set pivot.path")
-        self.rows = FusionRows(stores, pad_token_id, chunked, lay)
+        self.rows = FusionRows(stores, pad_token_id, chunked, lay, split)
         self.responses = self.rows.scalars["tokens"][:, 0].numpy().astype(np.int64)
         self.lengths = pivot.lengths("input_ids")
         if (longest := int(self.lengths.max())) > max_tokens:

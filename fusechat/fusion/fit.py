@@ -90,6 +90,7 @@ def _data(training: Training, tokenizer: Any) -> FusionDataModule:
         pad_token_id=tokenizer.pad_token_id or 0,
         own=None if own is None else validation_chats(own, tokenizer, stores[0].manifest),
         chunked=training.loss.on_chunks,
+        split=training.loss.split,
         lay=layout_of(training.data.packing, training.attn_implementation),
     )
 

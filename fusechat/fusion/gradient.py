@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.losses import ABSENT, FusionLoss
+from fusechat.fusion.shared import Shared, halves
 from fusechat.fusion.slices import over_chunks, slices
 
 BLOCK = 1 << 14  # rows of ∂L/∂W in one product on a card: it lies in memory in fp32 before it is added
@@ -32,7 +33,7 @@ class Targets:
     """What the student is trained on at N positions. ids, p [N, K]; gold, sft_weight, fusion_weight [N].
 
     chunk [N], for a loss on chunks of text: neighbours of one number are a chunk, whose weight is at one of them; ids
-    are the gold tokens then and p is the chunk's, K = 1.
+    are the gold tokens then and p is the chunk's, K = 1. shared, for a loss that is split: the tokens both sides have.
     """
 
     ids: Tensor
@@ -41,6 +42,7 @@ class Targets:
     sft_weight: Tensor
     fusion_weight: Tensor
     chunk: Tensor | None = None
+    shared: Shared | None = None
 
     def rows(self, part: slice) -> Targets:
         """The targets of some positions."""
@@ -156,6 +158,8 @@ def _loss_and_gradient(z: Tensor, targets: Targets, loss: FusionLoss, wanted: bo
     sft_weight, fusion_weight = targets.sft_weight.to(z.dtype), targets.fusion_weight.to(z.dtype)
     if loss.ranked:
         ids, p = z.topk(p.shape[1], -1).indices, p.sort(dim=-1, descending=True, stable=True).values
+    if loss.split:
+        ids, p, absent = halves(z, ids, p, targets.shared)
     z_gold, z_ids = z.gather(1, gold), z.gather(1, ids)
     q, lse_tempered = _tempered(z, temperature, wanted)
     peak = z.amax(-1, keepdim=True)
@@ -164,6 +168,8 @@ def _loss_and_gradient(z: Tensor, targets: Targets, loss: FusionLoss, wanted: bo
     lse = peak + mass.log()
     sft = (lse - z_gold).squeeze(1)
     log_q = z_ids / temperature - (lse if lse_tempered is None else lse_tempered)
+    if loss.split:
+        log_q = log_q.masked_fill(absent, ABSENT)
     if targets.chunk is not None:
         log_q = over_chunks(log_q, targets.chunk)
     divergence, a = _weighted_divergence(p, log_q, fusion_weight, loss, wanted)

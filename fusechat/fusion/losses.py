@@ -17,14 +17,15 @@ from fusechat.app.errors import UserError
 from fusechat.app.registry import Family
 from fusechat.app.schema.values import MissingMass
 
-LOSSES = Family("loss.kind", needs=("ranked", "conditional", "rest", "kept", "chunks"))
+LOSSES = Family("loss.kind", needs=("ranked", "conditional", "rest", "kept", "chunks", "split"))
 """D(p, log p, log q), each [N, K], -> [N]; differentiable in log q. Spare entries have p = q = 0 and finite logarithms.
 
 Needs: ``ranked``: entries are compared by rank, largest first, and ids do not count. ``conditional`` and ``rest`` speak
 of ``missing_mass=renormalize``, where p has no mass on other tokens: q is renormalised over the kept ids too; all other
 tokens are one more outcome, of p = 0. ``kept``: the kept entries alone are compared, the missing mass is not.
 ``chunks``: p and q are the probabilities of a chunk of text, that of all its tokens, K = 1; neither ids nor missing
-mass count.
+mass count. ``split``: K entries are compared by id, then K by rank among the tokens that only one side has; a last one,
+where missing_mass=tail, is all other tokens (`fusechat.fusion.shared`).
 """
 MISSING = get_args(MissingMass)
 TINY = 1e-12  # the least probability of all other tokens together
@@ -84,6 +85,17 @@ def _standardized(x: Tensor, kept: Tensor) -> Tensor:
     return centred / variance.clamp_min(TINY).sqrt()
 
 
+@LOSSES.register("hybrid", "KL on the tokens both sides have, sorted distance on the rest (GOLD)", needs=("split",))
+def hybrid(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ_{k common} p_k log(p_k / q_k) + Σ_r |p_(r) - q_(r)| over the rest: GOLD at β 0 and weights 1, NeMo-RL's gold.
+
+    Neither part is renormalised: p and q are probabilities in the whole of their vocabularies.
+    """
+    k = p.shape[-1] // 2
+    terms, distance = p * (log_p - log_q), (p - log_q.exp())[..., k : 2 * k].abs()
+    return terms[..., :k].sum(-1) + terms[..., 2 * k :].sum(-1) + distance.sum(-1)
+
+
 @LOSSES.register("alm", "likelihood of the chunks of text that both sides cut alike (ALM)", needs=("chunks",))
 def alm(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """-p' log q' - (1 - p') log(1 - q'), binary cross entropy of a chunk's p and q (arXiv 2503.20083), x' = e^-EDGE x.
@@ -134,6 +146,11 @@ class FusionLoss:
         """Whether chunks of text are compared, whatever tokens spell them."""
         return "chunks" in LOSSES[self.kind].needs
 
+    @property
+    def split(self) -> bool:
+        """Whether ids count for the tokens that both sides have, and ranks for the others."""
+        return "split" in LOSSES[self.kind].needs
+
     def sft_share(self, progress: float, reward: Tensor) -> Tensor:
         """λ of each sequence, [B]. progress: share of the training that is done; reward [B]: exp(-CE) of the fused."""
         if self.schedule == "soft":
@@ -160,7 +177,7 @@ class FusionLoss:
         log_p = torch.where(spare, 1.0, p).log().masked_fill(spare, ABSENT)
         if self.on_chunks:
             return p, log_p, log_q / self.temperature
-        log_q = log_q if self.ranked else log_q.masked_fill(spare, ABSENT)
+        log_q = log_q if self.ranked or self.split else log_q.masked_fill(spare, ABSENT)
         q_kept = log_q.exp().sum(-1, keepdim=True)
         if renormalized and "conditional" in needs:
             log_q = log_q - q_kept.clamp_min(TINY).log()

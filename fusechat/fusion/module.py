@@ -24,6 +24,7 @@ from fusechat.fusion.packing import check_apart
 from fusechat.fusion.ranks import gathered, generators, set_generators
 from fusechat.fusion.rules import FusionRule, cross_entropy
 from fusechat.fusion.sharding import first_loads, shard, within
+from fusechat.fusion.shared import Shared
 from fusechat.models import load as models
 from fusechat.models.heads import OutputHead, Within
 from fusechat.stores.units import bits_per_byte
@@ -198,8 +199,9 @@ class FusionModule(lightning.LightningModule):
             return chunk_targets(batch.gold, p, chunk, batch.sequence, lam, per_token), fused.weight
         has_target = (fused.p > 0).any(-1)  # where there is nothing to fuse, lambda is 1
         lam = lam.masked_fill(~has_target, 1.0)
-        targets = Targets(fused.ids, fused.p, batch.gold, lam * per_token, (1 - lam) * per_token)
-        return targets, fused.weight
+        shared = Shared(batch.shared, fused.weight.argmax(1) + first) if self.loss.split else None
+        weights = lam * per_token, (1 - lam) * per_token
+        return Targets(fused.ids, fused.p, batch.gold, *weights, shared=shared), fused.weight
 
     def _losses(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted loss, sums of sft and divergence over the positions, each model's part [N, S]."""

@@ -5,6 +5,7 @@ Every ``encode_`` has its ``decode_``.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,16 @@ def encode_counts(counts: Array) -> Array:
 def decode_counts(stored: Array, positions: int) -> Array:
     """The inverse of `encode_counts` for a chat of so many positions (a view where one number stands for all)."""
     return np.broadcast_to(stored, positions) if len(stored) == 1 else stored
+
+
+def encode_mask(mask: npt.NDArray[np.bool_]) -> str:
+    """A mask over a vocabulary as a manifest holds it: eight tokens a byte, in base64."""
+    return base64.b64encode(np.packbits(mask).tobytes()).decode()
+
+
+def decode_mask(text: str, size: int) -> npt.NDArray[np.bool_]:
+    """The inverse of `encode_mask` for a vocabulary of so many tokens."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=size).astype(bool)
 
 
 DECODE: dict[str, Callable[[Array], Array]] = {"positions": decode_runs, "boundaries": decode_steps}

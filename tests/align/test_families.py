@@ -145,5 +145,7 @@ def test_a_table_that_is_none_is_refused(table: np.ndarray, message: str) -> Non
 def test_prefix_wants_a_pivot_that_reports_offsets(mini: Mini) -> None:
     store, slow = DistributionStore(mini.experiment / "distributions/pivot"), SimpleNamespace(is_fast=False)
     settings = {"token_map": "prefix", "sequence": "dtw", "unmatched": "skip", "logprobs": "float16"}
-    with pytest.raises(UserError, match=r"token_map=prefix asks .* it is a slow one; use one of: em, mined, ms, uld"):
+    with pytest.raises(
+        UserError, match=r"token_map=prefix asks .* it is a slow one; use one of: em, hybrid, mined, ms, uld"
+    ):
         make_alignment(store, store, (slow, slow), **settings)

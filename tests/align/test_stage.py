@@ -133,7 +133,7 @@ def test_a_slow_tokenizer_is_aligned_by_dtw(fresh: Mini, caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["token_map.name=best"], r"token_map\.name='best' is unknown; use one of: em, mined, ms, prefix, uld"),
+        (["token_map.name=best"], r"token_map\.name='best' is unknown; use one of: em, hybrid, mined, ms, prefix, uld"),
         (["alignment.sequence=best"], r"alignment\.sequence='best' is unknown; use one of: chain, dtw, offsets"),
         (["alignment.unmatched=best"], r"alignment\.unmatched='best' is unknown; use one of: gold, skip"),
         (["store.logprobs=best"], r"store\.logprobs='best' is unknown; use one of: float16, uint8"),

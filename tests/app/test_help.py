@@ -41,7 +41,10 @@ def test_help_begins_with_three_examples_and_names_its_own_keys(verb: str) -> No
 @pytest.mark.parametrize(
     ("verb", "told"),
     [
-        ("train", "loss=ce one of alm, ce, forward_kl, jsd, reverse_kl, standardized_uld, uld loss.lm_weight=0.9 "),
+        (
+            "train",
+            "loss=ce one of alm, ce, forward_kl, hybrid, jsd, reverse_kl, standardized_uld, uld loss.lm_weight=0.9 ",
+        ),
         ("train", "loss.lm_weight=0.9 lambda: share of the SFT loss; 1 is plain SFT [a number from 0 to 1] "),
         ("train", "fusion.empty=skip positions the chosen model is silent about: skip, or pivot (as released) "),
         ("pipeline", "and their soup; 0: none [a whole number from 0 on] pipeline.many_to_one=false "),

@@ -124,7 +124,7 @@ def dense(logits: Tensor, logprobs: Tensor, targets: Targets, loss: FusionLoss) 
     xlogy = torch.special.xlogy
     if loss.kind == "ce":
         return -xlogy(p_all, torch.where(p_all > 0, q_all, 1.0)).sum(-1)
-    if loss.kind == "forward_kl":
+    if loss.kind in ("forward_kl", "hybrid"):  # all tokens are common: the whole divergence is by id
         return (xlogy(p_all, p_all) - xlogy(p_all, torch.where(p_all > 0, q_all, 1.0))).sum(-1)
     if loss.kind == "reverse_kl":
         return xlogy(q_all, torch.where(q_all > 0, q_all / torch.where(q_all > 0, p_all, 1.0), 1.0)).sum(-1)
@@ -144,7 +144,9 @@ def example(n: int, v: int, k: int) -> tuple[Tensor, Tensor, Targets]:
 
 
 def in_float64(targets: Targets) -> Targets:
-    return Targets(*(x.double() if x is not None and x.is_floating_point() else x for x in vars(targets).values()))
+    return Targets(
+        *(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in vars(targets).values())
+    )
 
 
 OF_TOKENS = sorted(name for name, member in LOSSES.items() if "chunks" not in member.needs)
@@ -405,7 +407,7 @@ def test_a_head_that_hides_something_is_refused() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(
         UserError,
-        match=r"loss\.kind='mse' is unknown; use one of: alm, ce, forward_kl, jsd, reverse_kl, standardized_uld, uld",
+        match=r"loss\.kind='mse' is unknown; use one of: alm, ce, forward_kl, hybrid, jsd, reverse_kl, standardized_uld, uld",
     ):
         FusionLoss("mse")
     with pytest.raises(UserError, match=r"loss\.missing_mass='drop' is unknown"):

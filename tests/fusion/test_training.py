@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 from fusechat.app.errors import UserError
 from fusechat.fusion import FusionLoss, Optimizer
 from fusechat.fusion import train as fuse
-from fusechat.fusion.batches import FusionBatch
+from fusechat.fusion.batches import FusionBatch, shared_tokens
 from fusechat.fusion.options import Data
 from fusechat.merging.adapters import AdapterCheckpoint
 from fusechat.models.checkpoints import LazyCheckpoint
+from fusechat.stores.store import DistributionStore
 from tests.conftest import ROOT, Mini
 from tests.fusion.trained import distance, equal, moved, weights
 
@@ -153,6 +155,30 @@ def test_uld_trains_on_unmapped_distributions(fresh: Mini) -> None:
     record = json.loads((fresh.experiment / "targets/b/fusechat.json").read_text())
     assert record["wins"]["all"] == {"b": 1.0}
     assert 0 < record["metrics"]["validation/fusion"] <= 2, "the distance of two distributions"
+
+
+def test_a_split_store_trains_by_ids_and_ranks(fresh: Mini) -> None:
+    fresh.run("align", "source=b", "token_map=hybrid", "overwrite=true")
+    store, size = DistributionStore(fresh.experiment / "aligned/b"), 0
+    common, vocabulary = shared_tokens(store), store.manifest["vocab_size"]
+    for row in range(len(store)):
+        counts, ids = store.row(row, "counts", "ids")
+        ends = np.cumsum(counts)
+        for part in np.split(ids, ends[:-1]) if len(counts) else ():
+            beyond = part[part >= vocabulary] - vocabulary
+            assert beyond.tolist() == [*range(len(beyond))] and common[part[part < vocabulary]].all()
+            size += len(beyond)
+    assert size > 20 and 0 < common.mean() < 1
+    for kind in ("hybrid", "uld", "alm"):  # ranks take all by rank, chunks of text take none
+        fresh.run("train", "source=b", f"loss.kind={kind}", "fusion.include_pivot=false", f"run_name={kind}")
+    assert distance(weights(fresh, "hybrid"), weights(fresh, "uld")) > 1e-6
+    assert moved(fresh, "hybrid") > 1e-4
+    fresh.run("train", "source=b", "loss.kind=hybrid", "run_name=beside_the_pivot", "validation.path=null")
+    with pytest.raises(UserError, match=r"token_map=hybrid: .* loss.kind=ce compares tokens; use loss=hybrid, or"):
+        fresh.run("train", "source=b", "run_name=ce")
+    with pytest.raises(UserError, match=r"token_map=prefix, which does not tell .* align with token_map=hybrid"):
+        fresh.run("train", "source=a", "loss.kind=hybrid")
+    fresh.run("train", "source=pivot", "loss.kind=hybrid")
 
 
 def test_lora_is_merged_on_export(fresh: Mini) -> None:

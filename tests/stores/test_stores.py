@@ -32,6 +32,8 @@ def test_boundaries_survive_their_encoding(steps: list[int], inside: list[bool])
     boundaries = np.cumsum(steps, dtype=np.int64)
     boundaries[[i for i, hidden in enumerate(inside[: len(steps)]) if hidden]] = -1
     assert encoding.decode_steps(encoding.encode_steps(boundaries)).tolist() == boundaries.tolist()
+    mask = boundaries % 2 == 1
+    assert encoding.decode_mask(encoding.encode_mask(mask), len(mask)).tolist() == mask.tolist()
 
 
 @given(st.sets(st.integers(0, 60)))
