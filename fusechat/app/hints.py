@@ -31,6 +31,8 @@ def with_near_names(error: BaseException) -> str:
         name = str(key[1] or key[2])
         if name.startswith("merge."):
             return f"the config has no key {name!r}; {_merge_keys()}"
+        if given := [text for text in sys.argv[1:] if text.startswith(f"{name}={{")]:
+            return f"{name} has other keys than these; replace all of them with: '~{name}' '+{given[0]}'"
         files = list(CONF.rglob("*.yaml"))
         keys = re.findall(r"^ *(\w+):", "\n".join(file.read_text() for file in files), re.M)
         hint = near(name.split(".")[-1], sorted({file.stem for file in files} | set(keys)))

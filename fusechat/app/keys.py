@@ -26,7 +26,8 @@ OWN: dict[str, tuple[str, ...]] = {  # verb -> keys and sections that it heeds, 
     "merge": ("pivot.path", "targets", "target", "merge", *WHERE),
     "merge_search": ("search", "pivot.path", "targets", "chat.path", *WHERE),
     "mutual": (
-        *("mutual", "pivot.path", "chat.path", "chat.max_length", "fusion", "loss", "optimizer", "lora"),
+        *("mutual", "pivot.path", "chat.path", "chat.max_length", "fusion", "loss", "optimizer"),
+        *("lora.r", "lora.lora_alpha", "lora.target_modules"),  # it sets the others itself
         *("data.global_batch", "trainer.max_epochs", "validation", "extract.top_k", "token_map", "alignment", *WHERE),
     ),
     "evaluate": ("model", "evaluation", "output_file", "overwrite"),

@@ -37,6 +37,7 @@ GROUPS |= {"mutual.clients": "'mutual.clients={NAME: {path: DIR, chats: FILE}}'"
 GROUPS |= {"targets": "targets='[DIR,DIR]'"}
 PACKAGES = {  # key -> verbs that heed it, module, how it is installed
     "lora.enabled": (("train",), "peft", "'fusechat[lora]'"),
+    "mutual.method": (("mutual",), "peft", "'fusechat[lora]'"),
     "source.device_map": (("extract",), "accelerate", "'fusechat[large]'"),
     "source.load_in": (("extract",), "bitsandbytes", "bitsandbytes"),
     "pivot.load_in": (("train",), "bitsandbytes", "bitsandbytes"),

@@ -60,7 +60,7 @@ class Loaded:
                 "source.device_map=auto, or make it smaller with source.load_in=8bit or 4bit"
             ) from None
         models.check_vocabulary(model, tokenizer, self.path)
-        models.check_context(model, self.path, max_length)
+        models.check_context(model.config, self.path, max_length)
         return model
 
 

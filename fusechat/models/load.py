@@ -98,10 +98,9 @@ def empty_model(
 ) -> PreTrainedModel:
     """The same model as `load_model` gives, on ``meta``: its modules without their weights, of which none is read."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    place, named = given(path)
-    config = AutoConfig.from_pretrained(place, **named, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     options |= {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
@@ -111,14 +110,19 @@ def empty_model(
 
 def embedding_rows(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
     """Rows of a model's embedding, padding included, as its config says; None where there is only a tokenizer."""
-    from transformers import AutoConfig
-
-    place, named = given(path)
     try:
-        config = AutoConfig.from_pretrained(place, **named, revision=revision, trust_remote_code=trust_remote_code)
+        config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception:  # whatever transformers raises for a broken file
         return None
     return int(config.get_text_config().vocab_size)
+
+
+def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of a model, a `transformers.PretrainedConfig`; no weights are read."""
+    from transformers import AutoConfig
+
+    place, named = given(path)
+    return AutoConfig.from_pretrained(place, **named, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
@@ -131,9 +135,9 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
         )
 
 
-def check_context(model: PreTrainedModel, path: str, max_length: int) -> None:
-    """Raises `UserError` where chats of ``max_length`` tokens are longer than the model's positions."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_context(config: Any, path: str, max_length: int) -> None:
+    """Raises `UserError` where chats of ``max_length`` tokens are longer than the positions of a model's config."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and max_length > context:
         raise UserError(
             f"chat.max_length={max_length} exceeds the context of {path} ({context}); set chat.max_length={context}"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fusechat.stores.store import DistributionStore
 
 ENVELOPE, KNOWN, ADAPTER = "envelope.json", "knowledge.arrow", "adapter_model.safetensors"
+FILES = (ENVELOPE, KNOWN, ADAPTER)
 KNOWLEDGE = pa.schema(
     {
         "row": pa.int32(),  # of the public chats
@@ -92,12 +93,12 @@ def post(
         write_json(directory / ENVELOPE, asdict(Envelope(sender, round, chats, tokenizer, trained_on, files)))
 
 
-def read(place: Path, sender: str) -> Message:
+def read(place: Path, sender: str, round: int) -> Message:
     """A message, after a look at all of it.
 
-    Raises `UserError` for what is missing, damaged, not finite, of another sender, or not on the whitelist.
+    Raises `UserError` for what is missing, damaged, not finite, of another sender or round, or not on the whitelist.
     """
-    envelope = _envelope(place, sender)
+    envelope = _envelope(place, sender, round)
     found = {file.name for file in place.iterdir()} - {ENVELOPE}
     if more := sorted(found ^ envelope.files.keys() | found - {KNOWN, ADAPTER}):
         raise UserError(f"the message {place} holds or lacks {', '.join(more)}; {AGAIN}")
@@ -106,6 +107,20 @@ def read(place: Path, sender: str) -> Message:
     knowledge = _read_knowledge(place / KNOWN) if KNOWN in found else None
     adapter = _read_adapter(place / ADAPTER) if ADAPTER in found else None
     return Message(envelope, place, knowledge, adapter)
+
+
+def packed(place: Path) -> dict[str, bytes]:
+    """A message as it travels: the content of its files by their names; empty where there is none."""
+    return {name: (place / name).read_bytes() for name in FILES if (place / name).is_file()}
+
+
+def unpacked(files: Mapping[str, bytes], place: Path) -> None:
+    """Writes a message that has come, whole or not at all. Raises `UserError` for names that no message has."""
+    if more := sorted(files.keys() - set(FILES)):
+        raise UserError(f"a message holds {more[0]!r}; {AGAIN}")
+    with whole_directory(place, overwrite=True) as directory:
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
 
 
 def bytes_of(place: Path) -> int:
@@ -127,7 +142,7 @@ def knowledge_of(store: DistributionStore) -> pa.Table:
     return pa.table(columns, schema=KNOWLEDGE)
 
 
-def _envelope(place: Path, sender: str) -> Envelope:
+def _envelope(place: Path, sender: str, round: int) -> Envelope:
     if not (place / ENVELOPE).is_file():
         raise UserError(f"there is no message in {place}")
     content = read_json(place / ENVELOPE)
@@ -136,6 +151,8 @@ def _envelope(place: Path, sender: str) -> Envelope:
     envelope = Envelope(**content)
     if envelope.sender != sender:
         raise UserError(f"{place} is a message of {envelope.sender}, not of {sender}; {AGAIN}")
+    if envelope.round != round:
+        raise UserError(f"{place} is a message of round {envelope.round}, not of {round}; {AGAIN}")
     return envelope
 
 

@@ -17,8 +17,10 @@ from fusechat.mutual.messages import AGAIN, Message, post, read
 from fusechat.mutual.sides import Side, State
 from fusechat.stores.store import DistributionStore
 
-METHODS = Family("mutual.method", needs=("first",))
-"""Needs: ``first``: the server has a part before the first round, 0, and says something to begin with."""
+METHODS = Family("mutual.method", needs=("first", "one_model"))
+"""Needs: ``first``: the server has a part before the first round, 0, and says something to begin with; ``one_model``:
+all clients have the same base.
+"""
 
 SERVER = "server"  # the name of the side that all others talk with
 
@@ -42,7 +44,7 @@ class Exchange:
     def read(self, round: int, sender: str) -> Message | None:
         """The message; None where there is none. Raises `UserError` for one that cannot be taken."""
         place = self.place(round, sender)
-        return read(place, sender) if place.exists() else None
+        return read(place, sender, round) if place.exists() else None
 
 
 class Method(Protocol):
@@ -101,7 +103,7 @@ class Standalone:
         return {}
 
 
-@METHODS.register("fedavg", "adapters of clients of one shape, averaged by the server", needs=("first",))
+@METHODS.register("fedavg", "adapters of clients of one shape, averaged by the server", needs=("first", "one_model"))
 class FedAvg:
     """FedAvg (arXiv 1602.05629) of low-rank factors: θ = Σ_i n_i θ_i / Σ_i n_i, n_i private chats of client i."""
 
@@ -128,22 +130,21 @@ class FedAvg:
             state = small.receive(averaged(before, adapters, small.place(round, ""), small.terms), round)
             state = self.distil(side, small, state, round)
         post(exchange.place(round, SERVER), sender=SERVER, round=round, adapter=state.adapter)
+        small.forget(round)
         return left
 
     def small(self, side: Side, exchange: Exchange) -> Side:
-        """The clients' model as the server has it. Raises `UserError` where clients have several."""
-        if len(paths := {exchange.models[name] for name in exchange.clients}) > 1:
-            raise UserError(
-                f"adapters of one model alone are averaged, the clients have {len(paths)}; use mutual=fedmkt"
-            )
-        return replace(side, name="small", path=paths.pop(), folder=side.folder / "small")
+        """The clients' model as the server has it."""
+        return replace(side, name="small", path=exchange.models[exchange.clients[0]], folder=side.folder / "small")
 
     def distil(self, side: Side, small: Side, state: State, round: int) -> State:
         """The small model after what the server does beside averaging: nothing."""
         return state
 
 
-@METHODS.register("fedcollm", "averaged adapters, and mutual distillation with the server's LLM", needs=("first",))
+@METHODS.register(
+    "fedcollm", "averaged adapters, and mutual distillation with the server's LLM", needs=("first", "one_model")
+)
 class FedCoLLM(FedAvg):
     """FedCoLLM (arXiv 2411.11707): FedAvg, and on the public chats L = CE + KL in both directions at the server."""
 

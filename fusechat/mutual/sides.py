@@ -13,6 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from fusechat.align import align
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import RECORD, fingerprint, settled, stamp, whole_directory
@@ -23,6 +25,7 @@ from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer, 
 from fusechat.fusion.adapters import FOLDER as ADAPTER
 from fusechat.fusion.adapters import export
 from fusechat.fusion.run import LORA
+from fusechat.fusion.training import WEIGHTS
 from fusechat.models.load import load_tokenizer, model_identity, tokenizer_identity
 from fusechat.models.whole import write_record
 from fusechat.mutual.hearing import Heard
@@ -30,6 +33,8 @@ from fusechat.mutual.messages import AGAIN, Message
 from fusechat.stores.store import DistributionStore
 
 LEARNED, PRACTISED, RECEIVED = "learned", "practised", "received"  # states of a model, by what came last
+STAGES = (RECEIVED, LEARNED, PRACTISED)  # in the order of a round
+MERGED = "*.safetensors*"  # files of a model's weights, in one piece or several
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ class State:
     adapter: Path | None = None
 
     @property
+    def has_weights(self) -> bool:
+        """Whether its merged weights are there still; its adapter always is."""
+        return any(Path(self.model).glob(MERGED))
+
+    @property
     def name(self) -> str:
         """Its place in the side's folder."""
         return "base" if self.adapter is None else "-".join(Path(self.model).parts[-2:])
@@ -99,13 +109,27 @@ class Side:
 
     def state(self, before: int) -> State:
         """The model as the last rounds before ``before`` have left it."""
-        found = [self.at(round, stage) for round in range(before) for stage in (RECEIVED, LEARNED, PRACTISED)]
+        found = [self.at(round, stage) for round in range(before) for stage in STAGES]
         return next((state for state in reversed(found) if state), State(self.path))
 
     def at(self, round: int, stage: str) -> State | None:
         """The model that a stage of a round has made; None where it has not."""
         place = self.place(round, stage)
         return State(str(place), place / ADAPTER) if (place / RECORD).exists() else None
+
+    def forget(self, round: int) -> None:
+        """Removes the merged weights of rounds before ``round``, if that has made a model; they can be `restore`d."""
+        if not any(self.at(round, stage) for stage in STAGES):
+            return
+        for file in (
+            file for before in range(round) for stage in STAGES for file in self.place(before, stage).glob(MERGED)
+        ):
+            file.unlink()
+
+    def restore(self, state: State, directory: Path) -> None:
+        """Writes the model of a state anew, from its base and adapter."""
+        assert state.adapter is not None
+        export(self.path, {**LORA, **self.terms.lora}, load_file(state.adapter / WEIGHTS), directory)
 
     def practise(self, state: State, round: int) -> State:
         """Trains on the private chats, L_SFT alone."""

@@ -11,7 +11,7 @@ import torch
 
 from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer
 from fusechat.mutual import mutual
-from fusechat.mutual.rounds import Client, Federation
+from fusechat.mutual.federation import Client, Federation
 from fusechat.mutual.sides import Terms
 from fusechat.tiny.chats import World, generate
 from fusechat.tiny.models import make_model, make_tokenizer
@@ -76,4 +76,15 @@ def ended(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Federation:
     """FedMKT's three rounds."""
     made = small.federation(tmp_path_factory.mktemp("fedmkt") / "out", rounds=3)
     mutual(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def at_the_server(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    """FedMKT's third round where the clients have sent and the server has not begun."""
+    folder = tmp_path_factory.mktemp("third") / "out"
+    mutual(small.federation(folder, rounds=2))
+    made = small.federation(folder, rounds=3)
+    for name in made.clients:
+        made.part(name, 3)
     return made

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from fusechat.app import checksums
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import write_json
+from fusechat.mutual.federation import Federation
 from fusechat.mutual.messages import KNOWLEDGE, Envelope, read
 from fusechat.mutual.methods import SERVER, _hear
-from fusechat.mutual.rounds import Federation
 from fusechat.stores.store import DistributionStore
 from tests.mutual.conftest import CANARY, Small
 
@@ -63,7 +63,7 @@ def test_a_planted_canary_is_found(as_text: bool, small: Small, ended: Federatio
 def test_a_message_says_what_the_sender_said(ended: Federation) -> None:
     """Heard through a message, a model's distributions are what it extracted itself."""
     side, name = ended.side(SERVER), "a"
-    own = DistributionStore(ended.side(name).speak(ended.side(name).state(2)))
+    own = DistributionStore(ended.side(name).folder / "public" / ended.side(name).state(2).name)
     heard = DistributionStore(side.place(1, f"heard/{name}"))
     for row in range(len(own)):
         columns = ("input_ids", "positions", "boundaries", "counts", "ids", "logprobs", "gold_logprob")
@@ -149,18 +149,18 @@ SPOILT = {
     ),
     "key": (lambda place: resealed(place, text="x"), "has other keys than an envelope"),
     "file": (lambda place: ((place / "chats.jsonl").write_text("x"), resealed(place)), "holds or lacks chats.jsonl"),
+    "round": (lambda place: resealed(place, round=2), "is a message of round 2, not of 3; it is not read"),
     "sender": (lambda place: resealed(place, sender="b"), "is a message of b, not of a; it is not read"),
 }
 
 
 @pytest.mark.parametrize("kind", SPOILT)
 def test_a_server_goes_on_without_a_message_that_it_cannot_take(
-    kind: str, small: Small, ended: Federation, tmp_path: Path
+    kind: str, small: Small, at_the_server: Federation, tmp_path: Path
 ) -> None:
-    shutil.copytree(ended.folder, tmp_path / "out")
+    shutil.copytree(at_the_server.folder, tmp_path / "out")
     made = small.federation(tmp_path / "out", rounds=3)
     side, (spoil, message) = made.side(SERVER), SPOILT[kind]
-    shutil.rmtree(side.place(3, "heard/a"))
     spoil(made.exchange.place(3, "a"))
     heard, left = _hear(side, side.state(3), made.exchange, 3)
     assert heard.keys() == {"b"}
@@ -179,4 +179,4 @@ def test_the_whitelist_is_what_the_method_names() -> None:
 def test_no_message_is_no_error_for_who_did_not_send(ended: Federation, tmp_path: Path) -> None:
     assert ended.exchange.read(9, "a") is None
     with pytest.raises(UserError, match="there is no message in"):
-        read(tmp_path, "a")
+        read(tmp_path, "a", 1)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from safetensors.torch import load_file
 
 from fusechat.app.errors import UserError
 from fusechat.mutual import mutual
+from fusechat.mutual.federation import Client, Federation
 from fusechat.mutual.methods import SERVER
-from fusechat.mutual.rounds import Federation
-from fusechat.mutual.sides import LEARNED
+from fusechat.mutual.sides import LEARNED, PRACTISED
 from fusechat.stores.common import CommonText
 from fusechat.stores.store import DistributionStore
 from tests.conftest import ROOT, composed, run_entry
@@ -51,7 +52,7 @@ def test_every_side_ends_with_a_model_and_every_round_with_its_record(ended: Fed
 def test_what_is_learned_is_what_the_best_sender_says_better(ended: Federation) -> None:
     """DualMinCE over the stores themselves, chat by chat: bits of the common text, strictly below the own."""
     server, place = ended.side(SERVER), ended.side(SERVER).place(2, "aligned")
-    own = server.speak(server.state(2))
+    own = server.folder / "public" / server.state(2).name
     stores = [DistributionStore(path) for path in (own, place / "a", place / "b")]
     nats, _ = CommonText(stores)(range(len(stores[0])))
     tokens, counts = stores[0].column("tokens"), dict.fromkeys((*SIDES,), 0)
@@ -66,16 +67,18 @@ def test_what_is_learned_is_what_the_best_sender_says_better(ended: Federation) 
     assert wins["a"] + wins["b"] > 0, "otherwise nothing is compared here"
 
 
-def test_a_side_reads_its_own_folder_and_messages_alone(small: Small, ended: Federation, tmp_path: Path) -> None:
-    shutil.copytree(ended.folder, tmp_path / "out")
+def test_a_side_reads_its_own_folder_and_messages_alone(
+    small: Small, ended: Federation, at_the_server: Federation, tmp_path: Path
+) -> None:
+    shutil.copytree(at_the_server.folder, tmp_path / "out")
     alone = small.federation(tmp_path / "out", rounds=3)
-    for name, others in ((SERVER, ("a", "b")), ("a", (SERVER, "b"))):
-        shutil.rmtree(alone.side(name).place(3, LEARNED))
+    for name, round, others in ((SERVER, 3, ("a", "b")), ("a", 4, (SERVER, "b"))):
         for other in others:
             (alone.folder / "sides" / other).rename(tmp_path / other)
-        alone.part(name, 3)
+        alone.part(name, round)
         for other in others:
             (tmp_path / other).rename(alone.folder / "sides" / other)
+    mutual(alone)
     assert all(distance(*pair) == 0 for pair in zip(models(ended.folder), models(alone.folder), strict=True))
 
 
@@ -117,6 +120,50 @@ def test_a_killed_run_goes_on_with_its_round(small: Small, ended: Federation, tm
     mutual(again)
     assert before == {name: again.done(name, round).stat().st_mtime_ns for name in ("a", "b") for round in (1, 2)}
     assert all(distance(*pair) == 0 for pair in zip(models(ended.folder), models(out), strict=True))
+
+
+def test_weights_that_no_later_round_reads_are_removed_and_come_again(
+    small: Small, ended: Federation, tmp_path: Path
+) -> None:
+    """Of three rounds the last one's are there; a run of fewer rounds makes its own again, bit by bit."""
+    for name in SIDES:
+        states = {(r, s): ended.side(name).at(r, s) for r in (1, 2, 3, 4) for s in (LEARNED, PRACTISED)}
+        assert [at[0] for at, state in states.items() if state and state.has_weights] in ([3], [3, 3, 4])
+        assert all((state.adapter / "adapter_model.safetensors").exists() for state in states.values() if state)  # type: ignore[operator]
+    shutil.copytree(ended.folder, tmp_path / "more")
+    mutual(small.federation(tmp_path / "more", rounds=1))
+    mutual(small.federation(tmp_path / "once", rounds=1))
+    for name in ("a", "b"):
+        files = [tmp_path / run / name / "model.safetensors" for run in ("more", "once")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_end_is_told(small: Small, ended: Federation, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(ended.folder, tmp_path / "out")
+    caplog.set_level("INFO")
+    records = mutual(small.federation(tmp_path / "out", rounds=3))
+    sent = sum(sum(record["bytes"].values()) for record in records)
+    last = caplog.messages[-1]
+    assert last.startswith("fedmkt: 3 rounds of a server and 2 clients; ")
+    assert f"{sent:,} bytes sent, in " in last and last.endswith(f"models in {tmp_path / 'out'}")
+    assert f"{tmp_path / 'out'}: begun before with the same settings, goes on after round 3" in caplog.messages
+
+
+def test_what_every_side_would_stop_at_claims_nothing(small: Small, tmp_path: Path) -> None:
+    chat = {"template": "native", "max_length": 4096, "end_of_turn": True}
+    with pytest.raises(UserError, match=r"chat.max_length=4096 exceeds the context of .*; set chat.max_length=\d+"):
+        mutual(small.federation(tmp_path / "out", chat=chat))
+    made = small.federation(tmp_path / "out")
+    for client, message in (
+        (
+            Client(made.clients["a"].path, str(tmp_path / "no.jsonl")),
+            r"mutual.clients.a.chats: .*no.jsonl does not exist",
+        ),
+        (Client(str(tmp_path / "no"), made.clients["a"].chats), r"mutual.clients.a.path=.*/no does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mutual(replace(made, clients={"a": client}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_public_chats_that_are_not_there_claim_nothing(small: Small, tmp_path: Path) -> None:
@@ -161,6 +208,34 @@ def overrides(small: Small, out: Path) -> list[str]:
     ]
     given += ["trainer.max_epochs=1", "chat.max_length=128", "data.validation_fraction=0.0", "mutual.rounds=1"]
     return [*given, f"paths.root={out.parent}/runs", "logger=none", "callbacks.progress_bar=false"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("preset=flash_attention_2", r"pivot.attn_implementation=flash_attention_2 is not heeded by mutual: all sides"),
+        ("lora.adapter=somewhere", r"lora.adapter=somewhere is not heeded by mutual: .*; leave it out"),
+    ],
+)
+def test_keys_that_are_not_heeded_are_refused(given: str, message: str, small: Small, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run_entry("mutual", [*overrides(small, tmp_path / "out"), given])
+    assert not (tmp_path / "out").exists()
+
+
+def test_clients_of_an_experiment_are_replaced_as_the_message_says(tmp_path: Path) -> None:
+    own, command = "mutual.clients={a: {path: x, chats: y}}", [sys.executable, "-m", "fusechat.mutual"]
+    run = lambda *given: subprocess.run(
+        [*command, "experiment=fedmkt_tiny", *given, "--cfg", "job"], cwd=ROOT, capture_output=True, text=True
+    )
+    refused = run(own)
+    assert refused.returncode == 2
+    assert (
+        f"mutual.clients has other keys than these; replace all of them with: '~mutual.clients' '+{own}'"
+        in refused.stderr
+    )
+    shown = run("~mutual.clients", f"+{own}").stdout
+    assert "  clients:\n    a:\n      path: x\n" in shown and "private_c1.jsonl" not in shown
 
 
 def test_a_part_by_its_command(small: Small, tmp_path: Path) -> None:
