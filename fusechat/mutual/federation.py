@@ -140,6 +140,10 @@ class Federation:
         with whole_directory(place, overwrite=True) as directory:
             if not state.has_weights:
                 self.side(name).restore(state, directory)
-            link = lambda source, target: Path(target).exists() or os.link(source, target)
-            shutil.copytree(state.model, directory, copy_function=link, dirs_exist_ok=True)
+            shutil.copytree(state.model, directory, copy_function=_link, dirs_exist_ok=True)
         return place
+
+
+def _link(source: str, target: str) -> None:
+    if not Path(target).exists():
+        os.link(source, target)

@@ -1,4 +1,4 @@
-"""What came of a mutual training: a line for all that a side has learned or practised, and the whole in one sentence."""
+"""What came of a mutual training: a line for all that a side has learned or practised, and one sentence."""
 
 from __future__ import annotations
 
