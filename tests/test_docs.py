@@ -22,7 +22,7 @@ from fusechat.fusion.losses import LOSSES
 from fusechat.merging.methods import METHODS
 from fusechat.pipeline.steps import expand
 from tests.conftest import ROOT, Mini, run_entry
-from tests.merging.test_stream import make
+from tests.merging.golden import make
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "examples").glob("*/README.md"))

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import MINI, ROOT
-from tests.merging.test_stream import make
+from tests.merging.golden import make
 
 pytestmark = pytest.mark.wheel
 STEPS = [

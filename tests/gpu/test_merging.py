@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from fusechat.merging import merge, slices
 from fusechat.merging.methods import METHODS
+from tests.merging.golden import make
 from tests.merging.test_methods import MERGES, in_file
-from tests.merging.test_stream import make
 
 pytestmark = pytest.mark.gpu
 

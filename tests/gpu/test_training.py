@@ -16,7 +16,7 @@ from torch import Tensor
 from fusechat.fusion.gradient import fused_loss
 from fusechat.fusion.losses import LOSSES, FusionLoss
 from tests.conftest import Mini
-from tests.fusion.test_losses import dense, example, in_float64
+from tests.fusion.dense import dense, example, in_float64
 
 pytestmark = pytest.mark.gpu
 CARD = os.environ.get("FUSECHAT_CARD", "cuda")

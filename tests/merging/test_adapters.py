@@ -15,7 +15,7 @@ from fusechat.app.errors import UserError
 from fusechat.merging import merge
 from fusechat.merging.inputs import open_checkpoint
 from fusechat.models.checkpoints import LazyCheckpoint
-from tests.merging.test_stream import make
+from tests.merging.golden import make
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},

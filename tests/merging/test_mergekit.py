@@ -13,11 +13,10 @@ from fusechat.app.errors import UserError
 from fusechat.merging.gradients import SHARED, value_at
 from fusechat.merging.mergekit import read
 from tests.conftest import run_entry
-from tests.merging.test_methods import TINY_DELTA
-from tests.merging.test_stream import MERGE, make
+from tests.merging.golden import MERGE, TINY_DELTA, make
 
 RECIPES: dict[str, Any] = yaml.safe_load((MERGE / "recipes.yaml").read_text())
-OTHERWISE = ("sce", "model_stock")  # mergekit's absolute thresholds; see test_methods
+OTHERWISE = ("sce", "model_stock")  # mergekit's absolute thresholds; see test_parity
 
 
 @pytest.fixture

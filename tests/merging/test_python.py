@@ -17,8 +17,8 @@ from fusechat.app.command import CONF, run_stage
 from fusechat.app.errors import UserError
 from fusechat.merging import METHODS, merge
 from tests.conftest import ROOT
-from tests.merging.test_stream import make
-from tests.merging.test_stream import merge as run_merge
+from tests.merging.golden import make
+from tests.merging.golden import merge as run_merge
 
 MINE = """
 from fusechat.merging import METHODS

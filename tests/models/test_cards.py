@@ -14,7 +14,7 @@ import yaml
 from fusechat.models.cards import CARD, Made, measured_card, write_card
 from fusechat.models.licences import most_restrictive
 from tests.conftest import ROOT, Mini
-from tests.merging.test_stream import make
+from tests.merging.golden import make
 
 
 def head(text: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fusechat.app.errors import UserError
 from fusechat.models.hub import called, hub_id, local_model
 from tests.conftest import ROOT
-from tests.merging.test_stream import make
+from tests.merging.golden import make
 from tests.serving import serve, url
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
