@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,12 @@ import numpy.typing as npt
 from fusechat.app.errors import UserError
 from fusechat.chats import slow_tokenizers
 from fusechat.chats.roles import Message, in_two_roles
+from fusechat.chats.spans import SENTINEL, Spans, found, in_parts, is_thought, marked, with_thoughts
 from fusechat.chats.turns import Turns
 
 LOG = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
-Spans = list[tuple[int, int, int]]
 PLAIN_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
-SENTINEL = re.compile("\ue000(\\d+)\ue001")
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,18 @@ class ChatRenderer:
 
         The template is rendered once per sequence of roles with sentinels as contents; what lies between them is
         literal and is found again in ``text``, with the content in between, as it is or stripped by the template.
-        Where what others say decides more of the text than that (quoted as JSON, left out where it is empty), the
-        chat is rendered with sentinels for the assistant's contents alone, and these are found.
+        Where a thought decides more of the text than that (templates of models that think keep those of the last
+        answer), thought and answer are found each for itself. Where what others say does (quoted as JSON, left out
+        where it is empty), the chat is rendered with sentinels for the assistant's contents alone, and these are found.
         Raises `UserError` where a template rewrites one of them beyond recognition.
         """
-        spans, lost = _found(chat, text, self._literals(chat))
+        spans, lost = found(chat, text, self._literals(chat))
+        if lost is not None and any(is_thought(message) for message in chat):
+            parted, marks = in_parts(chat)
+            spans, lost = found(parted, text, self._split(marks))
+            spans = with_thoughts(chat, text, spans)
         if lost is not None:
-            spans, lost = _found(chat, text, self._split(chat, ("assistant",)))
+            spans, lost = found(chat, text, self._split(marked(chat, ("assistant",))))
         if lost is not None:
             raise UserError(
                 f"the chat template rewrites message {lost} ({chat[lost]['role']}: {chat[lost]['content'][:40]!r}) so "
@@ -180,7 +183,7 @@ class ChatRenderer:
     def _literals(self, chat: Sequence[Message]) -> list[tuple[str, int]]:
         roles = tuple(message["role"] for message in chat)
         if roles not in self._pieces:
-            pieces = self._split(chat, roles)
+            pieces = self._split(marked(chat, roles))
             if lost := {*roles} - {roles[index] for _, index in pieces[:-1]} - self._untold:
                 told = "the chat template of %r prints no turn of %s: what it says is read by no model"
                 LOG.warning(told, self.host.name_or_path, ", ".join(sorted(lost)))
@@ -188,13 +191,9 @@ class ChatRenderer:
             self._pieces[roles] = pieces
         return self._pieces[roles]
 
-    def _split(self, chat: Sequence[Message], roles: Sequence[str]) -> list[tuple[str, int]]:
-        """What the template prints around the contents of ``roles``: each with the message behind it, -1 at the end."""
-        marked = [
-            {**message, "content": f"\ue000{i}\ue001"} if message["role"] in roles else message
-            for i, message in enumerate(chat)
-        ]
-        parts = SENTINEL.split(self._apply([marked])[0])
+    def _split(self, chat: Sequence[Message]) -> list[tuple[str, int]]:
+        """What the template prints around the sentinels of a chat: each with the number behind it, -1 at the end."""
+        parts = SENTINEL.split(self._apply([chat])[0])
         indices = [int(part) for part in parts[1::2]]
         if len(set(indices)) != len(indices):
             raise UserError("the chat template prints a message twice; give another with chat.template='<jinja>'")
@@ -210,36 +209,6 @@ class ChatRenderer:
             raise UserError(
                 f"the chat template of {self.host.name_or_path!r} fails: {error}; see chat.template"
             ) from error
-
-
-def _found(chat: Sequence[Message], text: str, pieces: list[tuple[str, int]]) -> tuple[Spans, int | None]:
-    """Where the contents between the pieces lie in a text, and the first message that is not where it should be."""
-    spans: Spans = []
-    at = 0
-    for (literal, index), (following, _) in pairwise(pieces):
-        start, last = at + len(literal), len(spans) + 2 == len(pieces)
-        end = _content_end(text, start, chat[index]["content"], following, last)
-        if not text.startswith(literal, at) or end is None:
-            return spans, index
-        spans.append((index, start, end))
-        at = end
-    return spans, None
-
-
-def _content_end(text: str, start: int, content: str, following: str, last: bool) -> int | None:
-    """Where the content that starts at ``start`` ends: it is printed as it is or stripped, or cut down by the template.
-
-    following: the literal after it; last: the text must end with that.
-    """
-
-    def fits(end: int) -> bool:
-        return text.startswith(following, end) and (not last or end + len(following) == len(text))
-
-    for kept in (content, content.strip(), content.rstrip(), content.lstrip()):
-        if text.startswith(kept, start) and fits(start + len(kept)):
-            return start + len(kept)
-    end = text.find(following, start) if following else len(text)
-    return end if end >= 0 and text[start:end] in content and fits(end) else None
 
 
 def renderer_for(

@@ -192,3 +192,50 @@ def test_the_last_turn_alone_is_extracted(mini: Mini, tmp_path: Path, capsys: py
         world.run("align", "source=a")
     world.run("preview", "source=pivot", "preview.show=1")
     assert "</tool_call><|end|><|tool|>2<|end|>" in capsys.readouterr().out
+
+
+THINKING = (  # as Qwen 3's: the thought of the last answer, and an empty one where it has none; of earlier ones the answer
+    "{% set ns = namespace(asked=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set parts = m.content.split('</think>') %}{% set thought = parts[0].split('<think>')[-1].strip('\n') if parts[1:] else '' %}"
+    "{{ '[' + m.role + ']\n' }}{% if m.role == 'assistant' and loop.index0 > ns.asked and (loop.last or thought) %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ parts[-1].lstrip('\n') + eos_token + '\n' }}{% endfor %}"
+)
+TIGHT = THINKING.replace(
+    "'<think>\n' + thought + '\n</think>\n\n'", "'<think>' + thought + '</think>\n'"
+)  # as GLM 4.5's
+DEAF = "{% for m in messages %}[{{ m.role }}] {{ m.content.split('</think>')[-1].lstrip('\n') }}{{ eos_token }}{% endfor %}"
+VERBATIM = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+OPENED = "<think>\nPeano?\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "heard"),
+    [
+        (THINKING, [f"{OPENED}2", f"{OPENED}4"], ["2", f"{OPENED}4"]),
+        (THINKING, ["<think>Peano?</think>2", "<think>Peano?</think>4"], ["2", f"{OPENED}4"]),
+        (THINKING, [f"{OPENED}2", "4"], ["2", "4"]),
+        (THINKING, [f"{OPENED}2", "<think>\n\n</think>\n\n4"], ["2", "4"]),
+        (THINKING, ["2", "Is it Peano?</think>4"], ["2", "<think>\nIs it Peano?\n</think>\n\n4"]),
+        (TIGHT, [f"{OPENED}2", f"{OPENED}4"], ["2", "<think>Peano?</think>\n4"]),
+        (DEAF, [f"{OPENED}2", f"{OPENED}4"], ["2", "4"]),
+        (VERBATIM, [f"{OPENED}2", f"{OPENED}4"], [f"{OPENED}2", f"{OPENED}4"]),
+    ],
+)
+def test_thoughts_are_trained_on_where_the_template_keeps_them(
+    template: str, said: list[str], heard: list[str], tokenizers: Callable[[str], Any]
+) -> None:
+    """Whatever stands around them, also where the question holds the same words; every turn ends with its token."""
+    chat = [
+        {"role": role, "content": text}
+        for question, answer in zip((f"{OPENED}2", "2 + 2?"), said, strict=True)
+        for role, text in (("user", question), ("assistant", answer))
+    ]
+    renderer = ChatRenderer(tokenizers("a"), template=template)
+    rendered = renderer([chat])[0]
+    spans = renderer.content_spans(chat, rendered.text)
+    assert [rendered.text[first:end] for index, first, end in spans if index % 2] == heard
+    learnt = [int(i) for i, keep in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if keep]
+    eos = renderer.tokenizer.eos_token_id
+    assert [learnt.count(eos), learnt[-1]] == [2, eos]
+    texts = renderer.tokenizer.decode(learnt).split(renderer.tokenizer.eos_token)
+    assert ["".join(text.split()) for text in texts] == ["".join(text.split()) for text in (*heard, "")]
