@@ -5,10 +5,10 @@ python -m fusechat.inspect runs/tiny/seed0/distributions/a
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.streams import Parser
 from fusechat.app.verbs import plainly
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _tokenizer(path: str | None) -> Any:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m fusechat.inspect", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m fusechat.inspect", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("store", help="a folder that extract or align has written")
     parser.add_argument("--samples", type=int, default=2, help="chats to decode")
     parser.add_argument("--tokenizer", help="tokenizer to decode with, where the model has moved")

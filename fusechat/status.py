@@ -5,7 +5,6 @@ python -m fusechat.status runs/tiny/seed0
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any
 from fusechat.app import failures
 from fusechat.app.errors import UserError
 from fusechat.app.states import STYLES, State, short, state_of
+from fusechat.app.streams import Parser
 from fusechat.app.verbs import plainly
 
 PARTS = ("world/models", "distributions", "aligned", "targets", "merged")  # folders of outputs, in the order of a run
@@ -80,7 +80,7 @@ def show(folder: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m fusechat.status", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m fusechat.status", description=(__doc__ or "").splitlines()[0])
     root = os.environ.get("FUSECHAT_ROOT", "runs")
     parser.add_argument("folder", nargs="*", default=[root], help=f"experiments, or folders of them (default: {root})")
 

@@ -70,7 +70,7 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
             except Exception as error:
                 ending.check_ended()
                 overrides = " ".join(task_overrides()) or "(no overrides)"
-                readable = isinstance(error, (UserError, OmegaConfBaseException))
+                readable = isinstance(error, UserError) or is_typed(error)
                 code = getattr(error, "code", UNREADABLE if readable else 1)
                 _note(job=overrides, code=code, cause=_one_line(error))
                 if code != HELD:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ def is_typed(error: BaseException) -> bool:
     return isinstance(error, (HydraException, OmegaConfBaseException)) or str(error).startswith(NO_NAME)
 
 
-def with_near_names(error: BaseException) -> str:
-    """The message of hydra's error, with the names that come near the unknown one."""
+def with_near_names(error: BaseException, given: Sequence[str] | None = None) -> str:
+    """The message of hydra's error, with the names that come near the unknown one. given: overrides; None: as typed."""
     text = str(error).strip()
     if key := re.search(r"Could not override '([\w./@]+)'|Key '[\w.]+' is not in struct\s+full_key: ([\w.]+)", text):
         name = str(key[1] or key[2])
@@ -47,18 +48,18 @@ def with_near_names(error: BaseException) -> str:
         text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
         return " ".join(text.split()) + near(Path(group[1]).name, [p.stem for p in folder.glob("*.yaml")], cutoff=0.4)
     if text.startswith(NO_NAME):
-        return _no_name() or text
+        return _no_name(sys.argv[1:] if given is None else given) or text
     if home := re.search(r"LexerNoViableAltException: (.*=)~(\S*)", text):
         return f"{home[1]}~{home[2]}: write the folder out, {home[1]}{Path.home()}{home[2]}; ~ is not taken here"
     return text
 
 
-def _no_name() -> str | None:
+def _no_name(given: Sequence[str]) -> str | None:
     """What the first override says that gives a group a number or nothing."""
-    for given in sys.argv[1:]:
-        group, _, value = given.partition("=")
+    for override in given:
+        group, _, value = override.partition("=")
         if re.fullmatch(r"null|true|false|[\d.]*", value) and (names := _members(group)):
-            return f"{given}: expected one of {', '.join(names)}; ~{group} leaves the group out"
+            return f"{override}: expected one of {', '.join(names)}; ~{group} leaves the group out"
     return None
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import select
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help is printed like anything else: argparse is silent where it could not be written."""
+
+    def print_help(self, file: Any = None) -> None:
+        """The whole help, on stdout."""
+        print(self.format_help(), end="", file=file)
 
 
 @contextmanager

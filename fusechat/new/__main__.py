@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from fusechat.app import session
 from fusechat.app.errors import UserError
+from fusechat.app.streams import Parser
 from fusechat.app.verbs import as_typed, plainly
 from fusechat.new.asked import KEYS, NEEDED, Asked, asked
 
@@ -35,10 +36,10 @@ def make(own: Asked) -> None:
         tell(own, *looked(own, start))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     needed = " ".join(f"{key}={text}" for key, text in NEEDED.items())
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m fusechat.new",
         usage=as_typed(f"python -m fusechat.new NAME {needed} [KEY=VALUE ...]"),
         description=(__doc__ or "").splitlines()[0],

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fusechat.app import door
 from fusechat.app.errors import UserError
-from fusechat.app.hints import config_folders, with_near_names
+from fusechat.app.hints import config_folders, is_typed, with_near_names
 from fusechat.app.naming import named_as_in_a_sweep
 from fusechat.pipeline.steps import Step, expand, shown
 
@@ -56,7 +55,8 @@ def jobs(step: Step, compose: Compose) -> Iterator[tuple[Step, DictConfig]]:
 def models_of(step: Step, compose: Compose) -> list[str]:
     """The models that a step reads as a source, or makes."""
     key = MODEL_OF.get(step[0])
-    return [str(OmegaConf.select(config, key)) for _, config in jobs(step, compose)] if key else []
+    with _naming("step ", step):
+        return [str(OmegaConf.select(config, key)) for _, config in jobs(step, compose)] if key else []
 
 
 def check(steps: Sequence[Step], compose: Compose) -> None:
@@ -68,7 +68,16 @@ def check(steps: Sequence[Step], compose: Compose) -> None:
             if settings in checked:  # any path may be a model's
                 continue
             checked.add(settings)
-            try:
+            with _naming(f"step {number} ", step):
                 door.check_config(compose(job), config_folders())
-            except (UserError, HydraException, OmegaConfBaseException) as error:
-                raise UserError(f"step {number} ({shown(step)}): {with_near_names(error)}") from error
+
+
+@contextmanager
+def _naming(where: str, step: Step) -> Iterator[None]:
+    """What is wrong with a step is told with it, as a `UserError`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_typed(error):
+            raise UserError(f"{where}({shown(step)}): {with_near_names(error, step[1])}") from error
+        raise

@@ -117,6 +117,25 @@ def test_the_plan_composes_and_evaluates_every_model_once(hydra: None, tmp_path:
     assert str(compose(("evaluate", [f'model="{models[3]}"'])).output_file) == f"{place}/evaluation/targets-a.json"
 
 
+@pytest.mark.parametrize("steps", [["pipeline.steps=[report,{}]"], ["pipeline.steps=auto", "pipeline.add=[{}]"]])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "train preset=null",
+            r"\(train preset=null\): preset=null: expected one of flash_attention_2, lora, qlora; ~preset",
+        ),
+        ("train lss=ce", r"\(train lss=ce\): the config has no key 'lss'; did you mean loss"),
+        ("train loss=cee", r"\(train loss=cee\): .*did you mean ce\?"),
+    ],
+)
+def test_a_steps_mistake_is_named(hydra: None, steps: list[str], line: str, message: str) -> None:
+    compose = composer(OWN)
+    cfg = compose(("pipeline", [text.format(f"'{line}'") for text in steps]))
+    with pytest.raises(UserError, match=f"^step (\\d+ )?{message}"):
+        check(steps_of(cfg, compose), compose)
+
+
 def test_lists_stay_as_they_are_and_may_be_added_to(hydra: None) -> None:
     compose = composer([])
     cfg = compose(("pipeline", ["experiment=fusellm_7b", "pipeline.add=[report]"]))
