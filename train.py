@@ -20,6 +20,7 @@ from fusechat.app.tracking import log_made, make_logger, open_run
 def run(cfg: DictConfig) -> float | None:
     """config -> objects -> run; returns the validation bits per byte, which searches minimise."""
     from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer, train
+    from fusechat.fusion.checks import check_chats
 
     rule, experiment, output = FusionRule(**plain(cfg.fusion)), Path(cfg.paths.experiment), Path(cfg.output_dir)
     sources = _sources(cfg) if rule.needs_sources else []
@@ -28,6 +29,11 @@ def run(cfg: DictConfig) -> float | None:
     pivot = {key: value for key, value in plain(cfg.pivot).items() if key not in ("name", "path")}
     (callbacks, own), optimizer = split(plain(cfg.callbacks)), plain(cfg.optimizer)
     targets = [*own.values(), *(part for part in (optimizer, optimizer.get("schedule", "")) if TARGET in part)]
+    remedies = [
+        f"python -m fusechat.extract {stage} source=pivot",
+        *(f"python -m fusechat.align {stage} source={source}" for source in sources),
+    ]
+    check_chats(pivot_store, plain(cfg.chat), remedies[0])
     value = train(
         cfg.pivot.path,
         pivot_store,
@@ -52,10 +58,7 @@ def run(cfg: DictConfig) -> float | None:
         logger=lambda step: make_logger(cfg, f"{cfg.stage}-{output.name}", step),
         record=provenance(cfg),
         imports=imported(cfg) | own_modules(targets),
-        remedies=[
-            f"python -m fusechat.extract {stage} source=pivot",
-            *(f"python -m fusechat.align {stage} source={source}" for source in sources),
-        ],
+        remedies=remedies,
         launch=lambda processes: launch("train", cfg, processes),
     )
     if (tracker := open_run()) is not None:  # in the one process that trained

@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.marks import Mark, fingerprint
 from fusechat.app.verbs import near
 
 LOG = logging.getLogger(__name__)
@@ -84,6 +85,11 @@ def shares(parts: Sequence[Part], sizes: Sequence[int]) -> list[int]:
 def sizes_of(rows: Any) -> dict[str, int]:
     """Name of each part of a mixture -> its chats, in their order; nothing for other chats."""
     return dict(Counter(rows[PART])) if PART in rows.column_names else {}
+
+
+def mark_of(rows: Any) -> Mark:
+    """The fingerprint of chats: of their content, in their order, and of the parts of a mixture."""
+    return fingerprint(ids=list(rows["id"]), **({"parts": sizes} if (sizes := sizes_of(rows)) else {}))
 
 
 def paths_of(given: Given) -> list[str]:

@@ -59,6 +59,7 @@ def _extract(cfg: DictConfig) -> None:
         server=server,
         overwrite=cfg.overwrite,
         imports=imported(cfg),
+        record={"chat": {key: chat[key] for key in ("path", "template", *reading)}},
         when_made=lambda manifest: _follow(cfg, manifest),
     )
 

@@ -16,7 +16,7 @@ from fusechat.app.places import writes
 from fusechat.app.progress import Progress, progress, spell
 from fusechat.app.surroundings import check_room
 from fusechat.chats.formats import load_chats
-from fusechat.chats.mixture import Given, sizes_of
+from fusechat.chats.mixture import Given, mark_of, sizes_of
 from fusechat.chats.render import ChatRenderer, renderer_for
 from fusechat.extract.kinds import KINDS, OF_TOP, Keep, entries_of
 from fusechat.extract.processes import Tell, share
@@ -65,6 +65,7 @@ def extract(
     told: Elsewhere | None = None,
     overwrite: bool = False,
     imports: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
     when_made: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a source over chats and stores its distributions at every token of the assistant. Returns the manifest.
@@ -73,11 +74,12 @@ def extract(
     pivot: its tokenizer, or its path, for template="pivot"; other templates, and train_on, as `renderer_for`.
     kind: one of `KINDS`, with top_k, top_p, draws as in `Keep`. logprobs: float16, or uint8 (steps of 0.05 nats).
     tokens_per_batch: padded tokens run together; a batch that does not fit in memory runs in halves, which the
-    manifest notes. max_bad_fraction: chats with NaN or inf before the run stops. when_made: called with the manifest
-    where it is new. trainer: accelerator and devices as in `devices_of`, a process for each (one where a device_map
-    spreads the model); more than one need a main module that can be imported, as multiprocessing's spawn does. server:
-    where the model runs, if not here; of ``model`` only tokenizer and config are read then. told: what somebody else
-    has predicted with the model, of which only the tokenizer is read then.
+    manifest notes. max_bad_fraction: chats with NaN or inf before the run stops. record: more to write into the
+    manifest; decides nothing. when_made: called with the manifest where it is new. trainer: accelerator and devices as
+    in `devices_of`, a process for each (one where a device_map spreads the model); more than one need a main module
+    that can be imported, as multiprocessing's spawn does. server: where the model runs, if not here; of ``model`` only
+    tokenizer and config are read then. told: what somebody else has predicted with the model, of which only the
+    tokenizer is read then.
 
     A finished store of the same settings is left as it is, an unfinished one is gone on with; the number of devices
     decides nothing of its content. Raises `UserError` for unusable models, chats or settings, and for a store of other
@@ -96,8 +98,7 @@ def extract(
     renderer = renderer_for(tokenizer, pivot, template, max_length, end_of_turn, train_on)
     rows, _ = load_chats(chats)
     parts = {"parts": sizes} if (sizes := sizes_of(rows)) else {}
-    chats_mark = outputs.fingerprint(ids=list(rows["id"]), **parts)
-    about = parts | _about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=chats_mark)
+    about = parts | _about(tokenizer, renderer, model=name or Path(model).name, path=str(model), chats=mark_of(rows))
     loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     loading |= {"attn_implementation": attn_implementation, "device_map": device_map, "load_in": load_in}
     devices: Sequence[Any] = [None]
@@ -144,6 +145,7 @@ def extract(
         extract={**amount, "max_bad_fraction": max_bad_fraction},
         drawn="generator" in KINDS[kind].needs,
         logprobs=logprobs,
+        **(record or {}),
     )
     LOG.info(f"{summary(manifest, output)}, in {spell(time.monotonic() - began)}")
     warn_of_cut(manifest)

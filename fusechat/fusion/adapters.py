@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json
-from fusechat.fusion.training import WEIGHTS
+from fusechat.fusion.training import ADAPTER, WEIGHTS
 from fusechat.models import load as models
 
-FOLDER = "adapter"  # inside a target
 NOT_PEFT = ("enabled", "adapter")  # keys of the section that are ours
 CONFIG = "adapter_config.json"  # of an adapter, as peft calls it
 SCALED = (
@@ -84,7 +83,7 @@ def export(path: str, lora: Mapping[str, Any], given: Mapping[str, Tensor] | Non
     model = with_adapters(models.load_model(path), {**lora, "adapter": None})
     if given is not None:
         _take(model, given, "the adapter")
-    save_adapters(model, None, directory / FOLDER)
+    save_adapters(model, None, directory / ADAPTER)
     model.merge_and_unload().save_pretrained(directory)
     models.load_tokenizer(path).save_pretrained(directory)
 

@@ -17,12 +17,13 @@ from fusechat.app import checksums
 from fusechat.app.outputs import whole_directory, write_json
 from fusechat.app.progress import spell
 from fusechat.app.steps import StepsTold
-from fusechat.fusion.adapters import FOLDER, merged_adapters, save_adapters
+from fusechat.fusion.adapters import merged_adapters, save_adapters
 from fusechat.fusion.checkpoints import list_of
 from fusechat.fusion.options import Callbacks
 from fusechat.fusion.samples import Samples
 from fusechat.fusion.sharding import whole_weights
 from fusechat.fusion.stopping import StopOnSignal
+from fusechat.fusion.training import ADAPTER
 
 LOG = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class SavePretrained:
         with whole_directory(self.output_dir, overwrite=True) as directory:
             model.save_pretrained(directory, state_dict=state)
             if adapters is not None:
-                save_adapters(pl_module.model, adapters, directory / FOLDER)
+                save_adapters(pl_module.model, adapters, directory / ADAPTER)
             self.describe(directory, facts)
         LOG.info(closing(self.output_dir, facts, float(pl_module.tokens), time.monotonic() - self.began))
 

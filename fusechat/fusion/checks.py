@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
+from fusechat.app.marks import differing
+from fusechat.app.session import MISSING
 from fusechat.app.surroundings import check_room
+from fusechat.chats.mixture import mark_of
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.rules import FusionRule
 from fusechat.models.checkpoints import LazyCheckpoint
 from fusechat.models.load import tokenizer_identity
-from fusechat.stores.store import DistributionStore
+from fusechat.stores.store import DistributionStore, read_manifest
 
+LOOK = ("max_length", "end_of_turn", "train_on")  # keys of chat that a store is made by, whichever chats it holds
+CHOICE = ("path", "name", "split", "format", "limit", "streaming", "seed")  # keys that choose the chats
 BYTES = 4  # of a weight in the export, and of each of a checkpoint's three numbers for it (AdamW)
 
 
@@ -30,6 +35,38 @@ def check_tokens(stores: Sequence[DistributionStore], tokenizer: Any, pivot: str
             f"pivot.path={pivot} has another vocabulary or chat template ({now}) than {stores[0].path} was made with: "
             f"{before}; set pivot.path, or run: {remedy} overwrite=true"
         )
+
+
+def check_chats(store: Path, chat: Mapping[str, Any], remedy: str) -> None:
+    """Raises `UserError` where chat.* asks for other chats than the pivot's store holds, or for another look at them.
+
+    chat: the section of the config; remedy: the command that makes the store. Chats that lie elsewhere or are asked for
+    in other words may be the same: they are read then. Says nothing of a store that is not there, nor where chat.path
+    is not given.
+    """
+    manifest = read_manifest(store)
+    if manifest is None or chat["path"] == MISSING:
+        return
+    held = {"train_on": "all", **{key: manifest[key] for key in LOOK if key in manifest}, **manifest.get("chat", {})}
+    changed = [key for key in held if key in chat and chat[key] != held[key]]
+    if any(key in CHOICE for key in changed) and _are_those(chat, manifest["chats"]):
+        changed = [key for key in changed if key not in CHOICE]
+    if changed:
+        there, now = ({f"chat.{key}": values[key] for key in changed} for values in (held, chat))
+        raise UserError(
+            f"{store} holds other chats than these settings ask for ({differing(there, now)}), and they are what is "
+            f"trained on; set these keys as they were, or run: {remedy} overwrite=true"
+        )
+
+
+def _are_those(chat: Mapping[str, Any], mark: str) -> bool:
+    from fusechat.chats.formats import load_chats
+
+    try:
+        rows, _ = load_chats(chat["path"], **{key: chat[key] for key in CHOICE if key != "path"})
+    except UserError:
+        return False
+    return mark_of(rows) == mark
 
 
 def check_maps(stores: Sequence[DistributionStore], loss: FusionLoss) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import file_hash, fingerprint
+from fusechat.app.outputs import RECORD, file_hash, fingerprint
 from fusechat.fusion.fingerprint import before_stopping, earlier_fingerprint, settings_fingerprint
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.options import Data, Optimizer
@@ -17,6 +17,7 @@ from fusechat.fusion.rules import FusionRule
 from fusechat.models.load import model_identity
 from fusechat.stores.store import DistributionStore
 
+ADAPTER = "adapter"  # folder of a target
 WEIGHTS = "adapter_model.safetensors"  # of an adapter, as peft calls them
 
 
@@ -56,7 +57,7 @@ class Training:
         lora, adapter = dict(self.lora), self.lora.get("adapter")
         lora.pop("adapter", None)
         if adapter is not None and not (Path(adapter) / WEIGHTS).is_file():
-            raise UserError(f"lora.adapter={adapter} holds no {WEIGHTS}; give a target's folder adapter/, or null")
+            raise UserError(f"lora.adapter={adapter} holds no {WEIGHTS}; {_instead(Path(adapter))}")
         return {
             "pivot": model_identity(self.pivot, self.revision),
             "stores": [store.fingerprint for store in self.stores],
@@ -92,3 +93,16 @@ class Training:
     def checkpoints(self, output: Path) -> Path:
         """The folder of checkpoints while the target is being made."""
         return output.parent.parent / "checkpoints" / f"{output.name}-{self.mark}"
+
+
+def _instead(adapter: Path) -> str:
+    """What to do where a folder is no adapter: targets keep theirs in one, but for those of earlier versions."""
+    if (adapter / ADAPTER / WEIGHTS).is_file():
+        return f"that target's adapter is {adapter / ADAPTER}"
+    target = next((place for place in (adapter, adapter.parent) if (place / RECORD).is_file()), None)
+    if target is None:
+        return f"give a target's folder {ADAPTER}/, or null"
+    return (
+        f"{target} was trained without one, or by a version that merged it into the weights alone: train it again with "
+        f"lora.enabled=true overwrite=true, or go on from its weights with pivot.path={target} lora.adapter=null"
+    )

@@ -22,10 +22,9 @@ from fusechat.app.trainer import seed_everything
 from fusechat.chats.formats import load_chats
 from fusechat.extract import extract
 from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer, train
-from fusechat.fusion.adapters import FOLDER as ADAPTER
 from fusechat.fusion.adapters import export
 from fusechat.fusion.run import LORA
-from fusechat.fusion.training import WEIGHTS
+from fusechat.fusion.training import ADAPTER, WEIGHTS
 from fusechat.models.load import load_tokenizer, model_identity, tokenizer_identity
 from fusechat.models.whole import write_record
 from fusechat.mutual.hearing import Heard

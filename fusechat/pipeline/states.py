@@ -15,6 +15,7 @@ from fusechat.app.failures import Failure
 from fusechat.app.marks import PARTS, differing, flat
 from fusechat.app.outputs import MANIFEST, read_json
 from fusechat.app.states import State, state_of
+from fusechat.app.texts import json_object
 from fusechat.models.load import model_identity
 
 OWN = ("fusion", "loss", "optimizer", "data", "lora", "trainer", "seed")
@@ -28,6 +29,8 @@ COMPARED = {  # verb -> name in the record: key of the config
     "merge": {"merge": "merge", "seed": "seed"},
     "evaluate": {"evaluation": "evaluation", "seed": "seed"},
 }
+CHOICE = ("name", "split", "format", "limit", "seed")  # keys of chat that choose among a file's chats
+CONFIG = "config.json"  # of a model
 PLACES = {"evaluate": [("evaluation", "chats"), ("evaluation", "questions")]}  # where files lie decides nothing
 Values = Mapping[str, Any]
 
@@ -49,14 +52,40 @@ class Job:
             return State("stale", why)
         return found
 
+    @property
+    def bytes(self) -> int | None:
+        """What a target or a merged model is likely to take: the pivot's weights, in fp32. None: not known."""
+        pivot = Path(self.values["pivot"]["path"]) if self.verb in ("train", "merge") else None
+        if pivot is None or not (pivot / CONFIG).is_file():
+            return None
+        config, files = json_object(pivot / CONFIG), pivot.glob("*.safetensors")
+        half = (config.get("dtype") or config.get("torch_dtype")) in ("float16", "bfloat16")
+        return sum(file.stat().st_size for file in files) * (2 if half else 1) or None
+
     def _stale(self, record: Values, remade: set[Path]) -> str:
         there = flat(
             record.get(PARTS) or {name: record[name] for name in ("seed",) if name in record}
         )  # the tiny models'
         now = {name: value for name, value in flat(self._decides()).items() if name in there}
-        if found := differing({name: there[name] for name in now}, now):
+        there = {name: there[name] for name in now}
+        if self.verb == "extract":
+            there, now = (own | chosen for own, chosen in zip((there, now), self._chosen(record), strict=True))
+        if found := differing(there, now):
             return found
         return next((f"{path} is not done" for path in self.reads if path.resolve() in remade), "")
+
+    def _chosen(self, store: Values) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Which of their files' chats a store was made of, as asked for then and now, where that is another choice.
+
+        A limit beyond all chats chooses none of them, and a seed decides of mixtures alone.
+        """
+        there, now, rows = store.get("chat", {}), self.values["chat"], sum(each["rows"] for each in store["shards"])
+        keys = [key for key in CHOICE if key in there and there[key] != now[key]]
+        if "parts" not in store:
+            keys = [key for key in keys if key != "seed"]
+        if (there.get("limit") or rows + 1) > rows <= (now["limit"] or rows):
+            keys = [key for key in keys if key != "limit"]
+        return {f"chat.{key}": there[key] for key in keys}, {f"chat.{key}": now[key] for key in keys}
 
     def _decides(self) -> dict[str, Any]:
         settings = {name: _at(self.values, key) for name, key in COMPARED.get(self.verb, {}).items()}

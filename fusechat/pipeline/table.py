@@ -23,7 +23,9 @@ RENEWED = ("evaluate", "report", "tiny")  # commands that make anew, unasked, wh
 
 @dataclass(frozen=True)
 class Row:
-    """An output. bytes: on the disk by now, or as expected; seconds: expected of what is not done. None: not known."""
+    """An output. bytes: on the disk by now (what is stale is made again beside it), or as expected; seconds: expected
+    of what is not done. None: not known.
+    """
 
     step: int
     verb: str
@@ -43,12 +45,13 @@ def rows_of(steps: Sequence[Step], compose: Compose, experiment: Path) -> list[R
         state, output = job.state(known, remade), job.output
         if state.kind != "done" and output is not None:
             remade.add(output.resolve())
-        found = size_of(output) if state.kind == "done" and output else None
+        found = size_of(output) if state.kind in ("done", "stale") and output else None
         if found is not None:
             sizes.setdefault(job.verb, []).append(found)
         name = short(output, experiment) if output else "-"
         guess = expected.get(name) or expected.get(name.partition("/")[0], {})
-        rows.append(Row(number, job.verb, name, state, found or guess.get("bytes"), guess.get("seconds")))
+        room = found or guess.get("bytes") or job.bytes
+        rows.append(Row(number, job.verb, name, state, room, guess.get("seconds")))
     return [_like_others(row, sizes) for row in rows]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -220,6 +221,22 @@ def test_adapters_that_training_cannot_go_on_from(options: list[str], message: s
     with pytest.raises(UserError, match=message):
         fresh.run("train", *lora, place, *options, "run_name=again")
     assert not (fresh.experiment / "targets/again").exists()
+
+
+def test_a_folder_without_an_adapter_names_the_way(mini: Mini, tmp_path: Path) -> None:
+    """Also a target of an earlier version, which kept none; and a target in place of its adapter."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    (new / "adapter").mkdir(parents=True)
+    (new / "adapter/adapter_model.safetensors").touch()
+    old.mkdir()
+    (old / "fusechat.json").write_text("{}")
+    train = ["train", "source=a", "lora.enabled=true", "run_name=again"]
+    for given in (old, old / "adapter"):
+        ways = f"overwrite=true, or go on from its weights with pivot.path={old} lora.adapter=null"
+        with pytest.raises(UserError, match=f"{old} was trained without one, or by a version .*{re.escape(ways)}"):
+            mini.run(*train, f"lora.adapter={given}")
+    with pytest.raises(UserError, match=f"lora.adapter={new} holds no .*; that target's adapter is {new}/adapter"):
+        mini.run(*train, f"lora.adapter={new}")
 
 
 def test_train_needs_no_config(fresh: Mini) -> None:

@@ -1,6 +1,8 @@
 """What training refuses: settings that exclude each other, stores of another pivot, spoilt stores."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,3 +82,38 @@ def test_a_vocabulary_beyond_the_embedding_is_refused(fresh: Mini) -> None:
     spoil(fresh.experiment / "distributions/pivot", lambda t: t, vocab_size=70_000)
     with pytest.raises(UserError, match=r"has ids up to 70000, the model's embedding \d+ rows; set pivot\.path"):
         fresh.run("train", "source=a")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("chat.limit=50", "chat.limit: null there, 50 now"),
+        ("chat.max_length=128", "chat.max_length: 256 there, 128 now"),
+        ("chat.train_on=last", 'chat.train_on: "all" there, "last" now'),
+        ("chat.end_of_turn=false", "chat.end_of_turn: true there, false now"),
+        ("chat.template=pivot", 'chat.template: "native" there, "pivot" now'),
+    ],
+)
+def test_other_chats_than_the_stores_are_told_with_both_values(override: str, told: str, mini: Mini) -> None:
+    remedy = "run: python -m fusechat.extract experiment=tiny source=pivot overwrite=true"
+    with pytest.raises(UserError, match=rf"pivot holds other chats .* \({re.escape(told)}\).*{re.escape(remedy)}"):
+        mini.run("train", "source=a", override)
+
+
+def test_the_same_chats_elsewhere_are_those_of_the_stores(fresh: Mini, tmp_path: Path) -> None:
+    """A file that has moved, a limit beyond all chats, a store of an earlier version; nothing is said without chats."""
+    there = fresh.experiment / "world/chats"
+    shutil.copy(there / "fusion.jsonl", tmp_path / "moved.jsonl")
+    asked = ["source=a", "trainer.max_steps=1"]
+    fresh.run("train", *asked, f"chat.path={tmp_path}/moved.jsonl", "chat.limit=5000")
+    with pytest.raises(UserError, match=r"chat\.path: \".*fusion\.jsonl\" there, \".*test\.jsonl\" now"):
+        fresh.run("train", *asked, f"chat.path={there}/test.jsonl")
+    with pytest.raises(UserError, match=r"chat\.path: .*gone\.jsonl\" now"):
+        fresh.run("train", *asked, f"chat.path={there}/gone.jsonl")
+    fresh.run("train", *asked, "chat.path=???", "chat.max_length=999", "data.max_tokens=256", "run_name=silent")
+    manifest = fresh.experiment / "distributions/pivot/manifest.json"
+    about = json.loads(manifest.read_text())
+    assert about.pop("chat")["path"].endswith("fusion.jsonl")
+    del about["checksum"]
+    manifest.write_text(json.dumps(about))
+    fresh.run("train", *asked, "chat.limit=50", "run_name=earlier")

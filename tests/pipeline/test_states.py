@@ -19,11 +19,12 @@ from fusechat.app import failures
 from fusechat.app.command import CONF
 from fusechat.app.errors import UserError
 from fusechat.app.locks import held, holder
+from fusechat.app.outputs import read_json, write_json
 from fusechat.app.quantities import duration, size
 from fusechat.app.states import state_of
 from fusechat.pipeline.configs import composer
 from fusechat.pipeline.steps import parse
-from fusechat.pipeline.table import Row, rows_of, summary
+from fusechat.pipeline.table import Row, rows_of, size_of, summary
 from tests.conftest import ROOT, Mini
 
 TARGET = "${paths.experiment}/targets/a"
@@ -259,3 +260,40 @@ def test_old_results_without_parts_are_done(world: Mini) -> None:
         del content[key]
     file.write_text(json.dumps(content))
     assert kinds(world, of="evaluate") == {"evaluation/targets-a.json": "done"}
+
+
+def test_a_store_of_other_chats_is_stale_and_a_limit_beyond_all_is_none(finished: Mini, world: Mini) -> None:
+    of = {
+        name: rows(world, override, of="extract")["distributions/a"].state
+        for name, override in {
+            "less": "chat.limit=5",
+            "all": "chat.limit=96",
+            "more": "chat.limit=5000",
+            "seed": "chat.seed=3",
+        }.items()
+    }
+    assert {name: state.kind for name, state in of.items()} == {
+        "less": "stale",
+        "all": "done",
+        "more": "done",
+        "seed": "done",
+    }
+    assert of["less"].told == "chat.limit: null there, 5 now"
+    manifest = world.experiment / "distributions/a/manifest.json"
+    content = read_json(manifest)
+    write_json(manifest, {**content, "chat": {**content["chat"], "limit": 96}})
+    assert rows(world, of="extract")["distributions/a"].state.told == "chat.limit: 96 there, null now"
+    assert rows(world, "chat.limit=96", of="extract")["distributions/a"].state.kind == "done"
+    with pytest.raises(UserError, match="chats: "):
+        world.run("extract", "source=a", "chat.limit=5")
+
+
+def test_room_is_told_of_what_is_stale_and_what_is_to_be_trained(world: Mini) -> None:
+    stale = rows(world, "loss.lm_weight=0.75", of="train")["targets/a"]
+    assert stale.bytes == size_of(world.experiment / "targets/a")
+    shutil.rmtree(world.experiment / "targets/a")
+    weights = (world.experiment / "world/models/pivot/model.safetensors").stat().st_size
+    assert rows(world, of="train")["targets/a"].bytes == weights
+    config = world.experiment / "world/models/pivot/config.json"
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+    assert rows(world, of="train")["targets/a"].bytes == 2 * weights
