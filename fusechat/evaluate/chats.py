@@ -21,8 +21,9 @@ def chats(job: Job) -> Work:
     """The chats of ``chats`` (any format that chat.path reads), of its ``split``, at most ``limit`` of them."""
     from fusechat.chats.formats import load_chats
 
+    asked = {key: job.settings[key] for key in ("split", "limit")}
     try:
-        rows, _ = load_chats(job.settings["chats"], split=job.settings["split"], limit=job.settings["limit"])
+        rows, _ = load_chats(job.settings["chats"], **asked, seed=job.settings.get("chats_seed", 0))
     except UserError as error:
         raise UserError(f"evaluation.chats: {error}") from error
     inputs = {"tests": fingerprint(ids=list(rows["id"])), "tags": fingerprint(tags=list(rows["tag"]))}

@@ -40,6 +40,7 @@ def evaluate(
     chats: Given,
     output_file: str | Path,
     *,
+    chats_seed: int = 0,
     split: str = "test",
     limit: int | None = None,
     generate: bool = True,
@@ -62,14 +63,15 @@ def evaluate(
     ``metrics`` has, for each metric and skill, value, low and high of the 95 % bootstrap interval: bits_per_byte
     (nats of the answers / ln 2 / their UTF-8 bytes), nats_per_token, next_token_accuracy (share of the answers' tokens
     that are likeliest), and with ``generate`` accuracy (exact match of greedy answers). ``samples`` has the same chat
-    by chat. A result of the same model, chats and settings is returned as it is there. record: kept in the result
-    beside it. imports: the user's own modules with their hashes. device: as in `device_of`; it is no part of the
-    fingerprint. server: where the model runs, if not here; of ``model`` only tokenizer and config are read then. Raises
-    `UserError`.
+    by chat. A result of the same model, chats and settings is returned as it is there. chats_seed: draws the rows of a
+    mixture (`mixture.mixed`). record: kept in the result beside it. imports: the user's own modules with their hashes.
+    device: as in `device_of`; it is no part of the fingerprint. server: where the model runs, if not here; of ``model``
+    only tokenizer and config are read then. Raises `UserError`.
     """
     settings: dict[str, Any] = {
         "kind": "chats",
         "chats": str(chats) if isinstance(chats, Path) else chats,
+        "chats_seed": chats_seed,
         "split": split,
     }
     settings |= {"limit": limit, "template": template}
@@ -128,12 +130,16 @@ def _evaluate(
     check("evaluation", **settings)
     kind = EVALUATIONS[settings["kind"]]
     work: Work = kind.function(Job(path, output.stem, settings, seed, server))
-    deciding = {key: value for key, value in settings.items() if key != "device" or value is None}  # not where it ran
+    beside = {
+        "chats_seed",
+        *(["device"] if settings.get("device") is not None else []),
+    }  # the chats drawn count; not where it ran
+    deciding = {key: value for key, value in settings.items() if key not in beside}
     if server:
         deciding = {key: value for key, value in deciding.items() if key not in OURS} | server.decides
     there = {} if overwrite else _there(output, work)
-    beside = {"model": model_identity(path), "seed": seed}
-    own, *of_old = (stage_fingerprint(imports, evaluation=s, **beside) for s in _counted(deciding, work.known, there))
+    whose = {"model": model_identity(path), "seed": seed}
+    own, *of_old = (stage_fingerprint(imports, evaluation=s, **whose) for s in _counted(deciding, work.known, there))
     about: dict[str, Any] = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path}
     about |= server.decides if server else {}
     about[PARTS] = {**own.parts, **flat(work.inputs)}

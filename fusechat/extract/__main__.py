@@ -74,7 +74,7 @@ def _warn_of_tests(cfg: DictConfig, chats: Any) -> None:
     path = options.get("chats") or ""
     if options["kind"] != "chats" or not all(Path(each).is_file() for each in paths_of(path)):
         return
-    tests, _ = load_chats(path, split=options["split"], limit=options["limit"])
+    tests, _ = load_chats(path, split=options["split"], limit=options["limit"], seed=options["chats_seed"])
     if count := shared_questions(chats["messages"], tests["messages"]):
         told = "%d of %d questions of evaluation.chats=%s are among the chats: what is measured on them is no test"
         LOG.warning(told, count, len(tests), ", ".join(paths_of(path)))

@@ -25,15 +25,14 @@ STARTING = 1.5  # a process's start over its imports: configs, checks, a model t
 
 def make(own: Asked) -> None:
     """Looks at everything, writes the experiment, and says what it will take."""
-    began = time.perf_counter()
-    import lightning  # noqa: F401  with all that a training imports: what a process takes to start is measured
+    with session.session():  # before libraries are imported, which heed what it sets
+        began = time.perf_counter()
+        import lightning  # noqa: F401  with all that a training imports: what a process takes to start is measured
 
-    from fusechat.new.telling import tell
-    from fusechat.new.work import looked
+        from fusechat.new.telling import tell
+        from fusechat.new.work import looked
 
-    start = STARTING * (time.perf_counter() - began)
-    with session.session():
-        tell(own, *looked(own, start))
+        tell(own, *looked(own, STARTING * (time.perf_counter() - began)))
 
 
 def parser() -> Parser:

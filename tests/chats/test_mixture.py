@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import fingerprint
 from fusechat.chats.formats import load_chats
-from fusechat.chats.mixture import Part, paths_of, shares, sizes_of
+from fusechat.chats.mixture import Part, parts_of, paths_of, shares, sizes_of
 from fusechat.stores.store import DistributionStore
-from tests.conftest import Mini
+from tests.conftest import Mini, composed
 
 
 def write(path: Path, count: int, tag: str = "") -> Path:
@@ -151,8 +152,15 @@ def test_every_stage_takes_the_same_mixture(
     world.run("evaluate", f"model={model}", f"evaluation.chats={tests}", "evaluation.generate=false")
     with pytest.raises(UserError, match=r"evaluation\.chats: chat\.path: test holds 24 chats and rows=25 is more"):
         world.run("evaluate", f"model={model}", f"evaluation.chats=[{{path:{chats}/test.jsonl,rows:25}}]")
-    result = json.loads(next((world.experiment / "evaluation").glob("*.json")).read_text())
-    assert len(result["samples"]) == 24 + 4
+    file = next((world.experiment / "evaluation").glob("*.json"))
+    drawn = lambda: [sample["id"] for sample in json.loads(file.read_text())["samples"]]
+    first, again = drawn(), ["evaluate", f"model={model}", f"evaluation.chats={tests}", "evaluation.generate=false"]
+    assert len(first) == 24 + 4
+    world.run(*again, "chat.seed=1")
+    assert drawn() == first, "runs of other chats have one test set"
+    world.run(*again, "evaluation.chats_seed=1")
+    assert drawn()[:24] == first[:24]
+    assert drawn()[24:] != first[24:]
     with pytest.raises(UserError, match=r"chats"):
         world.run("extract", "source=pivot", "chat.seed=1")
 
@@ -162,3 +170,27 @@ def test_one_path_keeps_its_fingerprint(mini: Mini) -> None:
     assert "parts" not in store.manifest
     ids = load_chats(mini.experiment / "world/chats/fusion.jsonl")[0]["id"]
     assert store.manifest["chats"] == fingerprint(ids=list(ids))
+
+
+def test_the_papers_nine_sets(tmp_path: Path) -> None:
+    """In their published sizes, and a hundredth of each read: named by tags, as many of each as the paper says."""
+    cfg = composed(
+        "train", ["experiment=fusechat_7b_varm", "chat=fusechat_sets", "source=nh2_solar", f"paths.root={tmp_path}"]
+    )
+    chat = OmegaConf.to_container(cfg.chat, resolve=True)
+    assert (chat["template"], chat["max_length"], chat["seed"]) == ("pivot", 2048, 0)
+    given = {part.name: part.rows for part in parts_of(chat["path"])}
+    whole = {"capybara": 16_000, "no_robots": 9_500, "sharegpt_gpt4": 6_200}
+    sampled = {"orca_best": 20_000, "oasst_top1": 5_000}
+    sampled |= dict.fromkeys(("metamathqa", "oss_instruct", "evol_alpaca", "python_code"), 10_000)
+    assert given == sampled | dict.fromkeys(whole)
+    assert sum((sampled | whole).values()) == 96_700
+    (tmp_path / "sets").mkdir()
+    for part in chat["path"]:
+        assert part["path"] == str(
+            write(tmp_path / f"sets/{part['name']}.jsonl", whole.get(part["name"], 21_000) // 100)
+        )
+    less = [part | ({"rows": part["rows"] // 100} if "rows" in part else {}) for part in chat["path"]]
+    rows, _ = load_chats(less, seed=chat["seed"])
+    assert sizes_of(rows) == {name: size // 100 for name, size in (sampled | whole).items()}
+    assert {*rows["tag"]} == {*given}

@@ -29,6 +29,7 @@ from fusechat.app.schema.values import (
     Says,
     Scalar,
     Section,
+    Seed,
     Share,
     Size,
     Template,
@@ -181,6 +182,7 @@ class Evaluation(Served, total=False):
     kind: str
     file: Path
     chats: Chats
+    chats_seed: Seed
     questions: Path
     split: str
     limit: Count | None
