@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from fusechat.app.outputs import read_json, write_json
 from fusechat.report import report
 from tests.conftest import Mini
 
@@ -54,8 +55,8 @@ def look(page: Path, width: int, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def made(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with every figure."""
+def world(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Mini:
+    """Two targets, SFT, a merge, and their evaluations."""
     world = Mini(shutil.copytree(mini.root, tmp_path_factory.mktemp("browser") / "runs"))
     world.run("train", "source=a")
     world.run("train", "source=b")
@@ -63,26 +64,47 @@ def made(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
     world.run("merge", "merge=varm", f"targets=[{world.experiment}/targets/a,{world.experiment}/targets/b]")
     for name in ("world/models/pivot", "targets/a", "targets/b", "targets/sft_1", "merged/varm_matrix"):
         world.run("evaluate", f"model={world.experiment}/{name}")
+    return world
+
+
+@pytest.fixture(scope="module")
+def single(world: Mini) -> Path:
+    """A report with every figure."""
     return report([world.experiment], world.root / "report", baseline="targets-sft_1").page
 
 
+@pytest.fixture(scope="module")
+def pooled(world: Mini) -> Path:
+    """A report of two seeds: the second answers every fourth question otherwise, in more nats."""
+    seeds = [Path(shutil.copytree(world.experiment, world.root / f"seeds/seed{seed}")) for seed in range(2)]
+    for number, file in enumerate(sorted((seeds[1] / "evaluation").glob("*.json"))):
+        content = read_json(file)
+        for at, sample in enumerate(content["samples"]):
+            sample["nats"] += 0.1 + 0.01 * ((at + number) % 7)
+            sample["correct"] ^= (at + number) % 4 == 0
+        write_json(file, content)
+    return report(seeds, world.root / "both", baseline="targets-sft_1").page
+
+
+BOTH = ["skills", "training", "objective", "wins", "alignment"]
+ONE = [*BOTH, "comparisons", "merge_weights_varm_matrix"]
+SEVERAL = [*BOTH, "comparisons_pooled", "comparisons_1", "skills_pooled"]
+SEVERAL += [f"merge_weights_seed{seed}_varm_matrix" for seed in range(2)]
+
+
 @pytest.mark.parametrize("width", [1280, 390])
-def test_marks_are_rows_and_nothing_overflows(made: Path, width: int, tmp_path: Path) -> None:
-    seen = look(made, width, tmp_path)
+@pytest.mark.parametrize(("made", "figures"), [("single", ONE), ("pooled", SEVERAL)])
+def test_marks_are_rows_and_nothing_overflows(
+    made: str, figures: list[str], width: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    page: Path = request.getfixturevalue(made)
+    seen = look(page, width, tmp_path)
     assert seen["width"] == width
     assert seen["needed"] <= width, "the page itself never scrolls sideways"
     assert not [name for name in seen["asked"] if not name.startswith("file:")]
-    rows = {file.stem: pd.read_csv(file) for file in made.parent.glob("*.csv") if file.stem not in ("results", "cost")}
+    rows = {file.stem: pd.read_csv(file) for file in page.parent.glob("*.csv") if file.stem not in ("results", "cost")}
     drawn = {name: len(frame.dropna(subset="weight") if "weight" in frame else frame) for name, frame in rows.items()}
     assert {name: figure["marks"] for name, figure in seen["figures"].items()} == drawn
-    assert {*drawn} == {
-        "comparisons",
-        "skills",
-        "training",
-        "objective",
-        "wins",
-        "alignment",
-        "merge_weights_varm_matrix",
-    }
+    assert {*drawn} == {*figures}
     assert all(figure["width"] > 300 and figure["height"] > 80 for figure in seen["figures"].values())
     assert all(drawn.values())
