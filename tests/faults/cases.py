@@ -17,7 +17,6 @@ from tests.faults import hooks, trace
 from tests.faults.stages import STAGES, Stage, World, exit_code
 from tests.faults.trace import FAULTS, Boundary
 
-SAID = 16 << 10  # bytes: what a stage prints is a file too
 WAYS: dict[str, Any] = {"strace": trace, "hooks": hooks}
 FOLDED = re.compile(r"\d{3,}(?=\.tmp)|(?<=-)\d+(?=\.tmp)")  # process ids in temporary names
 
@@ -139,10 +138,17 @@ def limited(world: World, prepared: Prepared, share: float) -> Case:
     """No file may grow beyond a share of the largest that the stage leaves (RLIMIT_FSIZE)."""
     made = [path for path in prepared.wanted if not (world.copies / prepared.stage.name / path).exists()]
     largest = max(((world.copies / "after" / path).stat().st_size for path in made), default=1)
-    size = max(SAID, int(largest * share))
+    size = int(largest * share)
     world.restore(prepared.stage.name)
-    pid = world.start(prepared.stage, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-    code = exit_code(os.waitpid(pid, 0)[1])
+    with world.output.open("w") as file, subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file) as said:
+        assert said.stdin is not None
+        pipe = said.stdin.fileno()
+
+        def limit() -> None:  # what a stage prints is no file of its own
+            os.dup2(pipe, 1), os.dup2(pipe, 2)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+        code = exit_code(os.waitpid(world.start(prepared.stage, limit), 0)[1])
     return _judged(world, prepared, "RLIMIT_FSIZE", f"{share:.0%} of the largest file", code)
 
 
