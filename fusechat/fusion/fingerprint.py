@@ -16,7 +16,24 @@ def settings_fingerprint(imports: Mapping[str, str] | None, parts: Mapping[str, 
     return stage_fingerprint(imports, **{name: _deciding(name, value) for name, value in parts.items()})
 
 
-def earlier_fingerprint(record: Path, imports: Mapping[str, str] | None, parts: Mapping[str, Any]) -> str | None:
+def earlier(
+    record: Path, imports: Mapping[str, str] | None, parts: Mapping[str, Any], sections: Mapping[str, Any]
+) -> str | None:
+    """The fingerprint that a finished target of the same settings carries from an earlier version, if it has one.
+
+    sections: ``fusion`` and ``loss`` as a whole, which were part of plain SFT's too: whatever they said there then.
+    """
+    held = read_json(record) if record.exists() else {}
+    said = {name: {**whole, **(held.get("config") or {}).get(name, {})} for name, whole in sections.items()}
+    then = {**parts, **{name: {**said[name], **parts[name]} for name in sections}}
+    for each in (parts, then):
+        if found := before_stopping(record, imports, each) or before_global_batch(record, imports, each):
+            return found
+    mark = settings_fingerprint(imports, then)
+    return str(mark) if held.get("fingerprint") == mark else None
+
+
+def before_global_batch(record: Path, imports: Mapping[str, str] | None, parts: Mapping[str, Any]) -> str | None:
     """The fingerprint that a finished target of the same settings carries from the time before ``data.global_batch``.
 
     Then a step had data.batch_size * trainer.accumulate_grad_batches chats on each device, and devices were not

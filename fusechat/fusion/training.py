@@ -10,7 +10,7 @@ from typing import Any
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import RECORD, file_hash, fingerprint
-from fusechat.fusion.fingerprint import before_stopping, earlier_fingerprint, settings_fingerprint
+from fusechat.fusion.fingerprint import earlier, settings_fingerprint
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.options import Data, Optimizer
 from fusechat.fusion.rules import FusionRule
@@ -62,8 +62,7 @@ class Training:
             "pivot": model_identity(self.pivot, self.revision),
             "stores": [store.fingerprint for store in self.stores],
             "dtype": self.dtype,
-            "fusion": asdict(self.rule),
-            "loss": asdict(self.loss),
+            **self._objective,
             "optimizer": self.optimizer.settings,
             "data": asdict(self.data),
             "lora": {**lora, **({"load_in": self.load_in} if self.load_in else {})},
@@ -73,6 +72,17 @@ class Training:
             **({} if self.validation is None else {"validation": fingerprint(ids=list(self.validation["id"]))}),
             **({"callbacks": self._beside} if self._beside else {}),
         }
+
+    @property
+    def _objective(self) -> dict[str, Any]:
+        """What is minimised, in the config's sections; of plain SFT only what decides: its λ is 1."""
+        if self.rule.needs_sources:
+            return self._sections
+        return {"fusion": {"rule": self.rule.rule}, "loss": {"chunked": self.loss.chunked}}
+
+    @property
+    def _sections(self) -> dict[str, Any]:
+        return {"fusion": asdict(self.rule), "loss": asdict(self.loss)}
 
     @property
     def _beside(self) -> dict[str, Any]:
@@ -87,12 +97,13 @@ class Training:
 
     def mark_of(self, record: Path) -> str:
         """The fingerprint of the target, or the one that it has from an earlier version, by its record."""
-        given = record, self.imports, self.parts
-        return before_stopping(*given) or earlier_fingerprint(*given) or self.mark
+        return earlier(record, self.imports, self.parts, self._sections) or self.mark
 
     def checkpoints(self, output: Path) -> Path:
-        """The folder of checkpoints while the target is being made."""
-        return output.parent.parent / "checkpoints" / f"{output.name}-{self.mark}"
+        """The folder of checkpoints while the target is being made: that of an earlier version, where one began."""
+        then = settings_fingerprint(self.imports, {**self.parts, **self._sections})
+        begun, now = (output.parent.parent / "checkpoints" / f"{output.name}-{mark}" for mark in (then, self.mark))
+        return begun if begun.exists() else now
 
 
 def _instead(adapter: Path) -> str:

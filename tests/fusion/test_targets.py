@@ -1,14 +1,16 @@
 """What a training leaves: a model with its record, kept where it fits, and the metric of what was saved."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import fingerprint
+from fusechat.app.marks import fingerprint, stamp
 from fusechat.fusion import LOSSES
+from fusechat.fusion.module import FusionModule
 from fusechat.models.load import model_identity
 from fusechat.models.whole import write_record
 from tests.conftest import Mini
@@ -98,6 +100,62 @@ def test_a_target_from_before_global_batch_is_kept(fresh: Mini) -> None:
         UserError, match=r"does not say how many chats made a step: 8 on each of trainer\.devices=2; add"
     ):
         fresh.run("train", "source=a", *SAME)
+
+
+def test_what_plain_sft_does_not_read_decides_nothing(fresh: Mini) -> None:
+    """The weights are the same to the bit, and so is the target; one of an earlier version, too, whatever it said there."""
+    sft = ["fusion=sft", *SAME]
+    others = ["loss.kind=jsd", "loss.lm_weight=0.2", "loss.temperature=2.0", "fusion.level=token", "fusion.empty=pivot"]
+    fresh.run("train", *sft, "run_name=sft")
+    fresh.run("train", *sft, *others, "run_name=others")
+    path = fresh.experiment / "targets/sft/fusechat.json"
+    files = [path.parents[1] / name / "model.safetensors" for name in ("sft", "others")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    record, before = json.loads(path.read_text()), files[0].stat().st_mtime_ns
+    fresh.run("train", *sft, *others, "run_name=sft")
+    assert "loss.kind" not in record["decided_by"] and files[0].stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"loss\.chunked: true there, false now"):
+        fresh.run("train", *sft, "run_name=sft", "loss.chunked=false")
+    config = record["config"]
+    parts = {**parts_of(record["decided_by"]), "fusion": config["fusion"], "loss": config["loss"]}
+    assert fingerprint(**{**parts, "fusion": {"rule": "sft"}, "loss": {"chunked": True}}) == record["fingerprint"]
+    write_record(path.parent, record | stamp(fingerprint(**parts)))
+    fresh.run("train", *sft, *others, "run_name=sft")
+    assert files[0].stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="made with other settings"):
+        fresh.run("train", *sft, "run_name=sft", "trainer.max_steps=3")
+    with pytest.raises(UserError, match="made with other settings"):
+        fresh.run("train", *sft, "run_name=sft", "loss.chunked=false")
+
+
+def test_plain_sft_goes_on_from_a_checkpoint_of_an_earlier_version(
+    fresh: Mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["train", "fusion=sft", *SAME, "run_name=sft", "callbacks.checkpoint_every_n_steps=1"]
+    fresh.run(*run, "callbacks.keep_checkpoints=true")
+    target = fresh.experiment / "targets/sft"
+    record, weights = json.loads((target / "fusechat.json").read_text()), (target / "model.safetensors").read_bytes()
+    parts = {**parts_of(record["decided_by"]), "fusion": record["config"]["fusion"], "loss": record["config"]["loss"]}
+    (begun,) = (fresh.experiment / "checkpoints").glob("sft-*")
+    begun.rename(begun.with_name(f"sft-{fingerprint(**parts)}"))
+    shutil.rmtree(target)
+    monkeypatch.setattr(FusionModule, "training_step", lambda *_: pytest.fail("all steps are done"))
+    fresh.run(*run)
+    assert (target / "model.safetensors").read_bytes() == weights
+    assert not [*(fresh.experiment / "checkpoints").glob("sft-*")]
+
+
+def parts_of(flat: dict[str, Any]) -> dict[str, Any]:
+    """What a record's target was decided by, nested again."""
+    parts: dict[str, Any] = {}
+    for name, value in flat.items():
+        *sections, key = name.split(".")
+        inner = parts
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = value
+    parts.pop("format")
+    return parts
 
 
 def earlier_parts(world: Mini, record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
