@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 VERDICTS = {"better": ("#0072b2", "o"), "worse": ("#d55e00", "s"), "within noise": ("#767676", "D")}
+WIDEST = 102  # percentage points, with room for the mark at 100
 
 
 def forest(rows: pd.DataFrame, unit: str) -> Any:
@@ -27,6 +28,7 @@ def forest(rows: pd.DataFrame, unit: str) -> Any:
         axis.set_yticks(places, part["model"], fontsize=9)
         axis.set_ylim(len(part) - 0.4, -0.6)
         axis.margins(x=0.08)
+        axis.locator_params(axis="x", nbins=6)  # numbers of five digits stand beside each other
         axis.set_title(kind, loc="left", fontsize=10)
         for place, row in zip(places, part.itertuples(), strict=True):
             told = f"{signed(row.difference)} [{signed(row.low)}, {signed(row.high)}]"
@@ -56,6 +58,8 @@ def skills(rows: pd.DataFrame) -> Any:
         axis.tick_params(labelsize=8, labelbottom=True)
     for axis in axes.flat[len(parts) :]:
         axis.set_visible(False)
+    left, right = axes[0, 0].get_xlim()
+    axes[0, 0].set_xlim(max(left, -WIDEST), min(right, WIDEST))  # a few seeds' intervals go beyond what there can be
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
     told = f"exact match, difference from {rows['against'].iloc[0]} in percentage points with 95 % interval"

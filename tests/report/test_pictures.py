@@ -2,12 +2,14 @@
 
 import importlib.util
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from fusechat.report import forests
 from tests.conftest import ROOT
 
 PUBLISHED = ROOT / "fusechat/tiny/published.csv"
@@ -47,3 +49,19 @@ def test_pictures_are_drawn_the_same_each_time(pictures: Any, tmp_path: Path) ->
         f"<!-- {word} -->".encode() in drawn[0]["pipeline.svg"] for word in ("extract", "align", "train", "merge")
     )
     assert all((ROOT / "docs" / name).stat().st_size > 10_000 for name in drawn[0])
+
+
+def test_a_forest_is_readable_whatever_its_numbers() -> None:
+    """Small differences' ticks stand apart; intervals of few seeds do not stretch the axis beyond what there can be."""
+    about = {"model": "target a", "kind": "targets", "against": "sft", "verdict": "within noise"}
+    long = {**about, "model": "seed1: merged varm_matrix"}
+    small = pd.DataFrame([{**long, "difference": -0.0047, "low": -0.0138, "high": 0.0038}])
+    (axis,) = forests.forest(small, "bits per byte").axes
+    axis.figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+    shown = [box for box in boxes if axis.bbox.x0 <= box.x0 + box.width / 2 <= axis.bbox.x1]
+    assert len(shown) > 2
+    assert all(left.x1 < right.x0 for left, right in pairwise(shown))
+    wide = pd.DataFrame([{**about, "skill": "all", "seeds": 2, "n": 8, "difference": 0.1, "low": -3.0, "high": 3.2}])
+    (axis,) = forests.skills(wide).axes
+    assert axis.get_xlim() == (-102, 102)
