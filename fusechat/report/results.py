@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ def collect(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
     for label, folder in folders.items():
         for file in sorted((folder / "evaluation").glob("*.json")):
             content = read_result(file)
-            rows.append({**content, "folder": label, "result": file, "kind": content["name"].split("-")[0]})
+            rows.append({**content, "folder": label, "result": file, "kind": _kind(content)})
         for file in sorted((folder / "evaluation").glob("lm_eval/*.json")):  # shown beside the model's own
             content = read_result(file)
             own = (r for r in rows if r["model"] == content["model"] and r["folder"] == label)
@@ -40,6 +41,13 @@ def collect(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
             if row is not None:
                 row["others"] = row.get("others", {}) | content["metrics"]
     return rows
+
+
+def _kind(result: Mapping[str, Any]) -> str:
+    """What a model is to its experiment, whose config names pivot and sources: these lie wherever a person has them."""
+    config = result.get("config", {})
+    given = [config.get("pivot", {}).get("path"), *(config.get("models") or {}).values()]
+    return "models" if result["model"] in given else str(result["name"].split("-")[0])
 
 
 def results_of(folder: Path, model: Path) -> list[dict[str, Any]]:
@@ -62,7 +70,8 @@ def metrics(samples: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
 
 def short(name: str) -> str:
     """An evaluation's name as tables and figures show it."""
-    return name.replace("models-", "").replace("targets-", "target ").replace("merged-", "merged ")
+    told = {"models": "", "targets": "target ", "merged": "merged "}  # folders; my_models is one's own
+    return re.sub(r"(?<!\w)(models|targets|merged)-", lambda folder: told[folder[1]], name)
 
 
 def has(sample: dict[str, Any], name: str) -> bool:

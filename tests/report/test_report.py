@@ -13,6 +13,7 @@ import pytest
 
 from fusechat.app.errors import UserError
 from fusechat.app.labels import labels, report_place
+from fusechat.app.outputs import write_json
 from fusechat.report import compare as compare_files
 from fusechat.report import frames, report, results
 from fusechat.report.comparisons import comparisons
@@ -180,3 +181,20 @@ print([m for m in ("matplotlib", "pandas", "scipy", "rich", "torch", "omegaconf"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_pivot_and_sources_are_known_wherever_they_lie(tmp_path: Path) -> None:
+    """By the experiment's config; their folder's name is shown whole."""
+    own = {"pivot": {"path": "my_models/bard"}, "models": {"clerk": "my_models/clerk"}}
+    (tmp_path / "evaluation").mkdir()
+    for model in ("my_models/bard", "my_models/clerk", "elsewhere/guest", "runs/x/targets/clerk"):
+        name = "-".join(model.split("/")[-2:])
+        content = {"name": name, "model": model, "config": own, "samples": [], "metrics": {}}
+        write_json(tmp_path / f"evaluation/{name}.json", content)
+    found = {results.short(row["name"]): row["kind"] for row in results.collect({"x": tmp_path})}
+    assert found == {
+        "my_models-bard": "models",
+        "my_models-clerk": "models",
+        "elsewhere-guest": "elsewhere",
+        "target clerk": "targets",
+    }
