@@ -31,9 +31,9 @@ def session() -> Iterator[None]:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not in_terminal():  # transformers heeds the first too
-        for library in ("HF_HUB", "HF_DATASETS"):
-            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    if not in_terminal():  # transformers heeds the first too, and unpacks GGUF files with tqdm's own
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(name, "1")
     try:
         yield
     finally:

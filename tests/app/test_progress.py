@@ -112,6 +112,13 @@ def test_a_stage_without_a_terminal_says_only_what_is_ours(fresh: Mini) -> None:
     assert re.search(closing, lines[-1])
 
 
+def test_libraries_draw_no_bars_without_a_terminal() -> None:
+    """Transformers unpacks GGUF files under a bar that none of its settings turns off."""
+    code = "from fusechat.app.session import session\nwith session():\n from tqdm.auto import tqdm; [*tqdm([1, 2])]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_training_tells_loss_and_rate(
     fresh: Mini, clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
