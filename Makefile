@@ -32,6 +32,17 @@ docs: $(VENV)/.ready  ## the pictures of README: the demo's forest plot from its
 browser: $(VENV)/.ready  ## the report as Chromium shows it, wide and on a phone (needs the package chromium)
 	$(BIN)/python -m pytest -m browser tests/report
 
+FEDERATED := .venv-federated
+
+federated: $(FEDERATED)/.ready  ## a federation over Flower, with TLS and keys, in an environment of its own over .venv
+	$(FEDERATED)/bin/python -m pytest -m federated tests/mutual
+
+$(FEDERATED)/.ready: $(VENV)/.ready
+	$(BIN)/python -m venv $(FEDERATED)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$($(FEDERATED)/bin/python -c "import site; print(site.getsitepackages()[0])")/over.pth
+	$(FEDERATED)/bin/pip install --quiet --disable-pip-version-check flwr==1.42.0
+	touch $@
+
 faults: $(VENV)/.ready  ## kills, full disks and flipped bytes in every stage (15 minutes on 2 cores, about 25 with FAULTS=--all); writes docs/reliability.md
 	$(BIN)/python -m tests.faults --page docs/reliability.md $(FAULTS)
 
@@ -66,4 +77,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help docs demo real test faults wheel browser lint format bench gpu on-gpu
+.PHONY: help docs demo real test federated faults wheel browser lint format bench gpu on-gpu
