@@ -31,6 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, mini: Mini) -> Mini:
     folder = tmp_path_factory.mktemp("startup") / "runs"
     shutil.copytree(mini.root, folder)
     world = Mini(folder, "trainer.max_steps=1")
+    world.run("extract", "source=pivot", "overwrite=true")  # a store knows where its chats lay: elsewhere they are read
     world.run("train", "source=a", "validation.path=null")
     world.run("merge", "merge=linear", *targets(world))
     world.run("evaluate", *scored(world))

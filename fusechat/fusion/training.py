@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
-from fusechat.app.outputs import RECORD, file_hash, fingerprint
+from fusechat.app.outputs import file_hash, fingerprint
+from fusechat.app.places import stage_of
 from fusechat.fusion.fingerprint import earlier, settings_fingerprint
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.options import Data, Optimizer
@@ -110,7 +111,7 @@ def _instead(adapter: Path) -> str:
     """What to do where a folder is no adapter: targets keep theirs in one, but for those of earlier versions."""
     if (adapter / ADAPTER / WEIGHTS).is_file():
         return f"that target's adapter is {adapter / ADAPTER}"
-    target = next((place for place in (adapter, adapter.parent) if (place / RECORD).is_file()), None)
+    target = next((place for place in (adapter, adapter.parent) if stage_of(place) == "train"), None)
     if target is None:
         return f"give a target's folder {ADAPTER}/, or null"
     return (

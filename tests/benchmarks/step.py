@@ -38,6 +38,7 @@ def batch(tokens: int, vocabulary: int, device: str) -> FusionBatch:
         "gold_logprob": -torch.ones(2, n),
         "chunk": torch.zeros(2, 0, dtype=torch.int64),
         "chunk_nats": torch.zeros(2, 0),
+        "shared": torch.zeros(2, 0, dtype=torch.bool),
         **numbers,
         "common_nats": numbers["nats"],
         "common_bytes": numbers["n_bytes"],

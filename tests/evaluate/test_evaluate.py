@@ -117,7 +117,9 @@ def test_results_made_before_stops_and_devices_were_looked_at_are_recognised(fre
     fresh.run("evaluate", f"model={model}", "evaluation.device=cpu")
     content, before = json.loads(output.read_text()), output.stat().st_mtime_ns
     settings = content["config"]["evaluation"]
-    decided = {key: value for key, value in settings.items() if key not in ("file", "device", "chats", *SERVED)}
+    decided = {
+        key: value for key, value in settings.items() if key not in ("file", "device", "chats", "chats_seed", *SERVED)
+    }
     mark = stage_fingerprint(None, model=model_identity(model), evaluation=decided, seed=0)
     tags = fingerprint(tags=[sample["tag"] for sample in content["samples"]])
     assert content["fingerprint"] == fingerprint(mark=mark, tests=content["tests"], tags=tags)
@@ -138,7 +140,7 @@ def test_results_that_counted_where_the_chats_lie_are_recognised(moved: bool, as
     fresh.run("evaluate", f"model={model}")
     content = json.loads(output.read_text())
     settings = content["config"]["evaluation"] | {"chats": place}
-    counted = {key: value for key, value in settings.items() if key not in ("file", "device", *SERVED)}
+    counted = {key: value for key, value in settings.items() if key not in ("file", "device", "chats_seed", *SERVED)}
     mark = stage_fingerprint(None, model=model_identity(str(model)), evaluation=counted, seed=0)
     old = {key: value for key, value in content.items() if key not in ("checksum", "asked")}
     old |= {"fingerprint": fingerprint(mark=mark, tests=content["tests"])}

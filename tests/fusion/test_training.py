@@ -229,7 +229,7 @@ def test_a_folder_without_an_adapter_names_the_way(mini: Mini, tmp_path: Path) -
     (new / "adapter").mkdir(parents=True)
     (new / "adapter/adapter_model.safetensors").touch()
     old.mkdir()
-    (old / "fusechat.json").write_text("{}")
+    (old / "fusechat.json").write_text(json.dumps({"stage": "train"}))
     train = ["train", "source=a", "lora.enabled=true", "run_name=again"]
     for given in (old, old / "adapter"):
         ways = f"overwrite=true, or go on from its weights with pivot.path={old} lora.adapter=null"
