@@ -39,7 +39,8 @@ federated: $(FEDERATED)/.ready  ## a federation over Flower, with TLS and keys, 
 
 $(FEDERATED)/.ready: $(VENV)/.ready
 	$(BIN)/python -m venv $(FEDERATED)
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$($(FEDERATED)/bin/python -c "import site; print(site.getsitepackages()[0])")/over.pth
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+	  > $$($(FEDERATED)/bin/python -c "import site; print(site.getsitepackages()[0])")/over.pth
 	$(FEDERATED)/bin/pip install --quiet --disable-pip-version-check flwr==1.42.0
 	touch $@
 

@@ -4,8 +4,8 @@
 
 Each side composes its own config, from ``settings``: the server's in the run's configuration, a client's in that of its
 SuperNode, with ``mutual.side=NAME``. A side's part of a round is the command that the local way starts. What travels
-are the files of `fusechat.mutual.messages`, the round's number, and names; where a part fails, the server is told that
-it failed, and the reason stays in the client's log.
+are the files of `fusechat.mutual.messages`, the round's number, what must be alike, and names; where a part fails, the
+server is told that it failed, and the reason stays in the client's log.
 """
 
 from __future__ import annotations

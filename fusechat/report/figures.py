@@ -77,7 +77,7 @@ def skills(rows: pd.DataFrame) -> Any:
     return figure
 
 
-def wins(rows: pd.DataFrame) -> Any:
+def wins(rows: pd.DataFrame, name: str = "wins") -> Any:
     """For every target, stacked shares of the response tokens each model spoke for. rows: target, tag, model, share."""
     targets, models = list(dict.fromkeys(rows["target"])), list(dict.fromkeys(rows["model"]))
     columns = min(4, len(targets))
@@ -85,7 +85,7 @@ def wins(rows: pd.DataFrame) -> Any:
     size = (0.9 + 2.7 * columns, 0.9 + bands * (0.6 + 0.24 * tags))
     figure, axes = pyplot().subplots(bands, columns, figsize=size, squeeze=False, sharex=True)
     for axis, target in zip(axes.flat, targets, strict=False):
-        _stacked(axis, rows[rows["target"] == target], "tag", "model", models, "wins")
+        _stacked(axis, rows[rows["target"] == target], "tag", "model", models, name)
         axis.tick_params(labelbottom=True, labelsize=8)
         axis.set_title(target, fontsize=10)
     for axis in axes.flat[len(targets) :]:

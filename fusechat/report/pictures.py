@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat.app.checksums import check_first_use
 from fusechat.app.outputs import read_json
-from fusechat.report import curves, figures, forests, frames
+from fusechat.report import curves, figures, forests, frames, rounds
 from fusechat.report.comparisons import POOLED
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ CAPTIONS = {
     "stopped and searched, and by the test. Spearman's rank correlation says how well the one foretells the other.",
     "wins": "Share of the response tokens at which each model gave the fused distribution, by the chats' tag. MinCE "
     "takes the model with the lower loss on the reference answer, chat by chat.",
+    "mutual_rounds": "Circles: after learning from what others said of the public chats; squares, half a round later: "
+    "after practising on private ones.",
+    "mutual_heard": "Share of the response tokens of the public chats whose distribution a side took from each other; "
+    "itself: nobody knew that chat better.",
     "alignment": "same: one source token for one of the pivot's; n:1: several source tokens for one; 1:n: one for "
     "several; none: the source has no boundary there, so that the position gets no distribution; "
     "inside: none either, but the source token around it speaks (alignment=chain).",
@@ -88,6 +92,10 @@ def _found(
     yield "objective", "What searches minimise, and the test", judged, lambda found: curves.objective(found, unit)
     fused = {_called(key, places): made["wins"] for key, made in targets.items() if made.get("sources")}
     yield "wins", "Which model spoke where", frames.wins(fused), figures.wins
+    mutual = rounds.tables(places)
+    yield "mutual_rounds", "Mutual training, round by round", rounds.held_out(mutual), rounds.rounds
+    heard = rounds.heard(mutual)
+    yield "mutual_heard", "Who was learned from", heard, lambda found: figures.wins(found, "mutual_heard")
     stores = {_called(key, places): made for key, made in records(places, "aligned/*/manifest.json").items()}
     yield "alignment", "Alignment", frames.alignment(stores), figures.alignment
     for key, made in records(places, "merged/*/fusechat.json").items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from fusechat.mutual.federation import Federation
 from fusechat.mutual.messages import TENSORS, post
 from fusechat.mutual.methods import SERVER
 from fusechat.mutual.sides import LEARNED, PRACTISED, RECEIVED
+from fusechat.tiny.models import make_model
 from tests.fusion.trained import distance
 from tests.mutual.conftest import CANARY, Small
 from tests.mutual.test_messages import leaks, messages, resealed
@@ -155,3 +157,25 @@ def test_a_client_that_practised_goes_on_from_what_the_server_sends(collaborated
     assert practised is not None
     assert distance(load_file(f"{practised.adapter}/{OF_ADAPTER}"), sent(collaborated, 2, "a")) == 0
     assert distance(sent(collaborated, 1, SERVER), sent(collaborated, 2, "a")) > 1e-4
+
+
+def test_adapters_of_a_mixtures_experts_are_averaged(small: Small, tmp_path: Path) -> None:
+    """all-linear reaches the experts' parameters; what both end with is what peft makes of the adapter that was sent."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, base = AutoTokenizer.from_pretrained(small.root / "a"), tmp_path / "mixture"
+    make_model("mixtral", tokenizer, 16, 1, 2).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    made = small.federation(tmp_path / "out", "fedavg", lora={"r": 2, "target_modules": "all-linear"})
+    clients = {name: replace(client, path=str(base)) for name, client in made.clients.items()}
+    made = replace(made, clients=clients)
+    mutual(made)
+    a, b, average = (sent(made, 1, name) for name in ("a", "b", SERVER))
+    assert any(".experts." in name for name in average)
+    assert all(torch.allclose(average[name], (a[name] + b[name]) / 2, atol=1e-7) for name in average)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), made.folder / "a/adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    ends = [load_file(place / "model.safetensors") for place in (tmp_path / "merged", made.folder / "a", base)]
+    assert distance(ends[0], ends[1]) < 1e-6 < distance(ends[1], ends[2])
+    assert distance(ends[1], load_file(made.folder / "b/model.safetensors")) == 0

@@ -106,7 +106,7 @@ def port() -> int:
 def certificates(folder: Path) -> None:
     """As docs/mutual.md makes them."""
     ours = (ROOT / "docs/mutual.md").read_text()
-    block = next(part for part in ours.split("```sh\n")[1:] if part.startswith("openssl")).split("```")[0]
+    block = next(part for part in ours.split("```console\n")[1:] if part.startswith("openssl")).split("```")[0]
     done = subprocess.run(block.replace("HOST", "127.0.0.1"), shell=True, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
