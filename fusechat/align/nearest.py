@@ -59,7 +59,9 @@ def _packed(texts: Sequence[str], alphabet: dict[str, int]) -> tuple[npt.NDArray
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _nearest(part, parts, best, score, names, name_starts, texts, starts, ids, alphabet):  # type: ignore[no-untyped-def]
+def _nearest(  # type: ignore[no-untyped-def]
+    part, parts, best, score, names, name_starts, texts, starts, ids, alphabet
+):
     """Fills best and score [names] for every ``parts``-th name. Candidates (texts, starts) are sorted by length.
 
     The distance is at least the difference in length, so candidates are visited by that difference, and the search ends

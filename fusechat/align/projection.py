@@ -118,7 +118,9 @@ def _gold_path(pivot, source, match, source_gold):  # type: ignore[no-untyped-de
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _project(starts, ids, probs, gold_probs, match, table, gold, chain, pivot_size, unmatched_gold, drawn):  # type: ignore[no-untyped-def]
+def _project(  # type: ignore[no-untyped-def]
+    starts, ids, probs, gold_probs, match, table, gold, chain, pivot_size, unmatched_gold, drawn
+):
     n, room = len(match), _room(starts, match)
     counts, gold_out = np.zeros(n, np.int64), np.empty(n, np.float32)
     out_ids, out = np.empty(room, np.int64), np.empty(room, np.float32)

@@ -51,7 +51,8 @@ class Throughput(Callback):
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """tokens/s of the steps since the last that was logged."""
-        if pl_module.sums is None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if pl_module.sums is None and trainer.global_step % every == 0:
             now, tokens = time.perf_counter(), float(pl_module.tokens)
             rate = (tokens - self.counted) / max(1e-9, now - self.last)
             pl_module.log("train/tokens_per_second", rate, batch_size=1)

@@ -15,6 +15,7 @@ exact in fp32 and are summed and kept there, on every device: logits, ∂L/∂h 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,8 @@ class Targets:
 
     def rows(self, part: slice) -> Targets:
         """The targets of some positions."""
-        return Targets(*(None if each is None else each[part] for each in vars(self).values()))  # type: ignore[arg-type]
+        parts: Iterator[Any] = (None if each is None else each[part] for each in vars(self).values())
+        return Targets(*parts)
 
 
 def chunk_targets(gold: Tensor, p: Tensor, chunk: Tensor, sequence: Tensor, lam: Tensor, per_token: Tensor) -> Targets:
@@ -68,7 +70,8 @@ def fused_loss(hidden: Tensor, head: Any, targets: Targets, loss: FusionLoss) ->
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     compute, kind = _compute_dtype(hidden), hidden.device.type
     with torch.autocast(kind, enabled=False):  # the operands are rounded and nothing else
-        return _HiddenLoss.apply(hidden, weight, bias, head, targets, loss, compute)  # type: ignore[no-any-return, no-untyped-call]
+        apply: Callable[..., tuple[Tensor, Tensor]] = _HiddenLoss.apply
+        return apply(hidden, weight, bias, head, targets, loss, compute)
 
 
 def loss_from_logits(logits: Tensor, targets: Targets, loss: FusionLoss) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,11 @@ class FusionModule(lightning.LightningModule):
         self.skipped = 0  # steps in a row whose loss was not finite
         self.validated_at = -1  # the optimizer step that the validation metrics are of
 
+    @property
+    def data(self) -> Any:
+        """The training's `fusechat.fusion.data.FusionDataModule`."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
     def configure_model(self) -> None:
         """Loads the pivot once, in training mode (from_pretrained leaves dropout and gradient checkpointing off)."""
         if self.model is not None:
@@ -115,7 +120,7 @@ class FusionModule(lightning.LightningModule):
         are chats that share a row read as if they were alone?
         """
         as_forward: Within = lambda work: within(self.model, work)
-        lay = self.trainer.datamodule.rows.lay  # type: ignore[attr-defined]
+        lay = self.data.rows.lay
         with self.trainer.precision_plugin.forward_context():
             if self.head is not None:
                 probe = torch.arange(8, device=self.device).remainder(self.head.vocabulary).unsqueeze(0)
@@ -170,8 +175,8 @@ class FusionModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs their means over all ranks' response tokens, and bits per byte of the response text."""
         loss, sft, fusion, tokens, n_bytes = self.trainer.strategy.reduce(self.held_out, reduce_op="sum")
-        named, data = {"loss": loss, "sft": sft, "fusion": fusion}, self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.own is not None:  # no model has said anything of one's own chats
+        named = {"loss": loss, "sft": sft, "fusion": fusion}
+        if self.data.own is not None:  # no model has said anything of one's own chats
             del named["fusion"]
         for name, value in named.items():
             self.log(f"validation/{name}", (value / tokens.clamp_min(1)).float(), batch_size=1)
@@ -246,8 +251,7 @@ class FusionModule(lightning.LightningModule):
         self.wins = Counter({(tag, name): count for tag, name, count in checkpoint["wins"] if first})
         self.generators = checkpoint["rng"]
         loop = checkpoint["loops"]["fit_loop"]
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        done = data.train_plan().micro_batches(loop["state_dict"]["combined_loader"][0]["steps"])
+        done = self.data.train_plan().micro_batches(loop["state_dict"]["combined_loader"][0]["steps"])
         progress = loop["epoch_loop.batch_progress"]["current"]
         behind = progress["ready"] - progress["completed"]  # 1 where it was saved before its batch had quite ended
         progress |= dict.fromkeys(progress, done) | {"completed": done - behind}
@@ -267,7 +271,7 @@ class FusionModule(lightning.LightningModule):
         """Optimizer steps of the training; asking Lightning would begin an epoch before a resume can tell where."""
         if self._trainer is None:
             return 1
-        epochs, steps, data = self.trainer.max_epochs, self.trainer.max_steps, self.trainer.datamodule  # type: ignore[attr-defined]
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
         ends = [steps] if steps >= 0 else []
-        ends += [epochs * data.train_plan().optimizer_steps] if epochs is not None and epochs >= 0 else []
+        ends += [epochs * self.data.train_plan().optimizer_steps] if epochs is not None and epochs >= 0 else []
         return max(1, min(ends, default=1))

@@ -25,7 +25,6 @@ KEYS = {  # what may be given -> what it is
     "root": "folder of the runs (FUSECHAT_ROOT, or runs)",
     "overwrite": "true replaces an experiment of this name (false)",
 }
-HELP = "\n".join(["keys:", *(f"  {key:11} {text}" for key, text in KEYS.items())])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from fusechat.new.facts import Lengths, Model
 
-MOST_TOKENS = 16384  # of conf/extract/common.yaml
 STEPS = 100  # of an epoch, about, up to the published 128 chats a step
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ def _forests(
         whose = f", over {part['seeds'].iloc[0]} seeds" if tests == POOLED else whose
         title = f"Against {part['against'].iloc[0]}{whose}"
         name = "comparisons" if len(sets) == 1 else f"comparisons_{POOLED if tests == POOLED else n}"
-        yield name, title, part.drop(columns="tests"), lambda found, unit=unit: forests.forest(found, unit)  # type: ignore[misc]
+        yield name, title, part.drop(columns="tests"), partial(forests.forest, unit=unit)
 
 
 def _drawn(name: str, title: str, table: pd.DataFrame, figure: Callable[[pd.DataFrame], Any], output: Path) -> Picture:
