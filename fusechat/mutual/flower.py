@@ -15,6 +15,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -74,13 +75,20 @@ class Clients:
                 failed[name] = f"no SuperNode is there with mutual.side={name}"
             elif (reply := replies.get(nodes[name])) is None:
                 failed[name] = "it was late"
-            elif reason := _told(reply):
+            elif reason := _told(reply) or self._taken(reply, exchange.place(round, name)):
                 failed[name] = reason
             else:
-                if files := _files(reply):
-                    unpacked(files, exchange.place(round, name))
                 write_json(self.federation.done(name, round), {"last": round > self.federation.rounds})
         return failed
+
+    def _taken(self, reply: RecordDict, place: Path) -> str:
+        """Writes the message of a reply, if it has one; why it could not be, if so."""
+        try:
+            if files := _files(reply):
+                unpacked(files, place)
+        except UserError as error:
+            return str(error)
+        return ""
 
     def _found(self, names: Sequence[str], began: float) -> dict[str, int]:
         """The nodes of these clients, waited for as long as a round may."""
@@ -90,7 +98,12 @@ class Clients:
             for node, reply in self._ask(unknown, "query", self.timeout and min(self.timeout, ASKED)).items():
                 if SIDE in reply:
                     self.names[node] = str(reply.config_records[SIDE]["name"])
-            nodes = {self.names[node]: node for node in sorted(there & self.names.keys())}
+            nodes = dict[str, int]()
+            for node in (node for node in self.names if node in there):  # in the order in which they came
+                if (first := nodes.setdefault(self.names[node], node)) != node:
+                    LOG.warning(
+                        "SuperNodes %d and %d both say they are %s; the first is", first, node, self.names[node]
+                    )
             late = self.timeout is not None and time.monotonic() - began > self.timeout
             if late or not set(names) - nodes.keys():
                 return {name: node for name, node in nodes.items() if name in names}

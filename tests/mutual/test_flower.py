@@ -13,7 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -159,6 +162,78 @@ def test_a_federation_gives_the_numbers_of_the_local_way(
 def sent(folder: Path) -> dict[str, bytes]:
     files = sorted(file for file in (folder / "exchange").rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose task this process is, as Flower's own processes are told."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class Grid:
+    """Nodes 1 to 5: a; b, whose part fails; c, who never answers; d, who sends a file too many; another a."""
+
+    names = {1: "a", 2: "b", 3: "c", 4: "d", 5: "a"}
+
+    def get_node_ids(self) -> list[int]:
+        return [*self.names]
+
+    def send_and_receive(self, messages: list[Any], timeout: float | None = None) -> Iterator[Any]:
+        from flwr.app import ConfigRecord, RecordDict
+
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if message.metadata.message_type == "query":
+                content = RecordDict({"side": ConfigRecord({"name": self.names[node]})})
+            elif node == 3:
+                continue
+            else:
+                files = {"envelope.json": b"{}"} | ({"chats.jsonl": b"x"} if node == 4 else {})
+                content = RecordDict({"message": ConfigRecord(files)})
+            reply = SimpleNamespace(metadata=SimpleNamespace(src_node_id=node), content=content)
+            reply.has_content = lambda node=node, kind=message.metadata.message_type: node != 2 or kind == "query"
+            yield reply
+
+
+def test_a_round_goes_on_without_those_who_cannot(
+    small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture, known: None
+) -> None:
+    from fusechat.mutual.flower import Clients
+
+    made = small.federation(tmp_path / "out")
+    ask = Clients(Grid(), replace(made, clients=dict.fromkeys("abcde", made.clients["a"])), 2.0)  # type: ignore[arg-type]
+    assert ask([*"abcde"], 1) == {
+        "b": "its ClientApp failed",
+        "c": "it was late",
+        "d": "a message holds 'chats.jsonl'; it is not read",
+        "e": "no SuperNode is there with mutual.side=e",
+    }
+    assert (made.exchange.place(1, "a") / "envelope.json").exists() and not made.exchange.place(1, "d").exists()
+    assert [made.done(name, 1).exists() for name in "ab"] == [True, False]
+    assert "SuperNodes 1 and 5 both say they are a; the first is" in caplog.text
+
+
+def test_a_client_with_other_settings_says_which(small: Small, tmp_path: Path, known: None) -> None:
+    from flwr.app import Message
+
+    from fusechat.mutual.flower import _part, take_part
+
+    clients = {"a": "a", "b": "b"}
+    server = federation_of(composed(settings(small, tmp_path / "far", "fedmkt", clients, chats=False)))
+    own = [*settings(small, tmp_path / "a", "fedmkt", {"a": "a"}), "mutual.side=a", "loss.lm_weight=0.5"]
+    for given, reason in (
+        (own, "its settings are others than the server's (terms.loss.lm_weight: 0.9 at the server, 0.5 now)"),
+        (["nonsense=1"], "its part could not begin; its SuperNode's log says why"),
+    ):
+        context = SimpleNamespace(node_config={"settings": shlex.join(given)})
+        message = Message(_part(server, 1), dst_node_id=1, message_type="train")
+        message.metadata.__dict__["_message_id"] = "1"
+        reply = take_part(message, context)
+        assert reply.content.config_records["failed"]["reason"] == reason
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("secure", [True])
