@@ -5,7 +5,6 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import multiprocessing.connection
 import shutil
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from fusechat.models.whole import accept
 from tests.conftest import Mini
 from tests.fusion.group import CASES, CLIP, DROPOUT, RESUMED, rank, run, stopped
 from tests.fusion.trained import distance
+from tests.warm import FORKSERVER
 
 SHARED = {case.name: case for case in CASES}
 SHOWN = ("train/loss", "train/sft", "train/fusion", "train/gradient_norm", "validation/", "wins/", "coverage/")
@@ -71,12 +71,10 @@ def place(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(place: Path) -> Callable[[int], int]:
     """World size -> the same, once its ranks have done all jobs: once, in whatever order the tests come."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fusion.group"])
 
     @functools.cache
     def done(world: int) -> int:
-        ranks = [context.Process(target=rank, args=(n, world, place, JOBS)) for n in range(world)]
+        ranks = [FORKSERVER.Process(target=rank, args=(n, world, place, JOBS)) for n in range(world)]
         for process in ranks:
             process.start()
         running = {process.sentinel: process for process in ranks}

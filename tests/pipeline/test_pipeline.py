@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
 from fusechat.app.errors import UserError
 from fusechat.pipeline.steps import is_sweep, parse
+from tests import warm
 from tests.conftest import MINI, ROOT, run_entry
 
-SHORT = [*MINI, "logger=none", "callbacks.checkpoint_every_n_steps=2"]
+SHORT = [*MINI, "logger=none", "callbacks.checkpoint_every_n_steps=2", "evaluation.max_new_tokens=4"]
 TARGETS = "${paths.experiment}/targets"
 ONE_OF_EACH = [  # every kind of stage, few processes: each takes seconds to start
     "tiny",
@@ -44,6 +46,24 @@ def start(root: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
+def warm_start(root: Path, *overrides: str) -> ForkServerProcess:
+    """As ``start``, forked; what it says is in ``root``.log."""
+    return warm.start("fusechat.pipeline", ["experiment=tiny", *SHORT, f"paths.root={root}", *overrides], log_of(root))
+
+
+def finished(root: Path, *overrides: str) -> str:
+    """What a whole run says, forked."""
+    process = warm_start(root, *overrides)
+    process.join(900)
+    output = log_of(root).read_text()
+    assert process.exitcode == 0, output[-3000:]
+    return output
+
+
+def log_of(root: Path) -> Path:
+    return root.with_name(f"{root.name}.log")
+
+
 def results(root: Path) -> dict[str, str]:
     """Hash of every model and distribution, and every metric: what must not depend on interruptions."""
     experiment = root / "tiny/seed0"
@@ -63,15 +83,13 @@ def results(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("undisturbed")
-    process = start(root)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output[-3000:]
+    finished(root)
     return root
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind of stage once, undisturbed."""
+    """Every kind of stage once, undisturbed, each an interpreter of its own as people have it."""
     root = tmp_path_factory.mktemp("short")
     process = start(root, steps(*ONE_OF_EACH))
     output, _ = process.communicate(timeout=900)
@@ -101,10 +119,7 @@ def test_everything_is_there(undisturbed: Path) -> None:
 def test_a_second_run_reuses_everything(short: Path) -> None:
     before = results(short)
     times = {f: f.stat().st_mtime_ns for f in (short / "tiny/seed0/targets").rglob("*.safetensors")}
-    process = start(short, steps(*ONE_OF_EACH))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    assert output.count("skip:") >= 8
+    assert finished(short, steps(*ONE_OF_EACH)).count("skip:") >= 8
     assert results(short) == before
     assert times == {f: f.stat().st_mtime_ns for f in times}
 
@@ -112,18 +127,18 @@ def test_a_second_run_reuses_everything(short: Path) -> None:
 def test_killed_again_and_again_it_ends_the_same(short: Path, tmp_path: Path) -> None:
     """kill -9 of the whole group as soon as each of these appears: in the world, in training, in the merge."""
     marks = ["world/models/a", "checkpoints/a-*/*.ckpt", "merged/.varm_layer*.tmp"]
-    experiment = tmp_path / "tiny/seed0"
+    root = tmp_path / "runs"
+    experiment = root / "tiny/seed0"
     for mark in marks:
-        process = start(tmp_path, steps(*ONE_OF_EACH))
+        process = warm_start(root, steps(*ONE_OF_EACH))
         deadline = time.time() + 300
-        while time.time() < deadline and process.poll() is None and not list(experiment.glob(mark)):
+        while time.time() < deadline and process.is_alive() and not list(experiment.glob(mark)):
             time.sleep(0.005)
+        assert process.is_alive() and process.pid, log_of(root).read_text()[-3000:]
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    process = start(tmp_path, steps(*ONE_OF_EACH))
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-3000:]
-    assert results(tmp_path) == results(short)
+        process.join()
+    finished(root, steps(*ONE_OF_EACH))
+    assert results(root) == results(short)
     assert not list(experiment.rglob(".*.tmp"))
 
 
@@ -163,8 +178,8 @@ def test_unknown_keys_and_groups_name_the_near_ones(overrides: list[str], messag
     assert message in done.stderr
 
 
-def test_failed_jobs_of_a_sweep_are_named_and_the_others_finish(undisturbed: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(undisturbed, tmp_path / "runs")
+def test_failed_jobs_of_a_sweep_are_named_and_the_others_finish(short: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(short, tmp_path / "runs")
     targets = root / "tiny/seed0/targets"
     done = run(
         "train.py",
