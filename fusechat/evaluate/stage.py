@@ -130,10 +130,7 @@ def _evaluate(
     check("evaluation", **settings)
     kind = EVALUATIONS[settings["kind"]]
     work: Work = kind.function(Job(path, output.stem, settings, seed, server))
-    beside = {
-        "chats_seed",
-        *(["device"] if settings.get("device") is not None else []),
-    }  # the chats drawn count; not where it ran
+    beside = {key for key in ("chats_seed", "device") if settings.get(key) is not None}  # the chats drawn count
     deciding = {key: value for key, value in settings.items() if key not in beside}
     if server:
         deciding = {key: value for key, value in deciding.items() if key not in OURS} | server.decides
