@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusechat.report.answers import section
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -27,6 +29,10 @@ th { background: #eaeaea }
 figure { margin: 0 0 2em }
 figcaption, .note { color: #444; max-width: 70ch }
 .said { font-size: 1.1em; border-left: 4px solid #0072b2; padding-left: .8em; max-width: 75ch }
+.asked p, dd { white-space: pre-wrap; overflow-wrap: anywhere }
+.asked p { font-weight: 600; max-width: 90ch }
+.asked dl { display: grid; grid-template-columns: minmax(7em, max-content) 1fr; gap: .2em 1em; font-size: 13px }
+dt { color: #444; overflow-wrap: anywhere } dd { margin: 0; font-family: ui-monospace, monospace }
 footer { color: #444; font-size: .85em; overflow-wrap: anywhere }
 @media print { .wide { overflow: visible } .wide svg { min-width: 0 !important } figure { break-inside: avoid } }
 """
@@ -37,15 +43,21 @@ PACKAGES = ("fusechat", "torch", "transformers", "lightning")
 
 
 def page(
-    title: str, said: str, table: pd.DataFrame, cost: pd.DataFrame, pictures: Sequence[Picture], about: str
+    title: str,
+    said: str,
+    table: pd.DataFrame,
+    cost: pd.DataFrame,
+    pictures: Sequence[Picture],
+    answered: pd.DataFrame,
+    about: str,
 ) -> str:
-    """One HTML file that asks no other host. said: the conclusion; about: see `made_from`."""
+    """One HTML file that asks no other host. said: the conclusion; answered: of `answers`; about: see `made_from`."""
     name = html.escape(f"FuseChat: {title}")
     parts = [f"<h1>{name}</h1>"]
     parts += [f"<p class=said>{html.escape(said)}</p>"] if said else []
     figures = [_figure(picture) for picture in pictures]
     results = ["<h2>Results</h2>", _wide(table.to_html(index=False, na_rep="")), f"<p class=note>{TABLE}</p>"]
-    parts += [*figures[:1], *results, *figures[1:]]
+    parts += [*figures[:1], *results, *figures[1:], section(answered)]
     if len(cost):
         told = "Optimizer steps of each target and tokens a second at the median step, on the machine that trained it."
         shown = _wide(cost.to_html(index=False, na_rep=""))

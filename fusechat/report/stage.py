@@ -73,6 +73,7 @@ def is_report(folder: Path) -> bool:
 def _report(
     places: Mapping[str, Path], output: Path, metric: str, baseline: str | None, title: str, hint: str, made_by: str
 ) -> Report:
+    from fusechat.report.answers import answers
     from fusechat.report.comparisons import comparisons
     from fusechat.report.conclusion import conclusion
     from fusechat.report.page import made_from, page
@@ -84,15 +85,17 @@ def _report(
         raise UserError(f"{next(iter(places.values()))} holds no evaluations; make one with: {hint}")
     rows = results.ordered(rows, metric)
     table, rows = table_of(rows), results.by_experiment(rows, [*places])
-    compared, spent = comparisons(rows, baseline, metric), cost(places)
+    compared, spent, answered = comparisons(rows, baseline, metric), cost(places), answers(rows)
     with whole_directory(output, overwrite=True) as directory:
         table.to_csv(directory / "results.csv", index=False)
-        if len(spent):
-            spent.to_csv(directory / "cost.csv", index=False)
+        for name, frame in {"cost": spent, "answers": answered}.items():
+            if len(frame):
+                frame.to_csv(directory / f"{name}.csv", index=False)
         (directory / "results.md").write_text(results.markdown(table))
         pictures = draw(places, rows, compared, metric, baseline, directory)
         said, about = conclusion(compared), made_from(places, made_by)
-        (directory / "index.html").write_text(page(title, said, table, spent, pictures, about), encoding="utf-8")
+        shown = page(title, said, table, spent, pictures, answered, about)
+        (directory / "index.html").write_text(shown, encoding="utf-8")
         write_json(directory / RECORD, {"stage": "report"})
     _tell_on_cards({Path(row["model"]): Path(row["result"]).parent for row in rows})
     drawn = [replace(picture, path=output / picture.path.name) for picture in pictures]
