@@ -5,6 +5,7 @@ python -m fusechat.align experiment=tiny source=a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,9 @@ def run(cfg: DictConfig) -> None:
     """Aligns ``distributions/<source>`` with ``distributions/pivot`` into ``output_dir``."""
     from fusechat.align import align
     from fusechat.align.summary import numbers
-    from fusechat.models.load import load_tokenizer
 
     output, made = Path(cfg.output_dir), Path(cfg.paths.experiment) / "distributions"
     pivot, source = made / "pivot", made / cfg.source.name
-    trust = {"trust_remote_code": cfg.source.trust_remote_code}
     extract = f"python -m fusechat.extract {experiment_of(cfg)} source="
 
     def follow(manifest: dict[str, Any]) -> None:
@@ -34,12 +33,8 @@ def run(cfg: DictConfig) -> None:
         pivot,
         source,
         output,
-        pivot_tokenizer=None
-        if OmegaConf.is_missing(cfg.pivot, "path")
-        else lambda: load_tokenizer(cfg.pivot.path, revision=cfg.pivot.revision),
-        source_tokenizer=None
-        if OmegaConf.is_missing(cfg.source, "path")
-        else lambda: load_tokenizer(cfg.source.path, revision=cfg.source.revision, **trust),
+        pivot_tokenizer=_tokenizer_of(cfg.pivot),
+        source_tokenizer=_tokenizer_of(cfg.source),
         token_map=cfg.token_map.name,
         logprobs=cfg.store.logprobs,
         **cfg.alignment,
@@ -48,6 +43,15 @@ def run(cfg: DictConfig) -> None:
         remedies=(extract + "pivot", extract + cfg.source.name),
         when_made=follow,
     )
+
+
+def _tokenizer_of(model: DictConfig) -> Callable[[], Any] | None:
+    """Loads the tokenizer that a section names; None where it names none: that of the store's own path is taken."""
+    from fusechat.models.load import load_tokenizer
+
+    if OmegaConf.is_missing(model, "path"):
+        return None
+    return lambda: load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 main = entry("align")(run)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,6 +16,7 @@ from fusechat.align.checks import same_tokens
 from fusechat.align.maps import TOKEN_MAPS
 from fusechat.align.sequence import SEQUENCES
 from fusechat.app.errors import UserError
+from fusechat.models import load as load_module
 from fusechat.stores.encoding import decode_logprobs
 from fusechat.stores.kinds import KINDS, NONE, SAME
 from fusechat.stores.store import DistributionStore
@@ -250,3 +252,22 @@ def test_the_same_tokens_in_other_shards_and_types(tmp_path: Path) -> None:
     assert same_tokens(same, pivot)
     assert not same_tokens(pivot, stored("other", [0, 2, 4], np.uint16, 9))
     assert not same_tokens(pivot, stored("fewer", [0, 2, 3], np.uint16, 8))
+
+
+def test_tokenizers_of_both_sides_are_loaded_as_their_sections_say(
+    fresh: Mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pivot whose tokenizer is code of its authors is opened as it was by extract."""
+    seen, load = dict[str, Any](), load_module.load_tokenizer
+
+    def loaded(path: str, **options: Any) -> Any:
+        seen[Path(path).name] = options
+        return load(path)
+
+    monkeypatch.setattr(load_module, "load_tokenizer", loaded)
+    of_pivot, of_source = "pivot.trust_remote_code=true", "source.revision=abc"
+    fresh.run("align", "source=a", of_pivot, of_source, "overwrite=true", "alignment=chain")
+    assert seen == {
+        "pivot": {"revision": None, "trust_remote_code": True},
+        "a": {"revision": "abc", "trust_remote_code": False},
+    }
