@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 
 from fusechat.app.ending import to_undo
 from fusechat.app.errors import HELD, UserError
+from fusechat.app.ranks import is_first
 
 if TYPE_CHECKING:
     from filelock import SoftFileLock
 
 LOG = logging.getLogger(__name__)
 OWN = "FUSECHAT_OUTPUTS"  # outputs that this process holds: child processes work on them for it
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 UNFILLED = 2.0  # seconds that a lock's file may be empty
 DEAD = 0.5  # seconds that taking over a dead process's lock may need
 _WAITING: ContextVar[bool] = ContextVar("waiting", default=False)
@@ -49,7 +49,7 @@ def held(output: Path, choose: str = "choose another place") -> Iterator[bool]:
     Raises `UserError` where another process holds the output (exit code 3) or nothing can be written beside it.
     """
     own = os.environ.get(OWN, "").split(os.pathsep)
-    if str(output) in own or any(int(os.environ.get(name) or 0) > 0 for name in RANKS):
+    if str(output) in own or not is_first():
         yield False
         return
     new = [folder for folder in output.parents if not folder.exists()]

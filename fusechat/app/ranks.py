@@ -39,6 +39,11 @@ def rank() -> int:
     return next((int(os.environ[name]) for name in RANK if os.environ.get(name, "").isdigit()), 0)
 
 
+def is_first() -> bool:
+    """Whether no launcher says that this is another process of a stage than the first, which alone holds its output."""
+    return not any(int(os.environ[name]) for name in (*RANK, "NODE_RANK") if os.environ.get(name, "").isdigit())
+
+
 def launch(verb: str, cfg: Any, processes: int) -> None:
     """Runs a stage with this config in so many processes on this machine, which are its ranks; returns when all ended.
 

@@ -93,15 +93,16 @@ def test_a_lock_of_another_host_is_alive(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
 def test_children_and_other_ranks_work_under_the_first_ones_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with held(tmp_path / "a"):
         with held(tmp_path / "a") as again:
             assert not again
         with holder(tmp_path / "a", **{OWN: os.environ[OWN]}):
             pass
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv(rank, "1")
     with held(tmp_path / "a") as first:
         assert not first
         assert names(tmp_path) == []
