@@ -9,6 +9,7 @@ from typing import Any
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import fingerprint, sealed_line, whole_lines
 from fusechat.app.progress import Progress, progress
+from fusechat.chats.roles import Message
 from fusechat.evaluate.kinds import EVALUATIONS, Job, Sample, Work
 from fusechat.evaluate.speakers import Speaker
 
@@ -26,6 +27,11 @@ def chats(job: Job) -> Work:
         rows, _ = load_chats(job.settings["chats"], **asked, seed=job.settings.get("chats_seed", 0))
     except UserError as error:
         raise UserError(f"evaluation.chats: {error}") from error
+    if job.settings["generate"] and (silent := [n for n, talk in enumerate(rows["messages"]) if not _answer_at(talk)]):
+        raise UserError(
+            f"evaluation.chats: {len(silent)} of {len(rows)} chats hold no answer to a question (the first: {silent[0]}), "
+            "and evaluation.generate=true asks these again; leave them out, or set evaluation.generate=false"
+        )
     inputs = {"tests": fingerprint(ids=list(rows["id"])), "tags": fingerprint(tags=list(rows["tag"]))}
     read = job.stops if job.settings["generate"] else dict
     return Work(lambda part: {"samples": _measure(job, rows.to_list(), part)}, inputs, read, known=("chats",))
@@ -51,9 +57,15 @@ def _samples(speaker: Speaker, rows: Sequence[Chat], generate: bool, tell: Progr
     if not generate:
         tell(len(rows))
         return samples
-    answers = speaker.answer([row["messages"][:-1] for row in rows], tell=tell)
-    for sample, row, answer in zip(samples, rows, answers, strict=True):
-        question, reference = (message["content"] for message in row["messages"][-2:])
+    talks = [row["messages"][: _answer_at(row["messages"]) + 1] for row in rows]
+    answers = speaker.answer([talk[:-1] for talk in talks], tell=tell)
+    for sample, talk, answer in zip(samples, talks, answers, strict=True):
+        question, reference = (message["content"] for message in talk[-2:])
         correct = answer == reference.strip()
         sample |= {"prompt": question, "reference": reference, "answer": answer, "correct": correct}
     return samples
+
+
+def _answer_at(talk: Sequence[Message]) -> int:
+    """The place of a chat's last answer, which is asked for again; 0 where there is none, or no question before it."""
+    return max((place for place, message in enumerate(talk) if message["role"] == "assistant"), default=0)

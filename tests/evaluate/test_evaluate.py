@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AddedToken, GenerationConfig
 
 from fusechat.app.errors import UserError
 from fusechat.chats.render import ChatRenderer
-from fusechat.evaluate import generation, perplexity
+from fusechat.evaluate import evaluate, generation, perplexity
 from fusechat.models.whole import accept
 from tests.conftest import Mini
 
@@ -209,3 +210,26 @@ def test_memory_that_runs_out_names_the_key(fresh: Mini, monkeypatch: pytest.Mon
     monkeypatch.setattr(perplexity, "score", full)
     with pytest.raises(UserError, match=r"^out of memory with evaluation\.batch_size=7: lower it, or spread the model"):
         fresh.run("evaluate", f"model={fresh.experiment}/world/models/c", "evaluation.batch_size=7")
+
+
+def test_the_last_answer_is_asked_for_whoever_speaks_last(fresh: Mini, tmp_path: Path) -> None:
+    model, file = fresh.experiment / "world/models/pivot", tmp_path / "chats.jsonl"
+    talk = [{"role": "user", "content": "Sort the letters b a c."}, {"role": "assistant", "content": "a b c"}]
+    rows = [talk, [*talk, {"role": "user", "content": "Thanks."}]]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    result = evaluate(model, file, tmp_path / "result.json", max_new_tokens=4)
+    samples = [{key: sample[key] for key in ("prompt", "reference", "answer")} for sample in result["samples"]]
+    assert samples[0] == samples[1]
+    assert samples[0]["reference"] == "a b c"
+    assert samples[0]["prompt"] == "Sort the letters b a c."
+
+
+def test_a_chat_without_a_question_cannot_be_asked_again(fresh: Mini, tmp_path: Path) -> None:
+    model, file = fresh.experiment / "world/models/pivot", tmp_path / "texts.jsonl"
+    file.write_text('{"text": "a b c"}\n')
+    with pytest.raises(
+        UserError, match=r"1 of 1 chats hold no answer to a question \(the first: 0\), and evaluation\.g"
+    ):
+        evaluate(model, file, tmp_path / "result.json")
+    options = {"generate": False, "template": "plain"}
+    assert "bits_per_byte" in evaluate(model, file, tmp_path / "result.json", **options)["metrics"]
