@@ -11,11 +11,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fusechat.app.errors import UserError
 from fusechat.chats.roles import Message
 
 SKILLS = ("sort", "reverse", "shift", "knowledge", "lexicon", "calendar")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 LETTERS = "abcdefgh"
+TRIES = 10_000  # questions in a row that were asked before, after which there is none left
 VALUES = 10  # different answers per relation of the knowledge base
 STRINGS = {
     "sort": ("Sort the letters {}.", "Put {} in alphabetical order.", "What is {} sorted?"),
@@ -130,15 +132,20 @@ def generate(
     """``count`` chats as rows of a chat file; a fraction ``wrong`` of them carries another answer of the same kind.
 
     Held-out chats are distinct. weights: skill -> relative frequency (default: uniform). known: questions not to ask.
+    Raises `UserError` where the world has fewer such questions.
     """
     rng = random.Random(seed)
     chance = [(weights or {}).get(skill, 1.0 if weights is None else 0.0) for skill in SKILLS]
     samplers = {skill: world.items(skill, rng, held_out) for skill in SKILLS}
     rows: list[dict[str, Any]] = []
-    seen = set(known)
+    seen, again = set(known), 0
     while len(rows) < count:
         item = samplers[rng.choices(SKILLS, chance)[0]]()
-        if item.question in seen:
+        again = again + 1 if item.question in seen else 0
+        if again > TRIES:
+            told = f"the tiny world has {len(rows)} {seed.rpartition(' ')[0]} chats that ask what no other does"
+            raise UserError(f"{told}, {count} are wanted; set fewer in tiny.*_chats or tiny.private")
+        if again:
             continue
         if held_out:
             seen.add(item.question)

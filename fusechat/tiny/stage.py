@@ -48,8 +48,8 @@ def make(
     chats, of which mixture, ``chats/private_NAME.jsonl`` has: questions that no other of them asks. wrong_fraction:
     share of the fusion and private chats that have a wrong answer; validation chats have none, and ask what no fusion
     chat asks. width, layers, heads, batch_size, lr: of every model and its training. trainer: options of Lightning's
-    Trainer. A model that these
-    made is kept; one of other settings is trained again in its place without asking.
+    Trainer. A model that these made is kept; one of other settings is trained again in its place without asking. Raises
+    `UserError` for more chats than there are questions.
     """
     check("tiny", wrong_fraction=wrong_fraction, width=width, layers=layers, heads=heads, batch_size=batch_size, lr=lr)
     check(

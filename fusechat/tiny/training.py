@@ -17,7 +17,7 @@ from fusechat.chats.render import ChatRenderer
 
 
 class Batches(IterableDataset[dict[str, torch.Tensor]]):
-    """Endless padded batches of tokenized chats; labels are -100 outside the answers."""
+    """Endless padded batches of tokenized chats, whole ones where there are any; labels are -100 outside the answers."""
 
     def __init__(
         self, rows: Sequence[Mapping[str, Any]], renderer: ChatRenderer, batch_size: int, seed: str, pad: int
@@ -29,7 +29,7 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
         rng = random.Random(self.seed)
         while True:
             order = rng.sample(self.rendered, len(self.rendered))
-            for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
+            for start in range(0, max(1, len(order) - self.batch_size + 1), self.batch_size):
                 yield self._pad(order[start : start + self.batch_size])
 
     def _pad(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:

@@ -1,11 +1,16 @@
 """The tiny world's chats: which answers are wrong, and that validation and test are clean and ask what is new."""
 
+import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from fusechat.tiny.chats import World
+from fusechat.app.errors import UserError
+from fusechat.chats.render import ChatRenderer
+from fusechat.tiny.chats import World, generate
+from fusechat.tiny.training import Batches
 from tests.conftest import Mini
 
 
@@ -41,3 +46,16 @@ def test_validation_and_test_ask_what_is_new(chats: dict[str, list[dict[str, Any
 def test_trainings_validate_with_it(mini: Mini) -> None:
     cfg = mini.cfg("train", "source=a")
     assert cfg.validation.path == f"{mini.experiment}/world/chats/validation.jsonl"
+
+
+def test_a_world_without_more_questions_says_so() -> None:
+    with pytest.raises(UserError, match=r"has 84 test chats that ask what no other does, 85 are wanted"):
+        generate(World(0), 85, "test 0", weights={"calendar": 1.0}, held_out=True)
+    assert len(generate(World(0), 84, "test 0", weights={"calendar": 1.0}, held_out=True)) == 84
+
+
+def test_fewer_chats_than_a_batch_are_a_batch(tokenizers: Callable[[str], Any]) -> None:
+    rows = generate(World(0), 3, "train 0")
+    data = Batches(rows, ChatRenderer(tokenizers("a")), batch_size=8, seed="a", pad=0)
+    shapes = [batch["input_ids"].shape[0] for batch in itertools.islice(data, 2)]
+    assert shapes == [3, 3]
