@@ -17,7 +17,7 @@ from fusechat.chats.render import ChatRenderer
 
 
 class Batches(IterableDataset[dict[str, torch.Tensor]]):
-    """Endless padded batches of tokenized chats, whole ones where there are any; labels are -100 outside the answers."""
+    """Endless padded batches of tokenized chats, full where there are enough; labels are -100 outside the answers."""
 
     def __init__(
         self, rows: Sequence[Mapping[str, Any]], renderer: ChatRenderer, batch_size: int, seed: str, pad: int
