@@ -30,7 +30,8 @@ def chats(job: Job) -> Work:
     if job.settings["generate"] and (silent := [n for n, talk in enumerate(rows["messages"]) if not _answer_at(talk)]):
         told = f"{len(silent)} of {len(rows)} chats hold no answer to a question (the first: {silent[0]})"
         raise UserError(
-            f"evaluation.chats: {told}, and evaluation.generate=true asks these again; leave them out, or set evaluation.generate=false"
+            f"evaluation.chats: {told}, and evaluation.generate=true asks these again; "
+            "leave them out, or set evaluation.generate=false"
         )
     inputs = {"tests": fingerprint(ids=list(rows["id"])), "tags": fingerprint(tags=list(rows["tag"]))}
     read = job.stops if job.settings["generate"] else dict
