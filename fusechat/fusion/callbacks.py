@@ -82,7 +82,7 @@ class FusionShares(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Shares since training began; a warning of sources that never win against the pivot."""
-        found = pl_module.win_rates()
+        found = pl_module.wins.rates()
         rates = {f"wins/{tag}/{name}": r for tag, of in found.items() for name, r in of.items()}
         for name, share in found.get("all", {}).items():
             if name != "pivot" and "pivot" in pl_module.names and share < NEVER and name not in self.lost:

@@ -8,56 +8,22 @@ D depends on the logits z only through log q at the K kept ids (or ranks). So wi
 
 one pass over the logits serves both losses, whatever the divergence. Where D is of a chunk of text, its log q is the
 sum of its tokens' log q[gold], and each of them gets the chunk's a. Shapes: N positions, H hidden size, V vocabulary.
-
-In mixed precision h, W and ∂L/∂z are rounded to autocast's dtype, as torch's own linear layer would; their products are
-exact in fp32 and are summed and kept there, on every device: logits, ∂L/∂h and, over all chunks, ∂L/∂W.
+What is rounded in mixed precision, and what is not: `products`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusechat.fusion.losses import ABSENT, FusionLoss
-from fusechat.fusion.shared import Shared, halves
+from fusechat.fusion.products import add_product, at_least_fp32, compute_dtype, operand, product
+from fusechat.fusion.shared import halves
 from fusechat.fusion.slices import over_chunks, slices
-
-BLOCK = 1 << 14  # rows of ∂L/∂W in one product on a card: it lies in memory in fp32 before it is added
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the student is trained on at N positions. ids, p [N, K]; gold, sft_weight, fusion_weight [N].
-
-    chunk [N], for a loss on chunks of text: neighbours of one number are a chunk, whose weight is at one of them; ids
-    are the gold tokens then and p is the chunk's, K = 1. shared, for a loss that is split: the tokens both sides have.
-    """
-
-    ids: Tensor
-    p: Tensor
-    gold: Tensor
-    sft_weight: Tensor
-    fusion_weight: Tensor
-    chunk: Tensor | None = None
-    shared: Shared | None = None
-
-    def rows(self, part: slice) -> Targets:
-        """The targets of some positions."""
-        parts: Iterator[Any] = (None if each is None else each[part] for each in vars(self).values())
-        return Targets(*parts)
-
-
-def chunk_targets(gold: Tensor, p: Tensor, chunk: Tensor, sequence: Tensor, lam: Tensor, per_token: Tensor) -> Targets:
-    """Targets on chunks of text, whose weight is at their last position; λ is 1 where p, the chunk's, is 0. All [N]."""
-    changes = (chunk.diff() != 0) | (sequence.diff() != 0)
-    number, last = torch.cat([changes.new_zeros(1), changes]).cumsum(0), torch.cat([changes, changes.new_ones(1)])
-    lam = torch.where(p > 0, lam, 1.0)
-    weights = lam * per_token, (1 - lam) * per_token * last
-    return Targets(gold.unsqueeze(1), p.unsqueeze(1), gold, *weights, number)
+from fusechat.fusion.targets import Targets
 
 
 def fused_loss(hidden: Tensor, head: Any, targets: Targets, loss: FusionLoss) -> tuple[Tensor, Tensor]:
@@ -68,7 +34,7 @@ def fused_loss(hidden: Tensor, head: Any, targets: Targets, loss: FusionLoss) ->
     weight, bias = head.projection.weight, head.projection.bias
     if not torch.is_grad_enabled():  # inside a Function nobody can tell: say so by handing over detached tensors
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    compute, kind = _compute_dtype(hidden), hidden.device.type
+    compute, kind = compute_dtype(hidden), hidden.device.type
     with torch.autocast(kind, enabled=False):  # the operands are rounded and nothing else
         apply: Callable[..., tuple[Tensor, Tensor]] = _HiddenLoss.apply
         return apply(hidden, weight, bias, head, targets, loss, compute)
@@ -100,23 +66,23 @@ class _HiddenLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
         d_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wanted[2] else None
         total, parts = hidden.new_zeros((), dtype=exact), []
-        h, w = _operand(hidden, compute), _operand(weight, compute)
+        h, w = operand(hidden, compute), operand(weight, compute)
         together = [*slices(hidden, len(w), targets.chunk)]
         longest = max((part.stop - part.start for part in together), default=0)
         buffer = hidden.new_empty(longest, len(w), dtype=exact)
         for part in together:
-            raw = _product(h[part], w.t(), buffer[: part.stop - part.start])
+            raw = product(h[part], w.t(), buffer[: part.stop - part.start])
             z = head.transform(raw if bias is None else raw.add_(bias))
             slope = _slope(head, z)
             value, each = _loss_and_gradient(z, targets.rows(part), loss, any(wanted))
             total += value
             parts.append(each)
             d_raw = z if slope is None else z.mul_(slope)
-            gradient = _operand(d_raw, compute)
+            gradient = operand(d_raw, compute)
             if d_hidden is not None:
-                _product(gradient, w, d_hidden[part])
+                product(gradient, w, d_hidden[part])
             if d_weight is not None:
-                _add_product(d_weight, gradient.t(), h[part])
+                add_product(d_weight, gradient.t(), h[part])
             if d_bias is not None:
                 d_bias += d_raw.sum(0)
         ctx.gradients, ctx.dtype = (d_hidden, d_weight, d_bias), weight.dtype
@@ -136,7 +102,7 @@ class _LogitLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Targets, loss: FusionLoss) -> Any:
         wanted, view = ctx.needs_input_grad[0], logits.detach()
-        total, parts = logits.new_zeros((), dtype=_at_least_fp32(logits)), []
+        total, parts = logits.new_zeros((), dtype=at_least_fp32(logits)), []
         for part in slices(logits, logits.shape[1], targets.chunk):
             in_place = wanted and logits.dtype == total.dtype
             z = view[part] if in_place else view[part].to(total.dtype, copy=True)
@@ -225,41 +191,3 @@ def _together(ctx: Any, parts: list[Tensor], total: Tensor) -> Tensor:
     each = torch.cat(parts, 1) if parts else total.new_zeros(2, 0)
     ctx.mark_non_differentiable(each)
     return each
-
-
-def _at_least_fp32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """What a linear layer would compute in: autocast's dtype where it is on, which an outer autocast block decides."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
-def _operand(tensor: Tensor, compute: torch.dtype) -> Tensor:
-    """Rounded to ``compute``; on a CPU held in fp32 at least, where matrix products sum in the dtype they return."""
-    rounded = tensor.to(compute)
-    return rounded if tensor.is_cuda else rounded.to(torch.promote_types(compute, torch.float32))
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out = left @ right, summed in fp32 at least."""
-    if left.dtype == out.dtype and not left.is_cuda:
-        return torch.mm(left, right, out=out)
-    return out.copy_(_summed(left, right))
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, summed in the total's dtype."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        for part, rows in zip(torch.split(total, BLOCK), torch.split(left, BLOCK), strict=True):
-            part += _summed(rows, right)
-
-
-def _summed(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32 at least; on a GPU operands of lower precision go to its tensor cores as they are."""
-    exact = _at_least_fp32(left)
-    return left @ right if left.dtype == exact else torch.mm(left, right, out_dtype=exact)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,15 +15,16 @@ from fusechat.chats.padding import flattened, packed
 from fusechat.fusion.adapters import with_adapters
 from fusechat.fusion.batches import FusionBatch
 from fusechat.fusion.failures import skip_step
-from fusechat.fusion.gradient import Targets, chunk_targets, fused_loss, loss_from_logits
+from fusechat.fusion.gradient import fused_loss, loss_from_logits
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.optimizers import make_optimizer, make_schedule
 from fusechat.fusion.options import Optimizer
 from fusechat.fusion.packing import check_apart
 from fusechat.fusion.ranks import gathered, generators, set_generators
-from fusechat.fusion.rules import FusionRule, cross_entropy
+from fusechat.fusion.rules import FusionRule
 from fusechat.fusion.sharding import first_loads, shard, within
-from fusechat.fusion.shared import Shared
+from fusechat.fusion.targets import Targets, targets_of
+from fusechat.fusion.wins import Wins
 from fusechat.models import load as models
 from fusechat.models.heads import OutputHead, Within
 from fusechat.stores.units import bits_per_byte
@@ -75,7 +75,7 @@ class FusionModule(lightning.LightningModule):
         self.names = ["pivot", *sources] if self.rule.include_pivot else sources
         self.model: Any = None
         self.head: OutputHead | None = None
-        self.wins: Counter[tuple[str, str]] = Counter()  # of this rank's chats
+        self.wins = Wins(self.names, pivot_else=self.rule.takes_one and self.rule.include_pivot)
         self.sums: Tensor | None = None  # of this rank's micro-batches of a step: loss, sft, fusion, tokens
         self.held_out = torch.zeros(5)  # of this rank's part of a validation: loss, sft, fusion, tokens, bytes
         self.tokens = 0  # of this run, over all ranks; a tensor once there are some
@@ -142,7 +142,7 @@ class FusionModule(lightning.LightningModule):
         """Loss of one micro-batch, scaled so that the step's gradient is that of its mean over all response tokens."""
         total, sft, fusion, part = self._losses(batch)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        self._record(batch, part)
+        self.wins.add(batch, part)
         sums = torch.stack([total.detach(), sft, fusion, batch.attention_mask.sum().to(total)])
         self.step_tokens, self.sums = batch.step_tokens, sums if self.sums is None else self.sums + sums
         return total * scale
@@ -188,25 +188,8 @@ class FusionModule(lightning.LightningModule):
         self.validated_at = self.global_step
 
     def targets(self, batch: FusionBatch) -> tuple[Targets, Tensor]:
-        """What the rule makes of the batch's distributions; and each model's part in every position, [N, S]."""
-        first = 0 if self.rule.include_pivot else 1
-        p, ids = self.loss.teacher(batch.logprobs), batch.ids.long()
-        own, common = (batch.nats, batch.n_tokens), (batch.common_nats, batch.common_bytes)
-        ce = cross_entropy(*(common if self.rule.metric == "bits_per_byte" else own))[:, first:]
-        fused = self.rule(ids[first:], p[first:], batch.gold_logprob[first:], ce, batch.sequence, (ids[0], p[0]))
-        progress = self.global_step / max(1, self.total_steps())
-        lam = self.loss.sft_share(progress, fused.reward)[batch.sequence]
-        per_token = 1.0 / batch.step_tokens.clamp_min(1)
-        if self.loss.on_chunks and batch.chunk.shape[1]:  # of one's own chats nobody has said anything
-            speaks = fused.weight.argmax(1) + first, torch.arange(len(batch.gold), device=lam.device)
-            chunk, nats = batch.chunk[speaks], batch.chunk_nats[speaks]
-            p = torch.exp(-nats / self.loss.temperature) * fused.weight.amax(1)
-            return chunk_targets(batch.gold, p, chunk, batch.sequence, lam, per_token), fused.weight
-        has_target = (fused.p > 0).any(-1)  # where there is nothing to fuse, lambda is 1
-        lam = lam.masked_fill(~has_target, 1.0)
-        shared = Shared(batch.shared, fused.weight.argmax(1) + first) if self.loss.split else None
-        weights = lam * per_token, (1 - lam) * per_token
-        return Targets(fused.ids, fused.p, batch.gold, *weights, shared=shared), fused.weight
+        """What the batch is trained on at this step; and each model's part in every position, [N, S]."""
+        return targets_of(batch, self.rule, self.loss, self.global_step / max(1, self.total_steps()))
 
     def _losses(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weighted loss, sums of sft and divergence over the positions, each model's part [N, S]."""
@@ -229,43 +212,20 @@ class FusionModule(lightning.LightningModule):
         schedule = make_schedule(self.optimizer, optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def all_wins(self) -> Counter[tuple[str, str]]:
-        """(tag, model) -> response tokens it spoke for, over all ranks; every rank must ask."""
-        return sum(gathered(self.wins), Counter())
-
-    def win_rates(self) -> dict[str, dict[str, float]]:
-        """Tag -> model -> its share of the response tokens it spoke for; ``all`` sums the tags. Every rank must ask."""
-        wins = self.all_wins()
-        tags = sorted({tag for tag, _ in wins})
-        totals = {tag: sum(wins[tag, name] for name in self.names) or 1 for tag in tags}
-        return {tag: {name: wins[tag, name] / totals[tag] for name in self.names} for tag in tags}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the counts and every rank's random generators, for a resume that continues bit for bit."""
-        checkpoint["wins"] = [[tag, name, count] for (tag, name), count in self.all_wins().items()]
+        checkpoint["wins"] = self.wins.state()
         checkpoint["rng"] = gathered(generators(self.device))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The inverse of `on_save_checkpoint`; the epoch's progress is told in micro-batches of today's size."""
-        first = self.global_rank == 0
-        self.wins = Counter({(tag, name): count for tag, name, count in checkpoint["wins"] if first})
+        self.wins.restore(checkpoint["wins"] if self.global_rank == 0 else [])
         self.generators = checkpoint["rng"]
         loop = checkpoint["loops"]["fit_loop"]
         done = self.data.train_plan().micro_batches(loop["state_dict"]["combined_loader"][0]["steps"])
         progress = loop["epoch_loop.batch_progress"]["current"]
         behind = progress["ready"] - progress["completed"]  # 1 where it was saved before its batch had quite ended
         progress |= dict.fromkeys(progress, done) | {"completed": done - behind}
-
-    def _record(self, batch: FusionBatch, part: Tensor) -> None:
-        """Counts, per tag, how many response tokens each model spoke for; the pivot where it learns from nobody."""
-        if self.rule.takes_one and self.rule.include_pivot:
-            part = torch.cat([1 - part[:, 1:].sum(1, keepdim=True), part[:, 1:]], 1)
-        per_chat = part.new_zeros(len(batch.tags), part.shape[1]).index_add_(0, batch.sequence, part).tolist()
-        for tag, shares in zip(batch.tags, per_chat, strict=True):
-            for name, share in zip(self.names, shares, strict=True):
-                self.wins["all", name] += share  # type: ignore[assignment]
-                if tag:
-                    self.wins[tag, name] += share  # type: ignore[assignment]
 
     def total_steps(self) -> int:
         """Optimizer steps of the training; asking Lightning would begin an epoch before a resume can tell where."""

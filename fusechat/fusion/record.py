@@ -61,7 +61,7 @@ class Description:
     @staticmethod
     def facts(module: FusionModule, trainer: Any) -> dict[str, Any]:
         """What there is to say of a training; every rank must ask."""
-        return {"metrics": measured(trainer), "wins": module.win_rates(), "steps": trainer.global_step}
+        return {"metrics": measured(trainer), "wins": module.wins.rates(), "steps": trainer.global_step}
 
     def write(self, directory: Path, facts: Mapping[str, Any]) -> None:
         """Adds all of it to a target that is being written."""

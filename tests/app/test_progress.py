@@ -150,12 +150,13 @@ def test_what_matters_is_loud(fresh: Mini, caplog: pytest.LogCaptureFixture, mon
 
 def test_a_source_that_never_wins_is_told(fresh: Mini, caplog: pytest.LogCaptureFixture) -> None:
     from fusechat.fusion.callbacks import FusionShares
+    from fusechat.fusion.wins import Wins
 
     class Module:
         names = ["pivot", "a", "b"]
+        wins = Wins(names, pivot_else=False)
 
-        def win_rates(self) -> dict[str, dict[str, float]]:
-            return {"all": {"pivot": 0.8, "a": 0.2, "b": 0.0}}
+    Module.wins.restore([["all", "pivot", 8], ["all", "a", 2]])
 
     class Trainer:
         loggers: list[Any] = []

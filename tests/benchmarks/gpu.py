@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fusechat.extract.extractor import Extractor
 from fusechat.extract.kinds import Keep
-from fusechat.fusion.gradient import Targets, fused_loss
+from fusechat.fusion.gradient import fused_loss
 from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.targets import Targets
 from fusechat.merging.run import merge
 from fusechat.models.shards import CheckpointWriter
 from tests.benchmarks import experiment, step

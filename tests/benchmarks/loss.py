@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
+from fusechat.fusion.gradient import fused_loss, loss_from_logits
 from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.targets import Targets
 from tests.benchmarks.measure import measure, table
 
 V, K, D = 32_000, 10, 512

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fusechat.fusion.gradient import Targets
 from fusechat.fusion.losses import FusionLoss
+from fusechat.fusion.targets import Targets
 
 
 def dense(logits: Tensor, logprobs: Tensor, targets: Targets, loss: FusionLoss) -> Tensor:

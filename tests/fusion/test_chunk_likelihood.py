@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fusechat.app.errors import UserError
 from fusechat.fusion.checks import check_rule
-from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
+from fusechat.fusion.gradient import fused_loss, loss_from_logits
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.rules import FusionRule
+from fusechat.fusion.targets import Targets
 from tests.fusion.dense import in_float64
 
 

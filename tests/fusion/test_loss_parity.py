@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusechat.fusion.gradient import Targets, loss_from_logits
+from fusechat.fusion.gradient import loss_from_logits
 from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.rules import FusionRule
+from fusechat.fusion.targets import Targets
 from tests.conftest import GOLDEN
 
 MANIFEST = json.loads((GOLDEN / "loss" / "manifest.json").read_text())

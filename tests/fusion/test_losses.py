@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fusechat.app.errors import UserError
 from fusechat.app.registry import choices
-from fusechat.fusion.gradient import Targets, loss_from_logits
+from fusechat.fusion.gradient import loss_from_logits
 from fusechat.fusion.losses import LOSSES, MISSING, FusionLoss
 from fusechat.fusion.rules import RULES
+from fusechat.fusion.targets import Targets
 from tests.fusion.dense import dense, example, in_float64
 
 OF_TOKENS = sorted(name for name, member in LOSSES.items() if "chunks" not in member.needs)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from fusechat.app import needs
 from fusechat.app.errors import UserError
 from fusechat.app.trainer import quiet_trainer
-from fusechat.fusion import LOSSES, FusionLoss, gradient
-from fusechat.fusion.gradient import Targets, fused_loss
+from fusechat.fusion import LOSSES, FusionLoss, products
+from fusechat.fusion.gradient import fused_loss
 from fusechat.fusion.plan import Draw
 from fusechat.fusion.precision import weights_dtype
+from fusechat.fusion.targets import Targets
 from fusechat.models.load import load_model
 from tests.conftest import Mini
 from tests.fusion.trained import module_of, moved, rows_of, weights
@@ -203,9 +204,9 @@ def test_a_rank_without_chats_trains_on_nothing(mini: Mini) -> None:
 
 def test_a_product_in_blocks_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a card does, where operands are narrower than their sum; a CPU has no such product and gets a stand-in."""
-    monkeypatch.setattr(gradient, "_summed", lambda left, right: left.float() @ right.float())
-    monkeypatch.setattr(gradient, "BLOCK", 3)
+    monkeypatch.setattr(products, "_summed", lambda left, right: left.float() @ right.float())
+    monkeypatch.setattr(products, "BLOCK", 3)
     left, right = torch.randn(5, 8).bfloat16().t(), torch.randn(5, 4).bfloat16()
     total = torch.ones(8, 4)
-    gradient._add_product(total, left, right)
+    products.add_product(total, left, right)
     assert torch.allclose(total, 1 + left.float() @ right.float(), atol=1e-6)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fusechat.app.errors import UserError
 from fusechat.fusion.checks import check_rule
-from fusechat.fusion.gradient import Targets, fused_loss, loss_from_logits
+from fusechat.fusion.gradient import fused_loss, loss_from_logits
 from fusechat.fusion.losses import MISSING, FusionLoss
 from fusechat.fusion.rules import FusionRule
 from fusechat.fusion.shared import Shared
+from fusechat.fusion.targets import Targets
 
 V, PADDED, K, N = 12, 15, 6, 23
 

@@ -27,8 +27,8 @@ N, H, V, K = 900, 64, 5_003, 10
 @pytest.mark.parametrize("kind", sorted(LOSSES))
 def test_the_fused_loss_is_the_textbooks(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Value and both gradients against float64 from the same rounded hidden states and weights."""
-    monkeypatch.setattr("fusechat.fusion.gradient.BLOCK", 1000)  # several products for each of several chunks
-    monkeypatch.setattr("fusechat.fusion.gradient.chunk_rows", lambda *_: 256)
+    monkeypatch.setattr("fusechat.fusion.products.BLOCK", 1000)  # several products for each of several chunks
+    monkeypatch.setattr("fusechat.fusion.slices.chunk_rows", lambda *_: 256)
     loss, (_, logprobs, raw) = FusionLoss(kind, "tail"), example(N, V, K)
     hidden, weight = torch.randn(N, H).to(dtype), (torch.randn(V, H) / 8).to(dtype)
     targets = replace(raw, p=loss.teacher(logprobs))
