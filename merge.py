@@ -30,12 +30,12 @@ def run(cfg: DictConfig) -> None:
     if merged.description:
         print(merged.description)
     if merged.made and not recipe.storing:
-        log(cfg, recipe, merged)
+        follow(cfg, recipe, merged)
 
 
-def log(cfg: DictConfig, recipe: Recipe, merged: Merged) -> None:
+def follow(cfg: DictConfig, recipe: Recipe, merged: Merged) -> None:
     """The weights that were measured, as table and picture, and the lineage, to wandb."""
-    from fusechat.app.tracking import log_made, log_picture, log_table, wandb_run
+    from fusechat.app.tracking import log, log_made, wandb_run
     from fusechat.merging.folder import HEATMAP
     from fusechat.models.hub import called
 
@@ -45,8 +45,8 @@ def log(cfg: DictConfig, recipe: Recipe, merged: Merged) -> None:
     if merged.groups:
         names = [called(path) for path in recipe.target_paths]
         rows = [[group, *(weights or [float("nan")] * len(names))] for group, weights in merged.groups.items()]
-        log_table(run, "merge/weights", ["group", *names], rows)
-        log_picture(run, "merge/heatmap", merged.path / HEATMAP)
+        table = {"merge/weights": (["group", *names], rows)}
+        log(run, tables=table, pictures={"merge/heatmap": merged.path / HEATMAP})
     log_made(cfg, run, ("merged", merged.path), [("target", path) for path in recipe.target_paths])
 
 

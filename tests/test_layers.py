@@ -73,6 +73,13 @@ def test_hydra_stays_at_the_door(file: Path) -> None:
     assert not known & {"hydra", "omegaconf"}, "only commands know Hydra"
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_wandb_is_known_to_app_alone(file: Path) -> None:
+    if room(file) != "app":
+        known = {name.split(".")[0] for name in imports(file)}
+        assert not known & {"wandb", "wandb_workspaces"}, "fusechat.app.tracking logs for all"
+
+
 @pytest.mark.parametrize("module", COMMANDS)
 def test_commands_start_light(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('torch', 'transformers', 'lightning', 'datasets', 'wandb', 'numpy') if m in sys.modules])"

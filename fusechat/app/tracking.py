@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig
@@ -15,6 +16,8 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json
 from fusechat.app.parts import made, split
 from fusechat.app.session import plain
+from fusechat.app.states import record_of
+from fusechat.app.trees import flatten, nested
 
 BEST = "validation/bits_per_byte"  # what searches over trainings minimise
 STEP = "trainer/global_step"  # the axis of every curve
@@ -79,26 +82,6 @@ def check_account() -> None:
         )
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested config -> one level with dotted keys, the columns that wandb compares."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    pairs = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
-    return {key: value for pair in pairs for key, value in pair.items()}
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What `flatten` flattens."""
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = value
-    return tree
-
-
 def wandb_run(cfg: DictConfig, name: str) -> Any:
     """The run that is open, or a new one; None where the ``logger`` group names another logger."""
     if cfg.logger.kind != "wandb":
@@ -114,18 +97,18 @@ def open_run() -> Any:
     return wandb.run if wandb is not None else None
 
 
-def log_table(run: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table in a wandb run."""
+def log(
+    run: Any,
+    values: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = MappingProxyType({}),
+    pictures: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
+    """One step of a wandb run: numbers, tables by their columns and rows, pictures by their files."""
     import wandb
 
-    run.log({name: wandb.Table(columns=list(columns), data=list(rows))})
-
-
-def log_picture(run: Any, name: str, file: Path) -> None:
-    """A picture in a wandb run."""
-    import wandb
-
-    run.log({name: wandb.Image(str(file))})
+    shown = {name: wandb.Table(columns=list(columns), data=list(rows)) for name, (columns, rows) in tables.items()}
+    run.log({**values, **shown, **{name: wandb.Image(str(file)) for name, file in pictures.items()}})
 
 
 def log_made(cfg: DictConfig, run: Any, made: Made | None, inputs: Sequence[Made]) -> None:
@@ -156,8 +139,8 @@ def _artifact(made: Made, inputs: dict[str, str | None], upload: bool) -> Any:
 
 
 def _fingerprint(path: Path) -> str | None:
-    file = next((f for f in (path / "manifest.json", path / "fusechat.json") if f.exists()), None)
-    return read_json(file)["fingerprint"] if file else None
+    record = record_of(path)
+    return None if record is None else str(read_json(record)["fingerprint"])
 
 
 def _netrc_has_wandb() -> bool:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from fusechat.app.command import entry, imported, label, plain, provenance
 from fusechat.app.outputs import read_json
-from fusechat.app.tracking import ANSWERS, log_made, wandb_run
+from fusechat.app.tracking import ANSWERS, log, log_made, wandb_run
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -31,26 +31,24 @@ def run(cfg: DictConfig) -> float | None:
     if "metrics" not in result:
         return None
     if made:
-        log(cfg, result, output)
+        follow(cfg, result, output)
     first = next(iter(result["metrics"].values()), None)
     return None if first is None else float(first["all"]["value"])
 
 
-def log(cfg: DictConfig, result: Mapping[str, Any], output: Path) -> None:
+def follow(cfg: DictConfig, result: Mapping[str, Any], output: Path) -> None:
     """To wandb, where it is on: summary metrics and a table of answers, the pivot's beside the model's."""
     run = wandb_run(cfg, f"evaluate-{result['name']}")
     if run is None:
         return
-    import wandb
-
     flat = {
         f"evaluation/{name}/{tag}": entry["value"]
         for name, tags in result["metrics"].items()
         for tag, entry in tags.items()
     }
     rows = answered(result, output.with_name(f"{label(cfg.pivot.path)}.json"))
-    columns: list[str | int] = ["skill", "prompt", "reference", "pivot's answer", "answer"]
-    run.log({**flat, **({ANSWERS: wandb.Table(columns=columns, data=rows)} if rows else {})})
+    columns = ["skill", "prompt", "reference", "pivot's answer", "answer"]
+    log(run, flat, tables={ANSWERS: (columns, rows)} if rows else {})
     run.summary.update(flat)
     made = Path(cfg.model)
     kind = {"targets": "target", "merged": "merged"}.get(made.parent.name)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from fusechat.app.command import entry, experiment_of, plain
 from fusechat.app.labels import labels
-from fusechat.app.tracking import wandb_run
+from fusechat.app.tracking import log, wandb_run
 from fusechat.app.verbs import command_line
 
 LOG = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def run(cfg: DictConfig) -> None:
         rows = beside(made.table, cfg.report.published, cfg.seed).to_dict("records")
         print_rows(rows, f"beside those published for seed {cfg.seed}; docs/demo.md says what moves")
     LOG.info("report: %s", made.page)
-    _log(cfg, made)
+    _follow(cfg, made)
     if cfg.report.workspace:
         from fusechat.app.workspace import save_views
 
@@ -43,15 +43,13 @@ def run(cfg: DictConfig) -> None:
             LOG.info("view: %s", address)
 
 
-def _log(cfg: DictConfig, made: Any) -> None:
-    run = wandb_run(cfg, "report")
-    if run is None:
+def _follow(cfg: DictConfig, made: Any) -> None:
+    if (run := wandb_run(cfg, "report")) is None:
         return
-    import wandb
-
     words = {name: str for name, column in made.table.items() if column.dtype == object}
-    figures = {f"report/{picture.name}": wandb.Image(str(picture.path)) for picture in made.pictures}
-    run.log({"report/results": wandb.Table(dataframe=made.table.astype(words)), **figures})
+    table = made.table.astype(words)
+    pictures = {f"report/{picture.name}": picture.path for picture in made.pictures}
+    log(run, tables={"report/results": ([*table.columns], table.to_numpy().tolist())}, pictures=pictures)
 
 
 main = entry("report")(run)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat.app.outputs import read_json
+from fusechat.app.outputs import RECORD, read_json
+from fusechat.app.trees import flatten
 from fusechat.report.results import short
 
 if TYPE_CHECKING:
@@ -53,16 +54,10 @@ def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _made(model: Path) -> dict[str, Any]:
     """The flat config of the stage that made a model, as far as people sweep it."""
-    file = model / "fusechat.json"
+    file = model / RECORD
     content = read_json(file) if file.exists() else {}
     swept = SWEPT.get(content.get("stage", ""), ())
-    flat = _flat(content.get("config", {}), "")
+    flat = flatten(content.get("config", {}))
     if content.get("recipe"):  # which says itself what the other keys would
-        return {key: value for key, value in flat if key == "merge.recipe"}
-    return {key: value for key, value in flat if key.split(".")[0] in swept and key != "merge.name"}
-
-
-def _flat(tree: Any, prefix: str) -> list[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        return [(prefix, tree)]
-    return [pair for key, value in tree.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else key)]
+        return {key: value for key, value in flat.items() if key == "merge.recipe"}
+    return {key: value for key, value in flat.items() if key.split(".")[0] in swept and key != "merge.name"}

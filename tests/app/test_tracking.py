@@ -1,94 +1,14 @@
 """What wandb keeps: the offline run files read back, record by record."""
 
 import json
-import re
-import struct
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fusechat.app.errors import UserError
-from fusechat.app.tracking import flatten, nested
+from fusechat.app.trees import flatten, nested
+from tests.app.runs import followed
 from tests.conftest import Mini
-
-BLOCK = 32768  # LevelDB's log format: blocks of records with crc (4 bytes), length (2) and type (1: whole, 2, 3, 4: first, middle, last)
-
-
-def records(file: Path) -> Iterator[Any]:
-    """The protobuf records of an offline run."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, parts = file.read_bytes(), 7, b""
-    while at + 7 <= len(data):  # what is not flushed yet is left out
-        if BLOCK - at % BLOCK < 7:
-            at += BLOCK - at % BLOCK
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        if at + 7 + length > len(data):
-            return
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
-
-
-def key_of(item: Any) -> str:
-    return item.key or "/".join(item.nested_key)
-
-
-def files(world: Mini) -> set[Path]:
-    return set(world.experiment.rglob("offline-run-*/*.wandb"))
-
-
-def ended(file: Path, seconds: float = 120) -> list[Any]:
-    """The records of a run once its last one, the exit, is in the file: another process writes it."""
-    last = time.monotonic() + seconds
-    while True:
-        found = [*records(file)]
-        if any(record.WhichOneof("record_type") == "exit" for record in found):
-            return found
-        assert time.monotonic() < last, f"{file} has no exit record"
-        time.sleep(0.1)
-
-
-def followed(world: Mini, name: str, *overrides: str) -> "Run":
-    """Runs an entry; what the one run that it has logged says."""
-    before = files(world)
-    world.run(name, *overrides, "logger=wandb_offline")
-    (made,) = files(world) - before
-    return Run(made)
-
-
-class Run:
-    """What the file of an ended run says."""
-
-    def __init__(self, file: Path) -> None:
-        found = ended(file)
-        self.about = next(r.run for r in found if r.WhichOneof("record_type") == "run")
-        self.nested = {
-            key_of(i): json.loads(i.value_json) for r in found for i in (*r.run.config.update, *r.config.update)
-        }
-        self.config = flatten(self.nested)
-        updates = [i for r in found for i in r.summary.update]
-        self.summary = flatten({key_of(i): json.loads(i.value_json) for i in updates})
-        self.history = {key_of(i): json.loads(i.value_json) for r in found for i in r.history.item}
-        self.columns = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        self.media = {key.removesuffix("/_type") for key in self.history if key.endswith("/_type")}
-        self.metrics = {r.metric.name: r.metric for r in found if r.WhichOneof("record_type") == "metric"}
-        requests = [
-            r.request.log_artifact.artifact for r in found if r.request.WhichOneof("request_type") == "log_artifact"
-        ]
-        self.artifacts = {
-            a.name: a
-            for a in [*requests, *(r.artifact for r in found if r.WhichOneof("record_type") == "artifact")]
-            if a.name
-        }
 
 
 def test_a_training_run(fresh: Mini) -> None:
@@ -160,78 +80,6 @@ def test_distributions_merges_and_answers(fresh: Mini) -> None:
     assert all(isinstance(cell, str) for row in table["data"] for cell in row)
     pictures = {"report/comparisons", "report/training", "report/wins", "report/merge_weights_varm_matrix"}
     assert pictures <= followed(fresh, "report").media
-
-
-def keys_of_view(tree: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """Where a view's spec names something that runs log, and what."""
-    if isinstance(tree, dict):
-        if {"section", "name"} == set(tree):
-            yield at, f"{tree['section']}:{tree['name']}"
-        for key, value in tree.items():
-            yield from keys_of_view(value, key)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from keys_of_view(value, at)
-    elif at in ("accessor", "metrics", "xAxis", "metricRegex") or (at == "val" and "/" in str(tree)):
-        yield at, str(tree)
-
-
-def is_logged(name: str, run: Run) -> bool:
-    """Whether a run has what a view names, in whichever of wandb's spellings."""
-    section, _, key = name.rpartition(":")
-    if section == "config":
-        return key.replace(".value.", ".", 1) in run.columns
-    if section == "summary" or key.startswith("summary_metrics."):
-        return key.removeprefix("summary_metrics.") in run.summary
-    return section == "run" or any(re.fullmatch(key, logged) for logged in ("_step", *run.history, *run.media))
-
-
-def test_the_views_name_what_runs_log(fresh: Mini) -> None:
-    """The specs, not sent, beside offline runs of the two kinds of job that they show."""
-    from fusechat.app.workspace import views
-
-    train = followed(fresh, "train", "source=a", "trainer.max_steps=2", "trainer.log_every_n_steps=1")
-    evaluate = followed(fresh, "evaluate", f"model={fresh.experiment}/targets/a")
-    made = views("me", "fusechat", "tiny")
-    assert [view.name for view in made] == ["tiny: settings", "tiny: curves by source", "tiny: answers"]
-    named = set()
-    for view, run in zip(made, (train, train, evaluate), strict=True):
-        spec = view._to_model().spec.model_dump(by_alias=True, exclude_none=True)["section"]
-        (runs,) = spec["runSets"]
-        asked = {item["key"]["name"]: item["value"] for item in runs["filters"]["filters"]}
-        assert asked == {"jobType": run.about.job_type, "tags": ["tiny"]} and "tiny" in run.about.tags
-        keys = [name for _, name in keys_of_view(spec)]
-        assert len(keys) > 5 and not [name for name in keys if not is_logged(name, run)]
-        named |= set(keys)
-    assert {"config:loss.value.lm_weight", "config:fusion.value.rule", "summary:validation/bits_per_byte.min"} <= named
-    assert {"train/sft", "train/fusion", "wins/all/.*", "config:source.value.name", "evaluation/answers"} <= named
-    assert not is_logged("config:loss.value.lm_weigth", train) and not is_logged("train/stf", train)
-    everywhere = views("me", "fusechat")[0]
-    assert everywhere.name == "fusechat: settings"
-    assert everywhere.runset_settings.filters == """Metric("JobType") == 'train'"""
-
-
-def test_views_are_saved_where_wandb_is_asked_for(monkeypatch: pytest.MonkeyPatch, fresh: Mini) -> None:
-    import wandb
-    import wandb_workspaces.workspaces as ws
-
-    from fusechat.app import workspace
-
-    with pytest.raises(UserError) as error:
-        fresh.run("report", "report.workspace=true")
-    told = "report.workspace=true saves views in wandb's project; add logger=wandb, after 'wandb login'"
-    assert str(error.value) == told
-    monkeypatch.setattr(ws.Workspace, "save", lambda self: setattr(self, "_internal_name", "nw-1-v") or self)
-    monkeypatch.setattr(ws.Workspace, "url", property(lambda self: f"{self.entity}/{self.project}/{self.name}"))
-    assert [*workspace.save_views("me", "p", None)][2] == "me/p/p: answers"
-
-    def refuse(self: Any) -> None:
-        raise wandb.errors.CommError("no such\nentity")
-
-    monkeypatch.setattr(ws.Workspace, "save", refuse)
-    with pytest.raises(UserError) as error:
-        [*workspace.save_views("me", "p", None)]
-    assert str(error.value) == "wandb took no view (no such entity); log in with 'wandb login', check logger.entity"
 
 
 def test_nested_is_what_flatten_flattens() -> None:
