@@ -29,10 +29,11 @@ class Samples(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         store = data.stores[0] if data.own is None else data.own
+        rows = data.validation_rows[: self.count].tolist()
         with isolate_rng(), torch.inference_mode():
-            for row in data.validation_rows[: self.count].tolist():
-                self.rows.append([trainer.global_step, *self._answered(pl_module, store, row)])
-        for step, *texts in self.rows[-self.count :]:
+            now: list[list[Any]] = [[trainer.global_step, *self._answered(pl_module, store, row)] for row in rows]
+        self.rows += now
+        for step, *texts in now:
             shown = [" ".join(text.split())[:SHOWN] for text in texts]
             LOG.info("step %d: %r is answered %r (reference: %r)", step, shown[0], shown[2], shown[1])
         for logger in trainer.loggers:

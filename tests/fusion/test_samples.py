@@ -2,12 +2,16 @@
 
 import logging
 import re
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fusechat.app.errors import UserError
+from fusechat.fusion.samples import Samples
 from tests.conftest import Mini
 
 
@@ -41,3 +45,18 @@ def test_samples_are_told_and_change_nothing(fresh: Mini, caplog: pytest.LogCapt
 def test_samples_that_cannot_be(overrides: list[str], message: str, mini: Mini) -> None:
     with pytest.raises(UserError, match=message):
         mini.run("train", "source=a", "callbacks.samples=3", *overrides)
+
+
+def test_fewer_chats_than_were_asked_for_are_told_once_each(caplog: pytest.LogCaptureFixture) -> None:
+    class Answered(Samples):
+        def _answered(self, pl_module: Any, store: Any, row: int) -> list[str]:
+            return [f"prompt {row}", "reference", "answer"]
+
+    data = SimpleNamespace(stores=[None], own=None, validation_rows=np.arange(2))
+    trainer: Any = SimpleNamespace(sanity_checking=False, is_global_zero=True, datamodule=data, loggers=[])
+    told = Answered(3, None)
+    caplog.set_level(logging.INFO, "fusechat.fusion.samples")
+    for trainer.global_step in (1, 2):
+        told.on_validation_epoch_end(trainer, None)
+    steps = [record.message.partition(" is answered")[0] for record in caplog.records]
+    assert steps == [f"step {step}: 'prompt {row}'" for step in (1, 2) for row in (0, 1)]
