@@ -70,8 +70,8 @@ class Entries:
     gold_logprob: Array
 
 
-NOWHERE = np.zeros(0, np.int64)
-SILENT = Entries(NOWHERE, NOWHERE, NOWHERE, NOWHERE)
+EMPTY = np.zeros(0, np.int64)
+SILENT = Entries(EMPTY, EMPTY, EMPTY, EMPTY)
 
 
 class FusionRows(Dataset[FusionBatch]):
@@ -102,7 +102,7 @@ class FusionRows(Dataset[FusionBatch]):
         chats = [self.stores[0].row(row, "input_ids", "positions") for row in draw.rows]
         laid = self.lay([ids for ids, _ in chats] or [[self.pad_token_id]], self.pad_token_id)
         sequence = np.repeat(np.arange(len(chats)), np.array([len(positions) for _, positions in chats], int))
-        at = np.concatenate([NOWHERE, *(positions for _, positions in chats)]) + laid.starts.numpy()[sequence]
+        at = np.concatenate([EMPTY, *(positions for _, positions in chats)]) + laid.starts.numpy()[sequence]
         models = [self._entries(store, draw.rows, len(at)) if chats else SILENT for store in self.stores]
         ids, logprobs = self._rectangle(models)
         common_nats, common_bytes = self.common(draw.rows)
@@ -148,7 +148,7 @@ class FusionRows(Dataset[FusionBatch]):
 
     def _chunks(self, rows: list[int]) -> tuple[Array, Array]:
         """The chunk of every position, numbered on from chat to chat, and its nats, for S models: [S, N] each."""
-        numbers, nats = [[NOWHERE] for _ in self.stores], [[np.empty(0)] for _ in self.stores]
+        numbers, nats = [[EMPTY] for _ in self.stores], [[np.empty(0)] for _ in self.stores]
         for row in rows if self.chunked else ():
             pivot = places(self.stores[0], row)
             for s, store in enumerate(self.stores):

@@ -11,13 +11,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from fusechat.app.errors import UserError
+from fusechat.app.quantities import size
 
 LOG = logging.getLogger(__name__)
 LOST = ("Timed out", "timed out", "Connection closed by peer", "Connection reset by peer", "timeout")
 ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 ACTIVATION = 34  # bytes a layer, token and hidden unit keeps in bf16 for its backward pass (arXiv 2205.05198, eq. 2)
-
-
 PATIENCE = 10  # steps in a row that may be skipped
 STAGES = {"train": "training", "validate": "validating", "sanity_check": "validating"}
 
@@ -52,25 +51,25 @@ class Explained(Callback):
 def out_of_memory(trainer: Any, module: Any, place: str) -> str:
     """What filled the memory, and what each remedy would free of it, by the model's shape."""
     data, shape = trainer.datamodule, module.model.config.get_text_config() if module.model is not None else None
-    size, longest = data.train_plan().micro_batch // trainer.world_size, int(data.lengths.max())
-    told = f"out of memory {place}, with {size} chats of at most {longest} tokens at a time on a device"
+    chats, longest = data.train_plan().micro_batch // trainer.world_size, int(data.lengths.max())
+    told = f"out of memory {place}, with {chats} chats of at most {longest} tokens at a time on a device"
     told += (
         f", gradient_checkpointing={str(module.gradient_checkpointing).lower()}, lora={str(bool(module.lora)).lower()}"
     )
     if shape is None:
         return f"{told}; take a smaller pivot, or trainer=fsdp over more devices"
-    activations = ACTIVATION * shape.num_hidden_layers * shape.hidden_size * size * longest
+    activations = ACTIVATION * shape.num_hidden_layers * shape.hidden_size * chats * longest
     helps = []
     if not module.gradient_checkpointing:
-        helps.append(f"gradient_checkpointing=true frees about {_gb(activations)} of activations")
-    elif size > 1:
+        helps.append(f"gradient_checkpointing=true frees about {size(activations)} of activations")
+    elif chats > 1:
         activations = 2 * activations // ACTIVATION
-    if size > 1:
-        helps.append(f"data.batch_size={_half(size)} about {_gb(activations // 2)}")
+    if chats > 1:
+        helps.append(f"data.batch_size={_half(chats)} about {size(activations // 2)}")
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     if not module.lora:
         shards = trainer.world_size if module._device_mesh is not None else 1
-        helps.append(f"lora.enabled=true about {_gb(12 * trained // shards)} of gradients and optimizer state")
+        helps.append(f"lora.enabled=true about {size(12 * trained // shards)} of gradients and optimizer state")
     helps.append("trainer=fsdp shares weights, gradients and optimizer state among more devices")
     return f"{told}; " + ", ".join(helps)
 
@@ -92,10 +91,6 @@ def skip_step(module: Any, loss: Any, before: int) -> int:
     return before + 1
 
 
-def _half(size: int) -> int:
-    """The largest divisor of ``size`` below it."""
-    return next(n for n in range(size // 2, 0, -1) if size % n == 0)
-
-
-def _gb(n: int) -> str:
-    return f"{n / 1e9:.1f} GB"
+def _half(chats: int) -> int:
+    """The largest divisor of ``chats`` below it."""
+    return next(n for n in range(chats // 2, 0, -1) if chats % n == 0)

@@ -23,7 +23,6 @@ from fusechat.fusion.record import Description, measured, metric_of
 from fusechat.fusion.training import Training
 from fusechat.fusion.validation import validation_chats, warn_of_trained
 from fusechat.models import load as models
-from fusechat.models.whole import check_model
 
 
 def ranks_to_start(training: Training) -> int:
@@ -86,7 +85,7 @@ def _data(training: Training, tokenizer: Any) -> FusionDataModule:
         stores,
         training.data,
         max_tokens=training.data.max_tokens or training.max_length,
-        vocab_size=_vocab_size(training.pivot, **_source(training)),
+        vocab_size=int(models.load_config(training.pivot, **_source(training)).get_text_config().vocab_size),
         pad_token_id=tokenizer.pad_token_id or 0,
         own=None if own is None else validation_chats(own, tokenizer, stores[0].manifest),
         chunked=training.loss.on_chunks,
@@ -128,11 +127,3 @@ def _finish(trainer: Any, saver: SavePretrained, checkpoints: Path | None) -> fl
     if trainer.is_global_zero and checkpoints is not None:
         shutil.rmtree(checkpoints, ignore_errors=True)
     return metric_of(facts)
-
-
-def _vocab_size(path: str, revision: str | None, trust_remote_code: bool) -> int:
-    from transformers import AutoConfig
-
-    check_model(path, weights=False)
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    return int(config.get_text_config().vocab_size)

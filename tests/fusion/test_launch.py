@@ -148,8 +148,8 @@ def test_a_rank_does_not_wait_for_ever() -> None:
         (
             ["data.batch_size=4"],
             r"out of memory while training, step 0, with 4 chats of at most \d+ tokens at a time on a device, "
-            r"gradient_checkpointing=false, lora=false; gradient_checkpointing=true frees about [\d.]+ GB of activations, "
-            r"data.batch_size=2 about [\d.]+ GB, lora.enabled=true about [\d.]+ GB of gradients and optimizer state, ",
+            r"gradient_checkpointing=false, lora=false; gradient_checkpointing=true frees about [\d.]+ [GMk]B of activations, "
+            r"data.batch_size=2 about [\d.]+ [GMk]B, lora.enabled=true about [\d.]+ [GMk]B of gradients and optimizer state, ",
         ),
         (
             ["data.batch_size=1", "gradient_checkpointing=true", "lora.enabled=true"],
