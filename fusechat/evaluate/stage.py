@@ -130,25 +130,16 @@ def _evaluate(
     check("evaluation", **settings)
     kind = EVALUATIONS[settings["kind"]]
     work: Work = kind.function(Job(path, output.stem, settings, seed, server))
-    beside = {key for key in ("chats_seed", "device") if settings.get(key) is not None}  # the chats drawn count
-    deciding = {key: value for key, value in settings.items() if key not in beside}
-    if server:
-        deciding = {key: value for key, value in deciding.items() if key not in OURS} | server.decides
     there = {} if overwrite else _there(output, work)
     whose = {"model": model_identity(path), "seed": seed}
-    own, *of_old = (stage_fingerprint(imports, evaluation=s, **whose) for s in _counted(deciding, work.known, there))
+    counted = _counted(_deciding(settings, server), work.known, there)
+    own, *of_old = (stage_fingerprint(imports, evaluation=each, **whose) for each in counted)
     about: dict[str, Any] = {"stage": "evaluate", "kind": kind.name, "name": output.stem, "model": path}
     about |= server.decides if server else {}
-    about[PARTS] = {**own.parts, **flat(work.inputs)}
-    about["asked"] = fingerprint(mark=own, **work.inputs)
-    counted = [(mark, inputs) for inputs in _inputs(work.inputs, there) for mark in (own, *of_old)]
-    fits = there.get("asked") in [fingerprint(mark=mark, **inputs) for mark, inputs in counted]
-    read = {} if fits else work.read()  # what the model's files say need not be read again
-    marks = [fingerprint(mark=mark, **inputs, **read) for mark, inputs in counted]
-    fits = fits or there.get("fingerprint") in marks
-    mark = about["fingerprint"] = there["fingerprint"] if fits else marks[0]
+    about |= {PARTS: {**own.parts, **flat(work.inputs)}, "asked": fingerprint(mark=own, **work.inputs)}
+    mark = about["fingerprint"] = _mark(work, (own, *of_old), there)
     part = output.with_suffix(f".{mark}.part")
-    if fits:
+    if mark == there.get("fingerprint"):
         part.unlink(missing_ok=True)  # a run that was killed at its very end has left it
         LOG.info("skip: %s is evaluated already (%s, fingerprint %s)", path, output, mark)
         return about if work.answers else there, False
@@ -160,6 +151,26 @@ def _evaluate(
         content = _write_result(output, found, about, record)
     part.unlink(missing_ok=True)
     return content, True
+
+
+def _deciding(settings: Settings, server: Server | None) -> Settings:
+    """The settings that decide a result, and the server's part where there is one."""
+    beside = {key for key in ("chats_seed", "device") if settings.get(key) is not None}  # the chats drawn count
+    beside |= set(OURS) if server else set()
+    return {key: value for key, value in settings.items() if key not in beside} | (server.decides if server else {})
+
+
+def _mark(work: Work, marks: Sequence[str], there: Settings) -> str:
+    """The result's fingerprint; the one that is there, where that fits.
+
+    marks: of model, settings and seed, and those of earlier versions.
+    """
+    counted = [(mark, inputs) for inputs in _inputs(work.inputs, there) for mark in marks]
+    if there.get("asked") in [fingerprint(mark=mark, **inputs) for mark, inputs in counted]:
+        return str(there["fingerprint"])  # what the model's files say need not be read again
+    read = work.read()
+    found = [fingerprint(mark=mark, **inputs, **read) for mark, inputs in counted]
+    return str(there["fingerprint"]) if there.get("fingerprint") in found else found[0]
 
 
 def _counted(deciding: Settings, known: Sequence[str], there: Mapping[str, Any]) -> list[Settings]:
