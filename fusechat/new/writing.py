@@ -27,10 +27,6 @@ def text_of(
     micro_batch: int,
 ) -> str:
     """The YAML. own: of the chats as the pivot reads them; counts: of chats and tests; micro_batch: chats at a time."""
-    width = max(len(model.name) for model in sources)
-    listed = "\n".join(
-        f"  {model.name}:{' ' * (width - len(model.name))} {quoted(model.path)}  # {about(model)}" for model in sources
-    )
     targets = ", ".join(quoted(f"${{paths.experiment}}/targets/{model.name}") for model in sources)
     step = step_of(counts[0])
     said = f"{counts[0]:,} chats; the longest has {own.longest:,} tokens, {own.cut:.1%} are cut"
@@ -42,7 +38,7 @@ defaults: [override /source: own, override /alignment: offsets, override /token_
 experiment_name: {name}
 pivot: {{path: {quoted(pivot.path)}}}  # {about(pivot)}
 models:  # the sources
-{listed}
+{_listed(sources)}
 chat: {{path: {quoted(chats)}, template: {template}, max_length: {max_length}}}  # {said}
 evaluation: {{chats: {quoted(tests)}, generate: false, batch_size: 8}}  # {counts[1]:,} chats that no training sees
 targets: [{targets}]  # what merge.py merges
@@ -53,6 +49,13 @@ trainer: {{max_epochs: 3}}        # of {math.ceil(counts[0] / step)} steps each
 data: {{global_batch: {step}, batch_size: {micro_batch}}}  # chats of a step, and at most so many at a time
 pipeline: {{steps: auto}}         # sft: 3, many_to_one: false, merges: [varm, linear]; pipeline.dry_run=true shows them
 """
+
+
+def _listed(sources: Sequence[Model]) -> str:
+    """Name and path of each, the paths one below the other."""
+    width = max(len(model.name) for model in sources)
+    lines = (f"{model.name}:".ljust(width + 1) + f" {quoted(model.path)}  # {about(model)}" for model in sources)
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def about(model: Model) -> str:

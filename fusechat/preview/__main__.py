@@ -61,11 +61,8 @@ def _preview(cfg: DictConfig) -> None:
         losses = {source.name: lost(pivot, source, kinds[source.name]) for source in sources}
         console.print(colours.lost_table(losses))
     for number in range(min(cfg.preview.show, len(messages))):
-        for model in (pivot, *sources):
-            console.print(colours.shown(number, f"as {model.name} reads it", colours.trained(model.rendered[number])))
-        for name, found in kinds.items():
-            text = colours.met(pivot.rendered[number], found[number])
-            console.print(colours.shown(number, f"where {name} speaks for the pivot's tokens", text))
+        for group in colours.one_chat([pivot, *sources], kinds, number):
+            console.print(group)
     if cfg.output_file is not None:
         colours.write_page(console, Path(cfg.output_file))
         LOG.info("page: %s", cfg.output_file)

@@ -68,6 +68,17 @@ def lost_table(shares: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
+def one_chat(
+    readings: Sequence[Reading], kinds: Mapping[str, Sequence[npt.NDArray[Any]]], number: int
+) -> Iterator[Group]:
+    """A chat as each model reads it, the pivot first, and where each source speaks for the pivot's tokens."""
+    for reading in readings:
+        yield shown(number, f"as {reading.name} reads it", trained(reading.rendered[number]))
+    for name, found in kinds.items():
+        text = met(readings[0].rendered[number], found[number])
+        yield shown(number, f"where {name} speaks for the pivot's tokens", text)
+
+
 def trained(chat: Rendered) -> Text:
     """A chat with the tokens that are trained on in colour; what lies beyond the last token is struck out."""
     styles = [(TRAINED if mask else CONTEXT)[i % 2] for i, mask in enumerate(chat.assistant_mask)]
