@@ -44,6 +44,7 @@ def _search(cfg: DictConfig, folder: Path, output: Path) -> float:
         chats=held_out_chats(cfg),
         max_length=cfg.chat.max_length,
         dtype=cfg.pivot.dtype,
+        trust_remote_code=cfg.pivot.trust_remote_code,
         device=device_of(cfg.search.device, "search.device"),
         device_map=cfg.search.device_map,
         batch_size=cfg.search.batch_size,

@@ -148,14 +148,17 @@ def mean_bits(
     device: torch.device,
     device_map: str | None,
     batch_size: int,
+    trust_remote_code: bool = False,
 ) -> float:
     """Bits per byte of a model over all chats together, on ``device`` where no device_map spreads it."""
     from fusechat.chats.render import renderer_for
     from fusechat.evaluate import perplexity
     from fusechat.models.load import load_model, load_tokenizer
 
-    tokenizer = load_tokenizer(str(path))
+    tokenizer = load_tokenizer(str(path), trust_remote_code=trust_remote_code)
     renderer = renderer_for(tokenizer, tokenizer, "native", max_length)
-    model = load_model(str(path), dtype=dtype, device_map=device_map, device=device)
+    model = load_model(
+        str(path), dtype=dtype, device_map=device_map, device=device, trust_remote_code=trust_remote_code
+    )
     found = perplexity.score(model, renderer, chats, batch_size)
     return float(bits_per_byte(sum(f["nats"] for f in found), sum(f["bytes"] for f in found)))
