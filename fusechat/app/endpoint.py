@@ -37,8 +37,8 @@ class Endpoint:
         *,
         retries: int,
         wait: float,
+        kept: str,
         who: str = "the server",
-        kept: str = "",
         timeout: float = 120.0,
         remedies: Mapping[int, str] | None = None,
     ) -> None:

@@ -131,9 +131,9 @@ def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def replace(path: Path, new: Path) -> None:
     """Gives the folder ``new``, whole and on the disk, the name ``path``; what had it is deleted last."""
-    for file in new.rglob("*"):
-        if file.is_file():
-            _sync(file)
+    for inner in new.rglob("*"):
+        if inner.exists():  # a link may lead nowhere
+            _sync(inner)
     _sync(new)
     aside = _beside(path, "old")
     if path.exists():

@@ -11,9 +11,9 @@ from fusechat.app.progress import Progress, progress
 
 
 class StepsTold(Callback):
-    """Shows optimizer steps of ``total(trainer, module)``, with the metrics that are logged for a bar, and tokens/s.
+    """Shows optimizer steps of the module's ``total_steps()``, with the metrics that are logged for a bar.
 
-    A module that counts its ``tokens`` says so by that name.
+    A module that counts its ``tokens`` says so by that name: then tokens a second too.
     """
 
     def __init__(self, what: str, *, bar: bool = True) -> None:

@@ -1,8 +1,7 @@
 """How many threads compiled code of ours uses, and how it is shared out: the one place.
 
 numba's own parallel layers are not used: its OpenMP layer resets torch's thread count in mid-process, so that a result
-would depend on which stages ran before it. Kernels are compiled with ``nogil=True`` instead and
-called from Python threads.
+would depend on which stages ran before it. Kernels are compiled with ``nogil=True`` and called from Python threads.
 """
 
 from __future__ import annotations

@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fusechat.app.endpoint import in_flight
 from fusechat.app.errors import UserError
 from fusechat.chats.render import Rendered
 from fusechat.extract.batches import Batch
 from fusechat.extract.kinds import OF_TOP, Keep, joined
-from fusechat.stores.distributions import TopK
+from fusechat.stores.distributions import NOTHING, TopK
 from fusechat.stores.served.asked import Asked, Noted
 from fusechat.stores.served.server import Server
 
 if TYPE_CHECKING:
+    import torch
+
     from fusechat.extract.shards import Shards
 
 MOST = 0.01  # of the mass without an id, and of next tokens without a log-probability, before the run stops
@@ -73,7 +73,7 @@ class Asking:
 
     def _one(self, rendered: Rendered) -> tuple[TopK, Noted]:
         if not len(rendered.positions):
-            return TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0)), {}
+            return NOTHING, {}
         top, noted = self.asked.top(rendered, self.keep.top_k)
         return self.kind(top, self.keep), noted
 

@@ -7,18 +7,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from fusechat.chats.render import Rendered
-from fusechat.stores.distributions import TopK
+from fusechat.stores.distributions import NOTHING, TopK
 from fusechat.stores.encoding import encode_counts, encode_logprobs, encode_runs, encode_steps, narrowest
 from fusechat.stores.writer import list_column
 
 Row = dict[str, Any]
 SCALARS = {"nats": pa.float64(), "bytes": pa.int32(), "tokens": pa.int32(), "end": pa.int32()}
-
-
-NOTHING = TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
 
 
 def row(chat: Row, rendered: Rendered, top: TopK | None) -> Row:

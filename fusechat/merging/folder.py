@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fusechat.app.outputs import RECORD
 from fusechat.merging.delta import write_store
 from fusechat.merging.inputs import Inputs
 from fusechat.merging.recipe import Recipe
 from fusechat.merging.stack import stack_config
 from fusechat.merging.stream import write_merged
 from fusechat.merging.varm import GroupWeights
-from fusechat.models.cards import Made, write_card
+from fusechat.models.cards import CARD, Made, write_card
 from fusechat.models.hub import called
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-NOT_COPIED = {"README.md", "fusechat.json", ".gitattributes"}
+NOT_COPIED = {CARD, RECORD, ".gitattributes"}
 HEATMAP = "merge_weights.png"
 Filled = tuple[dict[str, Any], Mapping[str, str]]
 

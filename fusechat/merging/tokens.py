@@ -76,7 +76,7 @@ def _gathered(pivot: LazyCheckpoint, target: LazyCheckpoint, name: str, pairs: S
 
 
 def _is_vocabulary(pivot: LazyCheckpoint, target: LazyCheckpoint, name: str, own: dict[str, int] | None) -> bool:
-    """Whether a matrix has one row per token: outside the blocks, at least as many rows as the tokenizer has tokens."""
+    """Whether a matrix has a row for each token: outside the blocks, at least half as many rows as the pivot has."""
     outside = not any(part.isdigit() for part in name.split("."))
     rows = min(pivot.infos[name].shape[0], target.infos[name].shape[0])
     return outside and (own is None or rows >= 0.5 * len(own)) and ("embed" in name or "head" in name or "wte" in name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat.app import settings
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import RECORD
 from fusechat.app.surroundings import check_place
 from fusechat.models.checks import check_complete, check_finite
 from fusechat.models.gguf import given, is_gguf, load_gguf
@@ -156,7 +157,7 @@ def model_identity(path: str, revision: str | None = None) -> str:
         return f"{path}@{revision or 'main'}"
     digest = hashlib.sha256()
     for file in sorted(directory.iterdir()):
-        if file.suffix in CONTENT and file.name != "fusechat.json" and not file.name.startswith("."):
+        if file.suffix in CONTENT and file.name != RECORD and not file.name.startswith("."):
             digest.update(f"{file.name}:{file.stat().st_size}:".encode())
             for chunk in _samples(file):
                 digest.update(chunk)

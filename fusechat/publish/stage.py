@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import RECORD
+from fusechat.app.schema.values import is_hub_id
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,18 @@ def publish(
     repo: owner/name. experiment: the folder whose evaluations of the model go on its card. private: of a repository
     that is created. Raises `UserError` where the model is not whole, or with the Hub's own reason.
     """
-    from fusechat.models.cards import measured_card
+    from fusechat.models.cards import CARD, measured_card
     from fusechat.models.whole import check_model
     from fusechat.report.results import results_of
 
     directory = Path(model or "")
-    if not model or not all((directory / name).exists() for name in ("fusechat.json", "config.json")):
+    if not model or not all((directory / name).exists() for name in (RECORD, "config.json")):
         expected = "config.json and fusechat.json expected"
         raise UserError(f"model={model} is no whole target or merged model ({expected}); make it first")
     check_model(directory)
-    if not repo or repo.count("/") != 1:
+    if not repo or not is_hub_id(repo):
         raise UserError(f"repo={repo} is no Hub id; write owner/name")
-    present = (f for f in directory.rglob("*") if f.is_file() and not f.name.startswith(".") and f.name != "README.md")
+    present = (f for f in directory.rglob("*") if f.is_file() and not f.name.startswith(".") and f.name != CARD)
     files, card = sorted(present), measured_card(directory, results_of(Path(experiment) / "evaluation", directory))
     if dry_run:
         return Publication(directory, files, card)
@@ -60,9 +62,11 @@ def _send(directory: Path, files: Sequence[Path], card: str, repo: str, private:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    from fusechat.models.cards import CARD
+
     api = HfApi()
     operations = [CommitOperationAdd(str(file.relative_to(directory)), str(file)) for file in files]
-    operations.append(CommitOperationAdd("README.md", card.encode()))
+    operations.append(CommitOperationAdd(CARD, card.encode()))
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.create_commit(repo, operations, commit_message=message).commit_url)

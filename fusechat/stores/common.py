@@ -83,8 +83,9 @@ class CommonText:
         self.stores = stores
         self.nats = np.stack([store.column("nats") for store in stores], 1)
         self.n_bytes = stores[0].column("bytes")
-        same = [store.column("same_range") for store in stores if "same_range" in store.columns]
-        self.whole = np.all([self.n_bytes == self.n_bytes, *same], 0)  # the totals are of the same text
+        self.whole = np.ones(len(self.n_bytes), bool)  # chats whose totals are of the same text
+        for store in (store for store in stores if "same_range" in store.columns):
+            self.whole &= store.column("same_range")
 
     def __call__(self, rows: Sequence[int]) -> tuple[Floats, Floats]:
         """nats [B, S] and bytes [B, 1]."""

@@ -23,6 +23,9 @@ class TopK:
     gold_logprob: Tensor
 
 
+NOTHING = TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))  # of a chat without a position
+
+
 def merge_duplicates(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """Adds the probabilities of equal ids within a row. ids, probs [N, K] -> the same shapes; spare entries hold 0."""
     ids, order = ids.sort(dim=-1, stable=True)

@@ -24,6 +24,7 @@ from fusechat.app.marks import difference, stamp
 from fusechat.app.outputs import MANIFEST, read_json, replace, settled, write_durably, write_json
 from fusechat.app.places import CLAIM, claimed
 from fusechat.app.sealed import seal
+from fusechat.app.states import NEXT_STORE
 from fusechat.stores.store import FORMAT, Array, read_manifest
 
 LOG = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def finished(output: Path, mark: str, *, overwrite: bool) -> dict[str, Any] | No
 
     What a kill has left between the manifest and the end is put right.
     """
-    new = output.with_name(f".{output.name}.new")
+    new = output.with_name(NEXT_STORE.format(output.name))
     if overwrite and (manifest := read_manifest(new)) and manifest["fingerprint"] == mark:
         for record in new.glob("shard-*.json"):
             record.unlink()
@@ -64,7 +65,7 @@ class StoreWriter:
     def __init__(self, output: Path, mark: str, total_shards: int, *, stage: str = "", overwrite: bool = False) -> None:
         self.output, self.mark, self.total, self.stage = output.resolve(), mark, total_shards, stage
         replacing = overwrite and (output / MANIFEST).exists()
-        self.path = self.output.with_name(f".{self.output.name}.new") if replacing else self.output
+        self.path = self.output.with_name(NEXT_STORE.format(self.output.name)) if replacing else self.output
         held = claimed(self.path)
         if held.get("fingerprint", mark) == mark:
             return
