@@ -62,9 +62,11 @@ def held(output: Path, choose: str = "choose another place") -> Iterator[bool]:
     except BaseException:
         _remove_empty(new)
         raise
+    _remove_note(output)  # of a process that was killed
     os.environ[OWN] = os.pathsep.join([*filter(None, own), str(output)])
 
     def let_go() -> None:
+        _remove_note(output)
         lock.release()
         _remove_empty(new)
 
@@ -139,6 +141,36 @@ def holder(output: Path) -> Holder | None:
         return Holder(int(pid), host, file.stat().st_mtime)
     except (OSError, ValueError):
         return None
+
+
+def note(text: str) -> None:
+    """How far the work on an output is, left beside its lock: the output that this process, or a parent, took last.
+
+    Nothing where none is held, and none that cannot be written: the work does not end for it.
+    """
+    output = os.environ.get(OWN, "").rpartition(os.pathsep)[2]
+    with suppress(OSError):
+        if output:
+            _note_of(Path(output)).write_text(text)
+
+
+def noted(output: Path) -> str:
+    """The last `note` of an output with its time; empty where there is none."""
+    file = _note_of(output)
+    try:
+        text, moment = file.read_text(), file.stat().st_mtime
+    except OSError:
+        return ""
+    return f"{text} (at {time.strftime('%H:%M:%S', time.localtime(moment))})" if text else ""
+
+
+def _note_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.progress")
+
+
+def _remove_note(output: Path) -> None:
+    with suppress(OSError):
+        _note_of(output).unlink(missing_ok=True)
 
 
 def _lock_of(output: Path) -> Path:

@@ -1,6 +1,7 @@
 """How far a long work is: one live bar in a terminal; elsewhere (nohup, SLURM, CI) a line at most every half minute.
 
-Both say the same: how many of how many, the rate, what the work tells of itself, and the time that is left.
+Both say the same: how many of how many, the rate, what the work tells of itself, and the time that is left. What
+`fusechat status` says of it from another terminal is noted beside the output's lock, every few seconds.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fusechat.app.locks import note
+
 LOG = logging.getLogger(__name__)
-LINES, FRAMES = 30.0, 0.5  # seconds between two lines, and between two looks at a bar
+LINES, FRAMES, NOTES = 30.0, 0.5, 5.0  # seconds between two lines, two looks at a bar, two notes for others
 MEGABYTE = 10**6
 Told = Callable[[], str]  # asked only when it is shown: what is on a device is not waited for otherwise
 
@@ -23,24 +26,37 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0, bar: Any = None) -> None:
         self.what, self.total, self.unit, self.first, self.done, self.bar = what, total, unit, done, done, bar
-        self.began = self.shown = time.monotonic()
+        self.began = self.shown = self.noted = time.monotonic()
         self.task = bar.add_task(what, total=total, completed=done, told="") if bar is not None else None
 
     def __call__(self, count: int = 1, told: Told | None = None) -> None:
         """``count`` more are done."""
         self.done += count
         now = time.monotonic()
+        if now - self.noted >= NOTES:
+            self.noted = now
+            note(f"{self._share()}, {self._rate(now)}, {self._left(now)}")
         if now - self.shown < (LINES if self.bar is None else FRAMES):
             return
         self.shown = now
-        rate = (self.done - self.first) / max(1e-9, now - self.began)
-        texts = [f"{rate:,.1f} {self.unit}/s", *([text] if told is not None and (text := told()) else [])]
+        texts = ", ".join([self._rate(now), *([text] if told is not None and (text := told()) else [])])
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, told=", ".join(texts))
+            self.bar.update(self.task, completed=self.done, told=texts)
             return
-        left = spell((self.total - self.done) / rate) if rate > 0 else "unknown time"
-        share = f"{self.done:,} of {self.total:,} {self.unit} ({100 * self.done / max(1, self.total):.0f} %)"
-        LOG.info("%s: %s, %s, %s left", self.what, share, ", ".join(texts), left)
+        LOG.info("%s: %s, %s, %s", self.what, self._share(), texts, self._left(now))
+
+    def _share(self) -> str:
+        return f"{self.done:,} of {self.total:,} {self.unit} ({100 * self.done / max(1, self.total):.0f} %)"
+
+    def _rate(self, now: float) -> str:
+        return f"{self._per_second(now):,.1f} {self.unit}/s"
+
+    def _left(self, now: float) -> str:
+        rate = self._per_second(now)
+        return f"{spell((self.total - self.done) / rate) if rate > 0 else 'unknown time'} left"
+
+    def _per_second(self, now: float) -> float:
+        return (self.done - self.first) / max(1e-9, now - self.began)
 
     @property
     def seconds(self) -> float:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fusechat.app.errors import UserError
 from fusechat.app.failures import Failure
-from fusechat.app.locks import holder
+from fusechat.app.locks import holder, noted
 from fusechat.app.outputs import MANIFEST, RECORD, read_json
 from fusechat.app.places import CLAIM
 
@@ -41,7 +41,7 @@ def state_of(output: Path, failure: Failure | None = None) -> State:
     output = output.resolve()
     held, kept = holder(output), kept_of(output)
     if held is not None and not held.gone:
-        return State("running", "; ".join(filter(None, [f"{held}", kept])))
+        return State("running", "; ".join(filter(None, [noted(output), f"{held}", kept])))
     record = record_of(output)
     if record is not None:
         try:

@@ -6,12 +6,15 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fusechat.app import progress as module
+from fusechat.app.locks import held, note, noted
 from fusechat.app.progress import progress, spell
+from fusechat.app.states import state_of
 from tests.conftest import ROOT, Mini
 
 
@@ -44,6 +47,33 @@ def test_a_line_at_most_every_half_minute(clock: Clock, caplog: pytest.LogCaptur
         "extract: 580 of 1,000 chats (58 %), 2.0 chats/s, 7 tokens/s, 3 min 30 s left",
     ]
     assert len(asked) == 3, "what it costs to know is asked for when it is shown"
+
+
+def test_status_reads_how_far_a_work_is(clock: Clock, tmp_path: Path) -> None:
+    """Noted every few seconds beside the lock, with a bar or without, and gone when the output is let go."""
+    output, other = tmp_path / "targets/a", tmp_path / "targets/b"
+    note = output.with_name(".a.progress")
+    with held(other), held(output), progress("train a", 300, "steps", 100) as tell:
+        tell(2)
+        assert noted(output) == "", "not before there is a rate"
+        clock.now += 5
+        tell(8)
+        said = r"110 of 300 steps \(37 %\), 2\.0 steps/s, 1 min 35 s left \(at \d\d:\d\d:\d\d\)"
+        assert re.fullmatch(said, noted(output)) and noted(other) == "", "the output that was taken last"
+        (told,) = [state_of(output).told]
+        assert re.fullmatch(rf"{said}; host \S+, pid {os.getpid()}, since [-\d]+ [:\d]+", told)
+        clock.now += 4
+        tell(10)
+        assert note.read_text().startswith("110 of")
+    assert not note.exists()
+
+
+def test_a_killed_process_note_is_not_the_next_ones(tmp_path: Path) -> None:
+    tmp_path.joinpath(".a.progress").write_text("1 of 2 steps")
+    with held(tmp_path / "a"):
+        assert noted(tmp_path / "a") == ""
+    note("nothing is held, nothing is written")
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(
