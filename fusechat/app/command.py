@@ -73,7 +73,7 @@ def entry(config_name: str) -> Callable[[Run], Callable[[], None]]:
                 readable = isinstance(error, UserError) or is_typed(error)
                 code = getattr(error, "code", UNREADABLE if readable else 1)
                 _note(job=overrides, code=code, cause=_one_line(error))
-                if code != HELD:
+                if code not in (HELD, UNREADABLE):  # of what cannot be read nobody knows the output
                     failures.note(cfg, _one_line(error), command_line())
                 if not readable:
                     raise

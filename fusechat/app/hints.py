@@ -43,15 +43,22 @@ def with_near_names(error: BaseException, given: Sequence[str] | None = None) ->
             "a cluster's job asks for a number of devices, and auto is none: give e.g. trainer.devices=8 for a "
             "training, extract.trainer.devices=8 for an extraction"
         )
-    if group := re.search(r"Could not find '([\w/]+)'", text):
-        folder = CONF / Path(group[1]).parent
-        text = re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL)
-        return " ".join(text.split()) + near(Path(group[1]).name, [p.stem for p in folder.glob("*.yaml")], cutoff=0.4)
+    if group := re.search(r"Could not find '([\w/-]+)'", text):
+        return _not_found(text, Path(group[1]))
     if text.startswith(NO_NAME):
         return _no_name(sys.argv[1:] if given is None else given) or text
     if home := re.search(r"LexerNoViableAltException: (.*=)~(\S*)", text):
         return f"{home[1]}~{home[2]}: write the folder out, {home[1]}{Path.home()}{home[2]}; ~ is not taken here"
     return text
+
+
+def _not_found(text: str, option: Path) -> str:
+    """Hydra's message of an unknown option, with what comes near, or the folder here that a config of one's own has."""
+    known = re.search(r"Available options in '[^']+':(.*?)(?:Config search path:|$)", text, re.S)
+    text = " ".join(re.sub(r"\s*Config search path:.*", "", text, flags=re.DOTALL).split())
+    if here := next(iter(sorted(Path().glob(f"*/{option}.yaml"))), None):
+        return f"{text}; it is in {here}: add --config-dir {here.parents[len(option.parts) - 1]}"
+    return text + near(option.name, known[1].split() if known else [], cutoff=0.4)
 
 
 def _no_name(given: Sequence[str]) -> str | None:

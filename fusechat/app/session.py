@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,9 +82,17 @@ def _value(node: Any, key: Any) -> Any:
         return MISSING
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{node._get_full_key(key)} cannot be resolved: {reason}; see the ${{…}} in it", code=2
-        ) from error
+        hint = _members(node, reason) or "see the ${…} in it"
+        raise UserError(f"{node._get_full_key(key)} cannot be resolved: {reason}; {hint}", code=2) from error
+
+
+def _members(node: Any, reason: str) -> str:
+    """What else there is where a reference names what is not: ``models has gemma, opt``."""
+    from omegaconf import DictConfig, OmegaConf
+
+    found = re.search(r"key '([\w.]+)\.[^.']+' not found", reason)
+    there = OmegaConf.select(node._get_root(), found[1]) if found else None
+    return f"{found[1]} has {', '.join(map(str, there))}" if found and isinstance(there, DictConfig) and there else ""
 
 
 def provenance(cfg: Any) -> dict[str, Any]:

@@ -58,8 +58,9 @@ def typed(verb: str) -> str:
     """How the command is typed here: ``fusechat train`` where it was begun so, else ``python train.py``."""
     if os.environ.get(STARTED):
         return f"fusechat {verb}"
-    script = PACKAGE.parent / f"{verb}.py"
-    return f"python {script.name}" if script.exists() else f"python -m {module_of(verb)}"
+    script = Path(f"{verb}.py").absolute()  # where it works from this folder
+    is_here = script.is_file() and script.parent == PACKAGE.parent
+    return f"python {script.name}" if is_here else f"python -m {module_of(verb)}"
 
 
 def as_typed(text: str) -> str:
@@ -86,7 +87,7 @@ def plainly(run: Callable[[], None]) -> None:
 
 
 def command_line(verb: str = "") -> str:
-    """The command that runs now, as it could be typed again: of a sweep, the one job; nothing that is Hydra's own.
+    """The command that runs now, as it could be typed again here: of a sweep, the one job; nothing that is Hydra's own.
 
     verb: the command's, where it was not started by Hydra.
     """
@@ -97,7 +98,7 @@ def command_line(verb: str = "") -> str:
 
         if HydraConfig.initialized():
             job = HydraConfig.get()
-            folders = [part for folder in config_folders() for part in ("--config-dir", str(folder))]
+            folders = [part for folder in config_folders() for part in ("--config-dir", os.path.relpath(folder))]
             given = [text.replace("\\{", "{").replace("\\}", "}") for text in task_overrides()]  # a sweep escapes
             return f"{typed(job.job.config_name)} {shlex.join([*given, *folders])}".rstrip()
     return typed(verb) if verb else shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

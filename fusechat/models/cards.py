@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +68,7 @@ def write_card(directory: Path, title: str, made: Made, metrics: Mapping[str, fl
         made.sentence,
         f"| role | model |\n|---|---|\n{rows}",
         why,
-        f"Made in `{_shown(str(Path.cwd()))}` with:\n\n```sh\n{command_line()}\n```",
+        f"Made in `{_shown(str(Path.cwd()))}` with:\n\n```sh\n{from_here(command_line())}\n```",
         f"Read by transformers alone:\n\n```python\n{USE.format(title)}\n```",
         *([f"{MEASURED}\n\n| metric, held-out chats | value |\n|---|---|\n{scores.rstrip()}"] if scores else []),
     ]
@@ -120,6 +122,15 @@ def _hub_bases(model: str) -> list[str]:
 def _list_of(data: Mapping[str, object], key: str) -> list[Any]:
     value = data.get(key) or []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def from_here(command: str) -> str:
+    """A command whose paths below this folder, and below home, are as they are typed from here: nobody's name shows."""
+    here, home = Path.cwd(), Path.home()
+    for folder, typed in ((here, ""), (home, f"{os.path.relpath(home)}/")):
+        if folder != folder.parent:  # not the root of all
+            command = re.sub(rf"(?<![\w.~/-]){re.escape(str(folder))}/", typed, command)
+    return command
 
 
 def _shown(model: str) -> str:

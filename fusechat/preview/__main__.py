@@ -9,10 +9,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fusechat.app.command import entry, plain
 from fusechat.app.places import writing
+from fusechat.app.session import MISSING
 
 LOG = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ def _preview(cfg: DictConfig) -> None:
 
 def _models(cfg: DictConfig) -> dict[str, DictConfig]:
     """The pivot, and the source that is named, if it is another."""
-    named = {} if OmegaConf.is_missing(cfg.source, "path") else {str(cfg.source.name): cfg.source}
+    source = plain(cfg.source)
+    named = {} if MISSING in (source["name"], source["path"]) else {str(source["name"]): cfg.source}
     return {"pivot": cfg.pivot} | {name: node for name, node in named.items() if name != "pivot"}
 
 

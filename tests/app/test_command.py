@@ -53,6 +53,22 @@ def test_a_mistake_is_one_line(overrides: list[str], code: int, said: str, tmp_p
     assert said in lines[0]
 
 
+def test_an_experiment_of_ones_own_is_near_too(tmp_path: Path) -> None:
+    """Names of the folder that was given, and of one that lies here and was not."""
+    (tmp_path / "my_conf/experiment").mkdir(parents=True)
+    (tmp_path / "my_conf/experiment/mine.yaml").write_text("# @package _global_\nmodels: {a: x/a, b: x/b}\n")
+    for overrides, said in (
+        (["--config-dir", "my_conf", "experiment=mein"], "; did you mean mine"),
+        (["experiment=mine"], "; it is in my_conf/experiment/mine.yaml: add --config-dir my_conf"),
+    ):
+        code, lines = run(tmp_path, *overrides)
+        assert (code, len(lines)) == (2, 1) and said in lines[0]
+    mine = ["--config-dir", "my_conf", "experiment=mine", "first='${models.nope}'"]
+    code, lines = run(tmp_path, *mine)
+    said = "first cannot be resolved: Interpolation key 'models.nope' not found; models has a, b"
+    assert (code, len(lines)) == (2, 1) and lines[0].endswith(said)
+
+
 def test_a_sweep_repeats_the_causes_at_its_end(tmp_path: Path) -> None:
     """Wherever -m stands: by itself, argparse takes it only before the first override."""
     code, lines = run(tmp_path, "first=/nope,/nada", "-m", "second=/nope", "output_file='${paths.root}/x'")

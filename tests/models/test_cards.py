@@ -1,6 +1,7 @@
 """Model cards: what the Hub reads of them, whose licence holds, and scores once there are some."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -107,16 +108,23 @@ def test_a_report_tells_the_merged_models_card(fresh: Mini) -> None:
 
 
 def test_the_command_works_from_the_folder_that_the_card_names(tmp_path: Path) -> None:
-    models = make(tmp_path, "fp32")
+    """Also with a config folder of one's own and absolute paths; no path of a person's stands in it."""
+    models, home = make(tmp_path, "fp32"), tmp_path / "home"
     targets = f"targets=[{models['t1']},{models['t2']}]"
-    given = ["merge=linear", f"pivot.path={models['pivot']}", targets, f"output_dir={tmp_path}/out", "logger=none"]
+    (home / "conf/experiment").mkdir(parents=True)
+    (home / "conf/experiment/mine.yaml").write_text("# @package _global_\nexperiment_name: mine\n")
+    folder = ["--config-dir", str(home / "conf"), "experiment=mine"]
+    given = ["merge=linear", f"pivot.path={models['pivot']}", targets, f"output_dir={home}/out", "logger=none"]
     run = {"text": True, "capture_output": True, "timeout": 120, "check": True}
-    subprocess.run([sys.executable, "merge.py", *given, f"paths.root={tmp_path}"], cwd=ROOT, **run)
+    run["env"] = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "FUSECHAT_ROOT": str(home / "runs")}
+    subprocess.run([sys.executable, "-m", "fusechat.merging", *folder, *given], cwd=home, **run)
+    os.rename(home / "out", tmp_path / "out")
     text = (tmp_path / "out" / CARD).read_text()
+    assert "--config-dir conf" in text and str(tmp_path) not in text
     command = shlex.split(text.split("```sh\n")[1].split("\n```")[0])
-    named = Path(text.split("Made in `")[1].split("`")[0]).expanduser()
+    named = Path(text.split("Made in `")[1].split("`")[0].replace("~", str(tmp_path)))
+    assert named == home and command[:3] == ["python", "-m", "fusechat.merging"]
     made = (tmp_path / "out/model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "out")
     subprocess.run([sys.executable, *command[1:]], cwd=named, **run)
-    assert command[0] == "python"
-    assert (tmp_path / "out/model.safetensors").read_bytes() == made
+    assert (home / "out/model.safetensors").read_bytes() == made

@@ -116,8 +116,11 @@ def test_the_command_prints_and_writes_the_page(mini: Mini, tmp_path: Path, caps
     assert not re.search(r"https?://", html), "asks no other host"
 
 
-def test_without_a_source_it_shows_the_pivot_alone(mini: Mini, capsys: pytest.CaptureFixture[str]) -> None:
-    mini.run("preview", "source=default", "preview.show=0")
+@pytest.mark.parametrize("source", ["default", "own"])
+def test_without_a_source_it_shows_the_pivot_alone(
+    source: str, mini: Mini, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mini.run("preview", f"source={source}", "preview.show=0")
     printed = capsys.readouterr().out
     assert "chats as read by" in printed
     assert "partners by" not in printed
