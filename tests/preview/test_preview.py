@@ -117,9 +117,7 @@ def test_the_command_prints_and_writes_the_page(mini: Mini, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("source", ["default", "own"])
-def test_without_a_source_it_shows_the_pivot_alone(
-    source: str, mini: Mini, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_source_it_shows_the_pivot_alone(source: str, mini: Mini, capsys: pytest.CaptureFixture[str]) -> None:
     mini.run("preview", f"source={source}", "preview.show=0")
     printed = capsys.readouterr().out
     assert "chats as read by" in printed
