@@ -30,7 +30,7 @@ def parameters(job):
 
 
 def test_the_registry_is_the_config_group() -> None:
-    assert set(choices("evaluation.kind")) == set(EVALUATIONS) - {"parameters"}
+    assert set(choices("evaluation.kind")) == set(EVALUATIONS)
     assert all(choices("evaluation.kind").values()), "every file has its line of help"
     with pytest.raises(UserError, match=r"evaluation\.kind='chat' is unknown; use one of: alpaca_eval, chats, lm_eval"):
         EVALUATIONS["chat"]
@@ -39,6 +39,7 @@ def test_the_registry_is_the_config_group() -> None:
 def test_a_users_own_evaluation(fresh: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
     (fresh.root / "my_evaluation.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(fresh.root))
+    monkeypatch.setattr(EVALUATIONS, "_members", dict(EVALUATIONS._members))
     model = fresh.experiment / "world/models/pivot"
     command = [f"model={model}", "evaluation.kind=parameters", "evaluation.file=own/pivot.json"]
     value = fresh.run("evaluate", *command, "imports=[my_evaluation]")
