@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from fusechat.app.ending import to_undo
 from fusechat.app.errors import HELD, UserError
-from fusechat.app.ranks import is_first
+from fusechat.app.rank import is_first
 
 if TYPE_CHECKING:
     from filelock import SoftFileLock

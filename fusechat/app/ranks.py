@@ -22,26 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat.app.ending import WHOLE, Ended, with_care
 from fusechat.app.errors import UserError
+from fusechat.app.rank import rank
 from fusechat.app.session import log_to_stderr
 from fusechat.app.threads import count
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "LOCAL_RANK")  # torchrun, SLURM, MPI, Lightning's own launcher
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that a group passes on while it runs
 KEPT = "kept"  # beside a job's file: what the first rank says is kept, when a signal has ended it
 GRACE = 30  # seconds that the others have to end by themselves when one has failed
-
-
-def rank() -> int:
-    """Which of the processes of a stage this is, by what its launcher says; 0 where it is the only one."""
-    return next((int(os.environ[name]) for name in RANK if os.environ.get(name, "").isdigit()), 0)
-
-
-def is_first() -> bool:
-    """Whether no launcher says that this is another process of a stage than the first, which alone holds its output."""
-    return not any(int(os.environ[name]) for name in (*RANK, "NODE_RANK") if os.environ.get(name, "").isdigit())
 
 
 def launch(verb: str, cfg: Any, processes: int) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from fusechat.app import ranks
 from fusechat.app.errors import UserError
+from fusechat.app.rank import rank
 from fusechat.app.trainer import quiet_trainer
 from fusechat.fusion.failures import Explained
 from fusechat.fusion.module import FusionModule
@@ -77,7 +78,7 @@ def test_under_slurm_ranks_are_there_already(monkeypatch: pytest.MonkeyPatch) ->
     for name, value in ours.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     trainer = quiet_trainer({"accelerator": "cpu", "devices": 2, "num_nodes": 2, "strategy": "fsdp"}, [])
-    assert (trainer.world_size, trainer.global_rank, starts_ranks(trainer), ranks.rank()) == (4, 3, False, 3)
+    assert (trainer.world_size, trainer.global_rank, starts_ranks(trainer), rank()) == (4, 3, False, 3)
     assert trainer.strategy._data_parallel_size == 4
 
 
