@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fusechat.app.command import entry, imported, label, plain, provenance
+from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json
 from fusechat.app.tracking import ANSWERS, log, log_made, wandb_run
 
@@ -24,6 +25,8 @@ def run(cfg: DictConfig) -> float | None:
 
     model = str(cfg.model)
     settings = {key: value for key, value in plain(cfg.evaluation).items() if key != "file"}
+    if settings.get("template") == "pivot":
+        settings["template"] = pivots_template(cfg)
     server = server_of(settings, model, "evaluation")
     output = place(Path(cfg.output_file), model, str(cfg.paths.experiment))
     given: dict[str, Any] = {"seed": cfg.seed, "overwrite": cfg.overwrite, "record": provenance(cfg)}
@@ -34,6 +37,19 @@ def run(cfg: DictConfig) -> float | None:
         follow(cfg, result, output)
     first = next(iter(result["metrics"].values()), None)
     return None if first is None else float(first["all"]["value"])
+
+
+def pivots_template(cfg: DictConfig) -> str:
+    """The Jinja text by which the pivot's tokenizer writes chats: a base model has none of its own."""
+    from fusechat.models.load import load_tokenizer
+
+    pivot = cfg.pivot
+    tokenizer = load_tokenizer(pivot.path, revision=pivot.revision, trust_remote_code=pivot.trust_remote_code)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"evaluation.template=pivot: the tokenizer of {pivot.path} has no chat template; give one as Jinja"
+        )
+    return str(tokenizer.chat_template)
 
 
 def follow(cfg: DictConfig, result: Mapping[str, Any], output: Path) -> None:

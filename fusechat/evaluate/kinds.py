@@ -82,12 +82,17 @@ class Job:
             )
 
     def renderer(self) -> ChatRenderer:
-        """A renderer of chats with the model's tokenizer, without the model."""
+        """A renderer of chats with the model's tokenizer, without the model. Raises `UserError` for no template."""
         from fusechat.chats.render import renderer_for
         from fusechat.models.load import load_tokenizer
 
         tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust)
         template, max_length = self.settings.get("template", "native"), self.settings.get("max_length", 2048)
+        if template == "pivot" or (template == "native" and not tokenizer.chat_template):
+            raise UserError(
+                f"the tokenizer of {self.model} has no chat template; give one with evaluation.template='<jinja>' or "
+                "evaluation.template=plain, on the command line also evaluation.template=pivot"
+            )
         return renderer_for(tokenizer, tokenizer, template, max_length)
 
     def stops(self) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AddedToken, GenerationConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fusechat.app.errors import UserError
 from fusechat.chats.render import ChatRenderer
@@ -233,3 +233,21 @@ def test_a_chat_without_a_question_cannot_be_asked_again(fresh: Mini, tmp_path: 
         evaluate(model, file, tmp_path / "result.json")
     options = {"generate": False, "template": "plain"}
     assert "bits_per_byte" in evaluate(model, file, tmp_path / "result.json", **options)["metrics"]
+
+
+def test_a_base_model_is_asked_in_the_pivots_format(fresh: Mini) -> None:
+    models, own = fresh.experiment / "world/models", fresh.root / "base"
+    AutoModelForCausalLM.from_pretrained(models / "a").save_pretrained(own)
+    tokenizer = AutoTokenizer.from_pretrained(models / "a")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(own)
+    options = [f"model={own}", "evaluation.generate=false"]
+    with pytest.raises(
+        UserError, match=r"base has no chat template; give one with evaluation\.template='<jinja>' or ev"
+    ):
+        fresh.run("evaluate", *options)
+    value = fresh.run("evaluate", *options, "evaluation.template=pivot")
+    template = AutoTokenizer.from_pretrained(models / "pivot").chat_template
+    given = {"max_length": fresh.cfg("evaluate", *options).chat.max_length, "generate": False, "template": template}
+    result = evaluate(own, fresh.experiment / "world/chats/test.jsonl", fresh.root / "own.json", **given)
+    assert result["metrics"]["bits_per_byte"]["all"]["value"] == pytest.approx(value, rel=1e-9)
