@@ -42,8 +42,10 @@ def ties(slices: Slices, chosen: Largest, weights: Weights, scale: float, normal
     options = (np.array(weights, np.float32), np.float32(scale), normalize)
 
     def merged(raws: Raws) -> Tensor:
-        left, out = _quotas(raws, chosen), np.empty(len(raws[0]), np.float32)
-        _spread(lambda _, u, *unit: kernels.merge_ties(raws, *unit, chosen.thresholds, left[u], *options, out), raws)
+        out = np.empty(len(raws[0]), np.float32)
+        _choose(
+            lambda left, _, *unit: kernels.merge_ties(raws, *unit, chosen.thresholds, left, *options, out), raws, chosen
+        )
         return torch.from_numpy(out)
 
     return map(merged, _raws(slices))
@@ -53,9 +55,10 @@ def energies(slices: Slices, chosen: Largest) -> Tensor:
     """Σ δ_j² over the chosen elements, [J]."""
 
     def of_slice(raws: Raws) -> Counts:
-        left = _quotas(raws, chosen)
-        found = np.zeros((len(left), len(slices.targets)))
-        _spread(lambda _, u, *unit: kernels.add_energies(raws, *unit, chosen.thresholds, left[u], found[u]), raws)
+        found = np.zeros((len(_units(raws)), len(slices.targets)))
+        _choose(
+            lambda left, u, *unit: kernels.add_energies(raws, *unit, chosen.thresholds, left, found[u]), raws, chosen
+        )
         return found.sum(0)  # type: ignore[no-any-return]
 
     return torch.from_numpy(np.sum([of_slice(raws) for raws in _raws(slices)], 0))
@@ -66,22 +69,29 @@ def erased(slices: Slices, chosen: Largest, weights: Weights) -> Parts:
     each = np.array(weights, np.float32)
 
     def merged(raws: Raws) -> Tensor:
-        left, out = _quotas(raws, chosen), np.empty(len(raws[0]), np.float32)
-        _spread(lambda _, u, *unit: kernels.merge_erased(raws, *unit, chosen.thresholds, left[u], each, out), raws)
+        out = np.empty(len(raws[0]), np.float32)
+        _choose(
+            lambda left, _, *unit: kernels.merge_erased(raws, *unit, chosen.thresholds, left, each, out), raws, chosen
+        )
         return torch.from_numpy(out)
 
     return map(merged, _raws(slices))
 
 
-def _quotas(raws: Raws, chosen: Largest) -> Counts:
-    """How many elements that equal the threshold each unit may take, [units, scores]."""
-    equal = np.zeros((-(-len(raws[0]) // UNIT), len(chosen.left)), np.int64)
-    if not chosen.left.any():
-        return equal
-    _spread(lambda _, u, *unit: kernels.count_equal(raws, chosen.variance, *unit, chosen.thresholds, equal[u]), raws)
-    quotas = np.clip(chosen.left - (np.cumsum(equal, 0) - equal), 0, equal)
-    chosen.left -= quotas.sum(0)
-    return quotas  # type: ignore[no-any-return]
+def _choose(work: Callable[..., object], raws: Raws, chosen: Largest) -> None:
+    """Calls ``work(left, unit, first, last)`` for every unit; left: how many that equal the threshold it may take.
+
+    Work takes them off. Each thread goes through its units in order; what those of the earlier threads will take is
+    counted beforehand.
+    """
+    parts = _parts(raws)
+    equal = np.zeros((parts, len(chosen.left)), np.int64)
+    if parts > 1 and chosen.left.any():
+        of = (raws, chosen.variance)
+        _spread(lambda p, _, *unit: kernels.count_equal(*of, *unit, chosen.thresholds, equal[p]), raws, but_last=True)
+    left = np.maximum(chosen.left - (np.cumsum(equal, 0) - equal), 0)
+    _spread(lambda part, u, *unit: work(left[part], u, *unit), raws)
+    chosen.left[:] = left[-1]
 
 
 def _raws(slices: Slices) -> Iterator[Raws]:
@@ -90,10 +100,23 @@ def _raws(slices: Slices) -> Iterator[Raws]:
         yield tuple(tensor.view(bits).numpy() for tensor in read)
 
 
-def _spread(work: Callable[..., object], raws: Raws) -> None:
-    """Calls ``work(thread, unit, first, last)`` for every unit of a slice."""
+def _units(raws: Raws) -> list[tuple[int, int]]:
+    """First and last element of each unit of a slice."""
     size = len(raws[0])
-    units = -(-size // UNIT)
-    parts = max(1, min(threads.count(), units))
-    bounds = [(u * UNIT, min(u * UNIT + UNIT, size)) for u in range(units)]
-    threads.share(lambda part: [work(part, u, *bounds[u]) for u in range(part, units, parts)], parts)
+    return [(first, min(first + UNIT, size)) for first in range(0, size, UNIT)]
+
+
+def _parts(raws: Raws) -> int:
+    """How many threads share a slice."""
+    return max(1, min(threads.count(), len(_units(raws))))
+
+
+def _spread(work: Callable[..., object], raws: Raws, but_last: bool = False) -> None:
+    """Calls ``work(thread, unit, first, last)`` for every unit of a slice; but_last: not for the last thread's."""
+    units, parts = _units(raws), _parts(raws)
+
+    def of(part: int) -> None:
+        for u in range(len(units) * part // parts, len(units) * (part + 1) // parts):
+            work(part, u, *units[u])
+
+    threads.share(of, parts - but_last)

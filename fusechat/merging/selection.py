@@ -94,7 +94,8 @@ def _largest(slices: Slices, variance: bool, wanted: Callable[[list[int]], Seque
         size = sample[:, :-1].sum(1)
         guess = wanted([int(n * (slices.size / s)) for n, s in zip(size - sample[:, -1], size, strict=True)])
         middle = [
-            _kth(h[:-2], min(s, int(c * s / slices.size)))[1] for h, c, s in zip(sample, guess, size, strict=True)
+            _kth(h[:-2], _coarse(h), min(s, int(c * s / slices.size)))[1]
+            for h, c, s in zip(sample, guess, size, strict=True)
         ]
         floors = np.array([max(0, (bin << 16) + (1 << 15) - near_by // 2) for bin in middle], np.int64)
         near = histograms(slices, variance, 0, floors, near_by, 1)
@@ -110,18 +111,23 @@ def _threshold(near: Counts, floor: int, count: int, size: int) -> tuple[float, 
     """The count-th largest score and how many that equal it are chosen; None where it is not among those counted."""
     if count <= 0 or count >= size:
         return (float("inf"), 0) if count <= 0 else (-1.0, 0)
-    above = int(near[-2])
-    if not above < count <= above + int(near[:-2].sum()):
+    above, coarse = int(near[-2]), _coarse(near)
+    if not above < count <= above + int(coarse.sum()):
         return None
-    more, place = _kth(near[:-2], count - above)
+    more, place = _kth(near[:-2], coarse, count - above)
     return float(np.array([floor + place], np.int32).view(np.float32)[0]), count - above - more
 
 
-def _kth(histogram: Counts, count: int) -> tuple[int, int]:
+def _coarse(counts: Counts) -> Counts:
+    """The bins of `histograms`' counts, ``COARSE`` of them together; in their dtype, which spares a copy."""
+    return counts[:-2].reshape(-1, COARSE).sum(1, dtype=counts.dtype)  # type: ignore[no-any-return]
+
+
+def _kth(histogram: Counts, coarse: Counts, count: int) -> tuple[int, int]:
     """How many lie in the bins above the one that holds the count-th largest; and that bin."""
-    above, coarse = _from_top(histogram.reshape(-1, COARSE).sum(1), count)
-    more, fine = _from_top(histogram[coarse * COARSE : (coarse + 1) * COARSE], count - above)
-    return above + more, coarse * COARSE + fine
+    above, place = _from_top(coarse, count)
+    more, fine = _from_top(histogram[place * COARSE : (place + 1) * COARSE], count - above)
+    return above + more, place * COARSE + fine
 
 
 def _from_top(counts: Counts, count: int) -> tuple[int, int]:
