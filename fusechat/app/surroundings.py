@@ -71,6 +71,8 @@ def _try_file(folder: Path) -> None:
     """Opens a file without a name, where the system has such; it is gone when it is closed."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(13, "Permission denied")
+    if not hasattr(os, "O_TMPFILE"):  # Linux has it
+        return
     try:
         os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
     except OSError as error:

@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 def count() -> int:
     """``OMP_NUM_THREADS`` where it is set, as for torch; else the cores that this process may use."""
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return max(1, int(given)) if given.isdigit() else len(os.sched_getaffinity(0))
+    if given.isdigit():
+        return max(1, int(given))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share(work: Callable[[int], object], parts: int) -> None:
