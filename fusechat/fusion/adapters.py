@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json
-from fusechat.fusion.training import ADAPTER, WEIGHTS
+from fusechat.fusion.training import ADAPTER
 from fusechat.models import load as models
+from fusechat.models.whole import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 NOT_PEFT = ("enabled", "adapter")  # keys of the section that are ours
-CONFIG = "adapter_config.json"  # of an adapter, as peft calls it
 SCALED = (
     "lora_alpha",
     "use_rslora",
@@ -59,7 +59,7 @@ def save_adapters(model: Any, state: Mapping[str, Tensor] | None, directory: Pat
     if isinstance(config.target_modules, set):  # in an order of its own in every process
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(directory)
-    save_file(adapter_tensors(model, state), directory / WEIGHTS, {"format": "pt"})
+    save_file(adapter_tensors(model, state), directory / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
 def merged_adapters(
@@ -92,11 +92,11 @@ def _fill(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     what, made = f"lora.adapter={folder}", model.peft_config["default"].to_dict()
-    told = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    told = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
     for key in SCALED:
         if key in told and told[key] != made.get(key):
             raise UserError(f"{what} was trained with {key}={told[key]}, {made[key]} now; set lora.{key} as it was")
-    _take(model, load_file(folder / WEIGHTS), what)
+    _take(model, load_file(folder / ADAPTER_WEIGHTS), what)
 
 
 def _take(model: Any, given: Mapping[str, Tensor], what: str) -> None:

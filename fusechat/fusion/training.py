@@ -16,10 +16,10 @@ from fusechat.fusion.losses import FusionLoss
 from fusechat.fusion.options import Data, Optimizer
 from fusechat.fusion.rules import FusionRule
 from fusechat.models.load import model_identity
+from fusechat.models.whole import ADAPTER_WEIGHTS
 from fusechat.stores.store import DistributionStore
 
 ADAPTER = "adapter"  # folder of a target
-WEIGHTS = "adapter_model.safetensors"  # of an adapter, as peft calls them
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Training:
         """All that decides the target, by name. Raises `UserError` where an adapter to go on from is not there."""
         lora, adapter = dict(self.lora), self.lora.get("adapter")
         lora.pop("adapter", None)
-        if adapter is not None and not (Path(adapter) / WEIGHTS).is_file():
-            raise UserError(f"lora.adapter={adapter} holds no {WEIGHTS}; {_instead(Path(adapter))}")
+        if adapter is not None and not (Path(adapter) / ADAPTER_WEIGHTS).is_file():
+            raise UserError(f"lora.adapter={adapter} holds no {ADAPTER_WEIGHTS}; {_instead(Path(adapter))}")
         return {
             "pivot": model_identity(self.pivot, self.revision),
             "stores": [store.fingerprint for store in self.stores],
@@ -67,7 +67,7 @@ class Training:
             "optimizer": self.optimizer.settings,
             "data": asdict(self.data),
             "lora": {**lora, **({"load_in": self.load_in} if self.load_in else {})},
-            **({} if adapter is None else {"adapter": file_hash(Path(adapter) / WEIGHTS)}),
+            **({} if adapter is None else {"adapter": file_hash(Path(adapter) / ADAPTER_WEIGHTS)}),
             "trainer": self.trainer,
             "seed": self.seed,
             **({} if self.validation is None else {"validation": fingerprint(ids=list(self.validation["id"]))}),
@@ -109,7 +109,7 @@ class Training:
 
 def _instead(adapter: Path) -> str:
     """What to do where a folder is no adapter: targets keep theirs in one, but for those of earlier versions."""
-    if (adapter / ADAPTER / WEIGHTS).is_file():
+    if (adapter / ADAPTER / ADAPTER_WEIGHTS).is_file():
         return f"that target's adapter is {adapter / ADAPTER}"
     target = next((place for place in (adapter, adapter.parent) if stage_of(place) == "train"), None)
     if target is None:

@@ -14,9 +14,9 @@ from fusechat.app.texts import json_object
 from fusechat.models.checkpoints import LazyCheckpoint, TensorInfo, read_header
 from fusechat.models.computed import Source, low_rank, whole_of
 from fusechat.models.load import model_identity
-from fusechat.models.whole import check_model
+from fusechat.models.whole import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_model
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+PREFIX = "base_model.model."
 PARTS = re.compile(r"^(.*)\.lora_(embedding_)?([AB])(?:\.weight)?$")
 UNSUPPORTED = ("use_dora", "layer_replication", "lora_bias", "trainable_token_indices", "target_parameters")
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations after which the base is no longer the pivot
@@ -33,12 +33,12 @@ class AdapterCheckpoint(LazyCheckpoint):
         self.path, self.pivot = path, pivot
         self._maps, self._bin, self._streams = {}, {}, {}
         check_model(path)
-        self.config = json_object(path / CONFIG)
+        self.config = json_object(path / ADAPTER_CONFIG)
         _check_kind(path, self.config)
         _check_base(path, self.config, pivot.path)
-        if not (path / WEIGHTS).exists():
-            raise UserError(f"{path} lacks {WEIGHTS}; save the adapter again with safe_serialization=True")
-        stored = {name.removeprefix(PREFIX): info for name, info in read_header(path / WEIGHTS).items()}
+        if not (path / ADAPTER_WEIGHTS).exists():
+            raise UserError(f"{path} lacks {ADAPTER_WEIGHTS}; save the adapter again with safe_serialization=True")
+        stored = {name.removeprefix(PREFIX): info for name, info in read_header(path / ADAPTER_WEIGHTS).items()}
         self.infos = {name: TensorInfo(i.shape, i.dtype, i.file, -1) for name, i in pivot.infos.items()}
         self.factors: dict[str, dict[str, TensorInfo]] = {}
         for name, info in stored.items():
@@ -101,7 +101,7 @@ class AdapterCheckpoint(LazyCheckpoint):
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter instead of a model."""
-    return (path / CONFIG).exists()
+    return (path / ADAPTER_CONFIG).exists()
 
 
 def _check_kind(path: Path, config: dict[str, Any]) -> None:
@@ -128,5 +128,5 @@ def _check_base(path: Path, config: dict[str, Any], pivot: Path) -> None:
     if not same:
         raise UserError(
             f"{path} is an adapter of {base or 'an unnamed model'}, the pivot is {pivot}; give that model as "
-            f"pivot.path, or its path as base_model_name_or_path in {path / CONFIG} where it is the same"
+            f"pivot.path, or its path as base_model_name_or_path in {path / ADAPTER_CONFIG} where it is the same"
         )

@@ -19,6 +19,7 @@ from fusechat.models import changes
 LOG = logging.getLogger(__name__)
 OPENED = {".safetensors", ".bin", ".model", ".json", ".jinja", ".txt"}  # endings of files that are opened
 WEIGHTS = {".safetensors", ".bin"}
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft calls them
 OWN = {RECORD, "README.md"}  # not listed: the record holds the list, and a card is people's to edit
 SINGLES = ("model.safetensors", "pytorch_model.bin")  # each comes before its index, as transformers has it
 INDEX = ".index.json"

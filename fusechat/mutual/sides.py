@@ -24,9 +24,9 @@ from fusechat.extract import extract
 from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer, train
 from fusechat.fusion.adapters import export
 from fusechat.fusion.run import LORA
-from fusechat.fusion.training import ADAPTER, WEIGHTS
+from fusechat.fusion.training import ADAPTER
 from fusechat.models.load import load_tokenizer, model_identity, tokenizer_identity
-from fusechat.models.whole import write_record
+from fusechat.models.whole import ADAPTER_WEIGHTS, write_record
 from fusechat.mutual.hearing import Heard
 from fusechat.mutual.messages import AGAIN, Message
 from fusechat.stores.store import DistributionStore
@@ -128,7 +128,7 @@ class Side:
     def restore(self, state: State, directory: Path) -> None:
         """Writes the model of a state anew, from its base and adapter."""
         assert state.adapter is not None
-        export(self.path, {**LORA, **self.terms.lora}, load_file(state.adapter / WEIGHTS), directory)
+        export(self.path, {**LORA, **self.terms.lora}, load_file(state.adapter / ADAPTER_WEIGHTS), directory)
 
     def practise(self, state: State, round: int) -> State:
         """Trains on the private chats, L_SFT alone."""

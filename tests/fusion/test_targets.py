@@ -9,6 +9,7 @@ import pytest
 
 from fusechat.app.errors import UserError
 from fusechat.app.marks import fingerprint, stamp
+from fusechat.app.trees import nested
 from fusechat.fusion import LOSSES
 from fusechat.fusion.module import FusionModule
 from fusechat.models.load import model_identity
@@ -103,7 +104,9 @@ def test_a_target_from_before_global_batch_is_kept(fresh: Mini) -> None:
 
 
 def test_what_plain_sft_does_not_read_decides_nothing(fresh: Mini) -> None:
-    """The weights are the same to the bit, and so is the target; one of an earlier version, too, whatever it said there."""
+    """The weights are the same to the bit, and so is the target; one of an earlier version, too, whatever it said
+    there.
+    """
     sft = ["fusion=sft", *SAME]
     others = ["loss.kind=jsd", "loss.lm_weight=0.2", "loss.temperature=2.0", "fusion.level=token", "fusion.empty=pivot"]
     fresh.run("train", *sft, "run_name=sft")
@@ -147,13 +150,7 @@ def test_plain_sft_goes_on_from_a_checkpoint_of_an_earlier_version(
 
 def parts_of(flat: dict[str, Any]) -> dict[str, Any]:
     """What a record's target was decided by, nested again."""
-    parts: dict[str, Any] = {}
-    for name, value in flat.items():
-        *sections, key = name.split(".")
-        inner = parts
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[key] = value
+    parts = nested(flat)
     parts.pop("format")
     return parts
 
