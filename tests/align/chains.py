@@ -77,7 +77,9 @@ class World:
         ), kind
 
     def begins(self, text: bytes, i: int) -> int | None:
-        """Which pivot token begins a text at pivot position i: the chat's where it agrees with the chat for long enough."""
+        """Which pivot token begins a text at pivot position i: the chat's where it agrees with the chat for long
+        enough.
+        """
         fitting = [v for v, token in enumerate(self.pivot) if text.startswith(token)]
         longest = max(fitting, key=lambda v: len(self.pivot[v]), default=None)
         gold, rest = self.cuts["pivot"][i], self.text[self.paths["pivot"].places[i] :]
@@ -91,7 +93,9 @@ class World:
         return j, int(place - places[j])
 
     def stored(self, i: int) -> dict[bytes | None, float]:
-        """Every beginning of the text at pivot position i that the store determines, with its probability; None: it ends there."""
+        """Every beginning of the text at pivot position i that the store determines, with its probability; None: it
+        ends there.
+        """
         j, cut = self.at(i)
         own, end = self.cuts["source"], self.paths["pivot"].places[i + 1]
         found: dict[bytes | None, float] = defaultdict(float)
@@ -110,7 +114,9 @@ class World:
                 return found
 
     def going_on(self, j: int, i: int) -> dict[int, float]:
-        """The kept entries at j, and the gold one, that begin as the text up to pivot position i and as the pivot cuts it."""
+        """The kept entries at j, and the gold one, that begin as the text up to pivot position i and as the pivot cuts
+        it.
+        """
         own, begins, places = self.cuts["source"][j], self.paths["source"].places[j], self.paths["pivot"].places
         found = {}
         for u, p in {**self.kept[j], own: self.p[j, own]}.items():

@@ -85,7 +85,9 @@ def rows(result: Ragged) -> list[dict[int, float]]:
 
 
 def test_by_hand_inside_a_token() -> None:
-    """'under' of the source is the pivot's 'un', 'der': behind 'un' what begins with it counts, at its share; 'un' itself says nothing more."""
+    """'under' of the source is the pivot's 'un', 'der': behind 'un' what begins with it counts, at its share; 'un'
+    itself says nothing more.
+    """
     entries = [{0: 0.5, 1: 0.2, 2: 0.1, 3: 0.15}]
     words, more = [b"unhappy", b"un", b"other"], [b"happy", b"other"]
     found = rows(chat([b"un", b"der"], [b"under"], entries, [0.5], words=words, pivot_words=more))

@@ -1,4 +1,6 @@
-"""Mixed scripts: places are where the tokens' bytes say, and a piece of one pivot token is as likely as the source has it."""
+"""Mixed scripts: places are where the tokens' bytes say, and a piece of one pivot token is as likely as the source has
+it.
+"""
 
 from collections.abc import Callable
 from typing import Any

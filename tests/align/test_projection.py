@@ -52,7 +52,9 @@ def test_projection_equals_the_naive_reference(seed: int, unmatched_gold: bool) 
 
 
 def test_chain_rule_along_the_gold_path() -> None:
-    """The pivot's one token 'abcd' is the source's 'ab' (0.5) then 'cd' (0.4): probability 0.2; the rest of 'ab' stays on 'ab'."""
+    """The pivot's one token 'abcd' is the source's 'ab' (0.5) then 'cd' (0.4): probability 0.2; the rest of 'ab' stays
+    on 'ab'.
+    """
     pivot, own = np.array([0, 4, 5]), np.array([0, 2, 4, 5])
     match = np.array([0, 2])
     path = gold_path(pivot, own, match, np.array([5, 6, 7]))

@@ -10,7 +10,9 @@ from typing import Any
 from fusechat.app.trees import flatten
 from tests.conftest import Mini
 
-BLOCK = 32768  # LevelDB's log format: blocks of records with crc (4 bytes), length (2) and type (1: whole, 2, 3, 4: first, middle, last)
+# LevelDB's log format: blocks of records with crc (4 bytes), length (2) and type (1: whole; 2 to 4: first, middle,
+# last)
+BLOCK = 32768
 
 
 def records(file: Path) -> Iterator[Any]:

@@ -1,4 +1,6 @@
-"""Alignment with real tokenizers: speed against the released DTW's procedure, maps over whole vocabularies, kinds and mass."""
+"""Alignment with real tokenizers: speed against the released DTW's procedure, maps over whole vocabularies, kinds and
+mass.
+"""
 
 from __future__ import annotations
 

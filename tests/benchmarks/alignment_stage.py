@@ -1,4 +1,6 @@
-"""A stored 900-token chat aligned and projected, reading and writing included: CPU milliseconds of one thread, Llama 3 -> Mistral."""
+"""A stored 900-token chat aligned and projected, reading and writing included: CPU milliseconds of one thread, Llama 3
+-> Mistral.
+"""
 
 from __future__ import annotations
 

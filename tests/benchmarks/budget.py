@@ -45,7 +45,9 @@ V2 = [
 
 
 def stored_bytes(vocabulary: int, k: int = 10) -> float:
-    """Bytes of a store's response token: k ids and log-probabilities, the gold token's, its boundary; and of its input ids."""
+    """Bytes of a store's response token: k ids and log-probabilities, the gold token's, its boundary; and of its input
+    ids.
+    """
     ids = 2 if vocabulary <= 1 << 16 else 4
     return RESPONSE * (k * (ids + 2) + 2 + 1) + ids
 

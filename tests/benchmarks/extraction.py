@@ -1,4 +1,6 @@
-"""Extraction: cost over the bare forward pass, memory against the number of chats, and what rendering costs over tokenizing."""
+"""Extraction: cost over the bare forward pass, memory against the number of chats, and what rendering costs over
+tokenizing.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,9 @@ LIMIT = 390  # seconds: with the longest part after it and the checks before it,
 def losses(
     n: int, hidden: int, vocabulary: int, device: str
 ) -> tuple[dict[str, Callable[[], Tensor]], Callable[[], Any]]:
-    """Loss and backward of n positions from bf16 hidden states, lm_head included, by all that are installed; and what clears up."""
+    """Loss and backward of n positions from bf16 hidden states, lm_head included, by all that are installed; and what
+    clears up.
+    """
     h = torch.randn(n, hidden, device=device, dtype=torch.bfloat16).requires_grad_()
     linear = torch.nn.Linear(hidden, vocabulary, bias=False, device=device, dtype=torch.bfloat16)
     ids = torch.randint(0, vocabulary, (n, step.K), device=device)

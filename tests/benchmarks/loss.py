@@ -1,4 +1,6 @@
-"""Fusion loss and backward against the dense formulation of the published trainers: 4 x 512 tokens, V 32,000, k 10, D 512."""
+"""Fusion loss and backward against the dense formulation of the published trainers: 4 x 512 tokens, V 32,000, k 10, D
+512.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def dense_targets(t: Targets) -> Tensor:
 
 
 def dense(logits: Tensor, t: Targets) -> Tensor:
-    """The published formulation: two models' dense targets, the better one of each chat chosen, soft cross entropy; and shifted SFT."""
+    """The published formulation: two models' dense targets, the better one of each chat chosen, soft cross entropy; and
+    shifted SFT.
+    """
     logits = logits.view(4, -1, V)
     pivot, source = (dense_targets(t).view_as(logits) for _ in range(2))
     better = (torch.arange(4) % 2 == 0).view(4, 1, 1).expand_as(pivot)

@@ -1,4 +1,6 @@
-"""An optimizer step of fusion against plain SFT of the same randomly initialised model: on a GPU 1B and 7B, else 50M in fp32."""
+"""An optimizer step of fusion against plain SFT of the same randomly initialised model: on a GPU 1B and 7B, else 50M in
+fp32.
+"""
 
 from __future__ import annotations
 

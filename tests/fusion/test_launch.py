@@ -1,4 +1,6 @@
-"""How ranks are started and how they end: a sweep, torchrun on two nodes, SLURM, a rank that fails, memory that runs out."""
+"""How ranks are started and how they end: a sweep, torchrun on two nodes, SLURM, a rank that fails, memory that runs
+out.
+"""
 
 import json
 import os

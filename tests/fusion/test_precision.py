@@ -1,4 +1,6 @@
-"""Precision: losses and gradients in bf16 against float64, fp32 master weights, what is left alone, and what is refused."""
+"""Precision: losses and gradients in bf16 against float64, fp32 master weights, what is left alone, and what is
+refused.
+"""
 
 import copy
 import os

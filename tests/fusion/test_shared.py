@@ -1,4 +1,6 @@
-"""The split of GOLD and NeMo-RL: ids where both vocabularies have the token, ranks elsewhere, against what a reader sees."""
+"""The split of GOLD and NeMo-RL: ids where both vocabularies have the token, ranks elsewhere, against what a reader
+sees.
+"""
 
 import itertools
 from dataclasses import replace
@@ -72,7 +74,9 @@ MASKS = torch.stack([torch.ones(V), torch.arange(V) % 2, torch.arange(V) % 3 == 
 def test_value_and_gradient_equal_the_naive_split(
     missing: str, rows: int, student_temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From logits and from hidden states, whose rows beyond the vocabulary are no tokens, however many are held at a time."""
+    """From logits and from hidden states, whose rows beyond the vocabulary are no tokens, however many are held at a
+    time.
+    """
     monkeypatch.setattr("fusechat.fusion.slices.chunk_rows", lambda *_: rows)
     loss, targets = FusionLoss("hybrid", missing, student_temperature=student_temperature), example(MASKS)
     head = torch.nn.Linear(7, PADDED, bias=False).double()

@@ -1,4 +1,6 @@
-"""Checkpoints: streamed writing equals safetensors' own, .bin files without running code, directories whole or not at all."""
+"""Checkpoints: streamed writing equals safetensors' own, .bin files without running code, directories whole or not at
+all.
+"""
 
 import json
 import os

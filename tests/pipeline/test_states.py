@@ -20,37 +20,16 @@ from fusechat.app.command import CONF
 from fusechat.app.errors import UserError
 from fusechat.app.locks import held, holder
 from fusechat.app.outputs import read_json, write_json
-from fusechat.app.quantities import duration, size
 from fusechat.app.states import state_of
 from fusechat.pipeline.configs import composer
 from fusechat.pipeline.steps import parse
 from fusechat.pipeline.table import Row, rows_of, size_of, summary
 from tests.conftest import ROOT, Mini
+from tests.pipeline.conftest import FINISHED
 
 TARGET = "${paths.experiment}/targets/a"
 STEPS = ["tiny", "extract source=pivot,a", "align source=a", "train source=a"]
 STEPS += [f"evaluate evaluation.generate=false evaluation.limit=4 model={TARGET}", "report"]
-FINISHED = ["world/models/pivot", "world/models/a", "world/models/b", "world/models/c", "distributions/pivot"]
-FINISHED += ["distributions/a", "aligned/a", "targets/a", "evaluation/targets-a.json", "report"]
-
-
-@pytest.fixture(scope="module")
-def finished(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Mini:
-    """The miniature world with a target, its evaluation and a report."""
-    root = tmp_path_factory.mktemp("finished") / "runs"
-    shutil.copytree(mini.root, root)
-    world = Mini(root, "trainer.max_steps=1", "evaluation.limit=4", "evaluation.generate=false")
-    world.run("train", "source=a")
-    world.run("evaluate", f"model={world.experiment}/targets/a")
-    world.run("report")
-    return world
-
-
-@pytest.fixture
-def world(finished: Mini, tmp_path: Path) -> Mini:
-    """A copy that a test may spoil."""
-    shutil.copytree(finished.root, tmp_path / "runs")
-    return Mini(tmp_path / "runs", *finished.base[-3:])
 
 
 @pytest.fixture(autouse=True)
@@ -182,44 +161,6 @@ def test_damaged_records_are_told(world: Mini) -> None:
     assert "damaged" in state_of(record.parent).told
 
 
-def test_the_status_of_a_root_and_of_an_experiment(
-    world: Mini, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert status.experiments(world.root) == [world.experiment] == status.experiments(world.experiment)
-    monkeypatch.setattr(sys, "argv", ["status", str(world.root)])
-    status.main()
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].strip() == str(world.experiment)
-    names = [line.split()[0] for line in printed[2:-1]]
-    assert set(FINISHED) <= set(names) and names[-1] == "report"
-    assert next(line for line in printed if line.startswith("distributions/a")).split("; ")[1].startswith("96 chats, ")
-    assert printed[-1] == f"{len(names)} done"
-
-
-@pytest.mark.parametrize(("folder", "what"), [("nowhere", "does not exist"), ("", "holds no experiment")])
-def test_a_status_of_nothing(
-    folder: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place = tmp_path / folder
-    monkeypatch.setattr(sys, "argv", ["status", str(place)])
-    with pytest.raises(SystemExit) as ended:
-        status.main()
-    assert ended.value.code == 1
-    expected = f"error: {place} {what}; give an experiment's folder, e.g. runs/tiny/seed0, or one above"
-    assert capsys.readouterr().err.strip() == expected
-
-
-def test_a_command_that_fails_leaves_its_cause(world: Mini) -> None:
-    command = [sys.executable, "-m", "fusechat.align", *world.all("source=b", "token_map=ms")]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 1
-    store = world.experiment / "aligned/b"
-    failure = failures.last(world.experiment / "logs")[str(store.resolve())]
-    assert failure.cause in done.stderr
-    assert "token_map" in failure.cause
-    assert failure.command.startswith("python -m fusechat.align ")
-
-
 def test_a_dry_run_imports_nothing_heavy_and_writes_no_output(finished: Mini) -> None:
     outputs = lambda: {path for path in finished.root.rglob("*") if not {"logs", "outputs"} & {*path.parts}}
     before = outputs()
@@ -238,19 +179,6 @@ def test_a_dry_run_imports_nothing_heavy_and_writes_no_output(finished: Mini) ->
     assert "hydra" in loaded and not loaded & {"torch", "transformers", "lightning", "datasets", "numpy"}
     assert done.stdout.splitlines()[-1] == "10 done; nothing is left to do"
     assert outputs() == before
-
-
-def test_numbers_as_people_say_them() -> None:
-    assert [duration(s) for s in (None, 4.4, 89, 90, 700, 5400, 90000)] == [
-        "?",
-        "4 s",
-        "89 s",
-        "1.5 min",
-        "12 min",
-        "1.5 h",
-        "25 h",
-    ]
-    assert [size(b) for b in (None, 900, 2.5e6, 31e9)] == ["?", "1 kB", "2.5 MB", "31.0 GB"]
 
 
 def test_old_results_without_parts_are_done(world: Mini) -> None:

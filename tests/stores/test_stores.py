@@ -1,4 +1,6 @@
-"""The store: what its columns are encoded as, shards from several processes, a full disk, a read-only folder, another format."""
+"""The store: what its columns are encoded as, shards from several processes, a full disk, a read-only folder, another
+format.
+"""
 
 import os
 from pathlib import Path
