@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fusechat.app.errors import UserError
 from fusechat.app.outputs import read_json
-from fusechat.evaluate.stage import note_of, read_note
+from fusechat.evaluate.notes import note_of, read_note
 
 LOG = logging.getLogger(__name__)
 

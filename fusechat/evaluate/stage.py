@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat.app import checksums
 from fusechat.app.errors import UserError
 from fusechat.app.marks import PARTS, flat
-from fusechat.app.outputs import fingerprint, read_json, stage_fingerprint, write_durably, write_json, write_lines
+from fusechat.app.outputs import fingerprint, read_json, stage_fingerprint, write_json
 from fusechat.app.places import writing
 from fusechat.app.settings import check
 from fusechat.app.surroundings import check_place
@@ -23,7 +22,8 @@ from fusechat.chats.mixture import Given
 from fusechat.evaluate import answers as _answers  # noqa: F401  these three register their kinds
 from fusechat.evaluate import chats as _chats  # noqa: F401
 from fusechat.evaluate import harness as _harness  # noqa: F401
-from fusechat.evaluate.kinds import EVALUATIONS, Job, Sample, Work
+from fusechat.evaluate.kinds import EVALUATIONS, Job, Work
+from fusechat.evaluate.notes import note_of, read_note, write_answers
 
 if TYPE_CHECKING:
     from fusechat.stores.served.server import Server
@@ -145,7 +145,7 @@ def _evaluate(
         return about if work.answers else there, False
     found = _measured(work, part, settings)
     if work.answers:
-        _write_answers(output, found["samples"], work, about)
+        write_answers(output, found["samples"], work, about)
         content: Mapping[str, Any] = about
     else:
         content = _write_result(output, found, about, record)
@@ -201,47 +201,12 @@ def _measured(work: Work, part: Path, settings: Mapping[str, Any]) -> Mapping[st
         ) from None
 
 
-def note_of(output: Path) -> Path:
-    """The file beside an answer file that says which answers these are: fingerprint, model, and checksum."""
-    return output.with_suffix(".fingerprint")
-
-
-def check_answers(output: Path) -> None:
-    """Compares an answer file's checksum. Raises `UserError` where it is damaged."""
-    note = note_of(output)
-    expected = read_note(note).get("files", {}).get(output.name) if note.exists() else None
-    if expected:
-        checksums.check(output, expected, "evaluate again with overwrite=true")
-    else:
-        checksums.check_first_use(output)
-
-
-def read_note(note: Path) -> dict[str, Any]:
-    """What it says. Older ones are text: the fingerprint, below it the model. Raises `UserError` for a damaged one."""
-    text = note.read_bytes()
-    if b"{" in text[:2] or b'checksum"' in text:
-        return read_json(note)
-    mark, _, model = text.decode(errors="replace").partition("\n")
-    return {"fingerprint": mark, "model": model.strip()}
-
-
 def _there(output: Path, work: Work) -> Mapping[str, Any]:
     """What the result that is there says of itself; nothing where there is none."""
     note = note_of(output) if work.answers else output
     if not output.exists() or not note.exists():
         return {}
     return read_note(note) if work.answers else read_json(output)
-
-
-def _write_answers(output: Path, records: list[Sample], work: Work, about: Mapping[str, Any]) -> None:
-    write_durably(note_of(output), f"\n{about['model']}\n".encode())  # whose the file is, before it is there
-    if work.answers == "list":
-        write_json(output, records)
-    else:
-        write_lines(output, [json.dumps(record) for record in records])
-    says = {key: about[key] for key in ("asked", "fingerprint", "model")}
-    write_json(note_of(output), {**says, "files": {output.name: checksums.entry(output)}})
-    LOG.info("%d questions answered by %s: %s", len(records), about["model"], output)
 
 
 def _write_result(

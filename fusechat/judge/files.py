@@ -8,7 +8,7 @@ from typing import Any
 from fusechat.app.errors import UserError
 from fusechat.app.texts import json_rows
 from fusechat.evaluate.answers import load_questions
-from fusechat.evaluate.stage import check_answers
+from fusechat.evaluate.notes import check_answers
 
 Turns = list[tuple[str, str]]  # (question, answer), turn by turn
 Questions = dict[str, dict[str, Any]]  # by id

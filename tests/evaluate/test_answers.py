@@ -8,7 +8,7 @@ import pytest
 
 from fusechat.app.errors import UserError
 from fusechat.evaluate import answers
-from fusechat.evaluate.stage import read_note
+from fusechat.evaluate.notes import read_note
 from fusechat.report.results import compared, read_result
 from tests.conftest import Mini
 
