@@ -17,7 +17,8 @@ LAYERS = [  # the floor first; a room imports from the layers below its own, nev
     {"report"},
     {"evaluate", "tiny"},
     {"extract", "align", "fusion", "merging", "judge", "publish", "compare", "inspect"},
-    {"train", "merge", "pipeline", "mutual", "preview", "merge_search", "new", "status", "__main__"},
+    {"new"},  # what an experiment will take, which a pipeline's plan shows
+    {"train", "merge", "pipeline", "mutual", "preview", "merge_search", "status", "__main__"},
 ]
 PACKAGE = ROOT / "fusechat"
 FILES = [*(f for f in PACKAGE.rglob("*.py") if not f.is_symlink()), ROOT / "train.py", ROOT / "merge.py"]

@@ -65,7 +65,8 @@ def test_from_new_to_the_report(mini: Mini, tmp_path: Path, capsys: pytest.Captu
     estimates = json.loads((own.runs / "estimates.json").read_text())["outputs"]
     for name in ("distributions/pivot", "distributions/a", "aligned/a", "targets/a", "targets/sft_1"):
         files = [file for file in (own.runs / name).glob("*") if file.suffix in (".arrow", ".safetensors")]
-        assert 0.5 < estimates[name]["bytes"] / sum(file.stat().st_size for file in files) < 2, name
+        expected = estimates.get(name) or estimates[name.partition("/")[0]]
+        assert 0.5 < expected["bytes"] / sum(file.stat().st_size for file in files) < 2, name
 
 
 def test_a_pipeline_passes_its_config_folder_on(made: tuple[Work, str, Path]) -> None:
@@ -219,7 +220,7 @@ def test_estimates_by_hand() -> None:
     work = Work(model, [model], {"pivot": own}, chats=100, tests=10, start=7.0, speed=1e6, baselines=1, merges=1)
     found = work.outputs()
     assert found["distributions/pivot"] == {"seconds": 7 + 2 * 1000 * 2000 / 1e6, "bytes": 100 * (5 * 43 + 20 * 2)}
-    assert found["targets/sft_1"] == {"seconds": 7 + 6 * 1000 * 2000 * 3 / 1e6, "bytes": 4000}
+    assert found["targets"] == {"seconds": 7 + 6 * 1000 * 2000 * 3 / 1e6, "bytes": 4000}
     assert work.micro_batch(8, 1e12) == 8 and work.micro_batch(8, 0.0) == 1
     assert work.per_chat == 68 * 2 * 8 * 30
     unknown = Work(model, [model], {"pivot": own}, chats=100, tests=10, start=7.0, speed=None)

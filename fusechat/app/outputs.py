@@ -153,10 +153,11 @@ def tidy(path: Path) -> None:
         aside.rename(path)
     for left in (aside, _beside(path, "tmp")):
         _remove(left)
-    stem = re.escape(path.stem)  # the files beside a result have its stem, those of a store lie inside
+    # the files beside a result have its stem, those of a store lie inside; a folder `.a_0.5.tmp` is another target's
+    stem = re.escape(path.stem)
     for folder, name in ((path.parent, rf"\.{stem}(\.[^.]+)?\.\d+\.tmp"), (path, r"\..+\.\d+\.tmp")):
         if folder.is_dir():
-            for file in (file for file in folder.glob(".*.tmp") if re.fullmatch(name, file.name)):
+            for file in (file for file in folder.glob(".*.tmp") if re.fullmatch(name, file.name) and file.is_file()):
                 _remove(file)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,19 +19,17 @@ from fusechat.app.streams import Parser
 from fusechat.app.verbs import as_typed, plainly
 from fusechat.new.asked import KEYS, NEEDED, Asked, asked
 
-STARTING = 1.5  # a process's start over its imports: configs, checks, a model that is opened
-
 
 def make(own: Asked) -> None:
     """Looks at everything, writes the experiment, and says what it will take."""
     with session.session():  # before libraries are imported, which heed what it sets
-        began = time.perf_counter()
-        import lightning  # noqa: F401  with all that a training imports: what a process takes to start is measured
+        from fusechat.new.starting import starting
 
+        start = starting()  # before what it measures is imported
         from fusechat.new.telling import tell
         from fusechat.new.work import looked
 
-        tell(own, *looked(own, STARTING * (time.perf_counter() - began)))
+        tell(own, *looked(own, start))
 
 
 def parser() -> Parser:

@@ -28,7 +28,8 @@ Expected = dict[str, float | None]  # seconds (None where no speed is known) and
 @dataclass(frozen=True)
 class Work:
     """pivot and sources with the lengths of their chats; chats and tests: how many; start: seconds; speed: FLOP/s of
-    the pivot, None where it was not measured; baselines: SFT runs; merges: merged models; dtype: bytes of a weight.
+    the pivot, None where it was not measured; baselines: SFT runs; merges: merged models; dtype: bytes of a weight;
+    epochs: of a training, k: kept of each position.
     """
 
     pivot: Model
@@ -41,9 +42,11 @@ class Work:
     baselines: int = 3
     merges: int = 2
     dtype: int = 4
+    epochs: float = EPOCHS
+    k: int = K
 
     def outputs(self) -> dict[str, Expected]:
-        """Output -> what it will take; those of merges and evaluations are alike: ``merged``, ``evaluation``, each."""
+        """Output -> what it will take; a folder's where all in it are alike: each of ``targets``, ``merged``, …"""
         pivot, own = self.pivot, self.lengths["pivot"]
         found: dict[str, Expected] = {}
         for model in (pivot, *self.sources):
@@ -53,9 +56,8 @@ class Work:
         for model in self.sources:
             aligning = self.chats * own.tokens * ALIGNED + model.vocabulary * MAPPED
             found[f"aligned/{model.name}"] = self._of(aligning, self._store(pivot, own))
-        training = self._passes(6 * pivot.active, self.chats * own.tokens * EPOCHS)
-        for name in [*(model.name for model in self.sources), *(f"sft_{n + 1}" for n in range(self.baselines))]:
-            found[f"targets/{name}"] = self._of(training, 4 * pivot.total)
+        training = self._passes(6 * pivot.active, self.chats * own.tokens * self.epochs)
+        found["targets"] = self._of(training, 4 * pivot.total)
         merging = 4 * pivot.total * (1 + len(self.sources)) / READ
         found["merged"] = self._of(merging, self.dtype * pivot.total)
         testing = self._passes(2 * pivot.active, self.tests * own.tokens)
@@ -68,7 +70,8 @@ class Work:
     def stages(self) -> dict[str, Expected]:
         """Stage -> the sum of its outputs."""
         merged = self.merges + (self.baselines > 1)
-        times = {"merged": merged, "evaluation": 1 + len(self.sources) * 2 + self.baselines + merged}
+        targets = len(self.sources) + self.baselines
+        times = {"targets": targets, "merged": merged, "evaluation": 1 + len(self.sources) + targets + merged}
         found: dict[str, Expected] = {}
         for output, expected in self.outputs().items():
             stage = output.partition("/")[0]
@@ -102,7 +105,7 @@ class Work:
 
     def _store(self, model: Model, lengths: Lengths) -> float:
         ids = 2 if model.vocabulary <= 1 << 16 else 4
-        return self.chats * (lengths.positions * (K * (ids + 2) + 3) + lengths.tokens * ids)
+        return self.chats * (lengths.positions * (self.k * (ids + 2) + 3) + lengths.tokens * ids)
 
 
 def _sum(first: float | None, second: float | None) -> float | None:

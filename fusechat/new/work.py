@@ -17,7 +17,7 @@ from fusechat.models.gguf import check_plain
 from fusechat.models.load import load_tokenizer
 from fusechat.new.asked import Asked
 from fusechat.new.estimates import LIBRARIES, Work
-from fusechat.new.facts import SAMPLE, Lengths, facts_of, lengths_of, speed_of, split
+from fusechat.new.facts import SAMPLE, Lengths, Model, facts_of, lengths_of, speed_of, split
 from fusechat.new.writing import rows_of, step_of, text_of
 
 LONGEST = 2048  # tokens of a chat, as published
@@ -41,14 +41,24 @@ def looked(own: Asked, start: float) -> tuple[Work, str]:
         for name, tokenizer in tokenizers.items()
     }
     rows, tests, written = _chats(own)
-    sample = [row["messages"] for row in rows[:: max(1, len(rows) // SAMPLE)]]
+    sample = sample_of(rows)
     lengths = {name: lengths_of(renderer(sample)) for name, renderer in renderers.items()}
-    fits = Path(own.pivot).is_dir() and 4 * pivot.total + LIBRARIES < room() / 2
-    speed = speed_of(pivot, renderers["pivot"], rows) if fits else None
+    speed = speed_here(pivot, renderers["pivot"], rows)
     work = Work(pivot, sources, lengths, len(rows), len(tests), start, speed)
     text = _text(own, work, lengths["pivot"], {"template": template, "max_length": max_length}, written)
     _write(own, work, text, {} if own.tests else {"fusion": rows, "test": tests})
     return work, text
+
+
+def sample_of(rows: Any) -> list[Any]:
+    """Messages of some chats, evenly over all, to know their lengths."""
+    return [row["messages"] for row in rows[:: max(1, len(rows) // SAMPLE)]]
+
+
+def speed_here(pivot: Model, renderer: Any, rows: Any) -> float | None:
+    """`speed_of` the pivot; None where it is no directory here, or too large for this machine."""
+    fits = Path(pivot.path).is_dir() and 4 * pivot.total + LIBRARIES < room() / 2
+    return speed_of(pivot, renderer, rows) if fits else None
 
 
 def room() -> float:

@@ -14,6 +14,7 @@ from fusechat.app.outputs import read_json
 from fusechat.app.quantities import duration, size
 from fusechat.app.session import plain
 from fusechat.app.states import ESTIMATES, STYLES, State, short
+from fusechat.new.planned import Estimate, estimate
 from fusechat.pipeline.configs import Compose, jobs
 from fusechat.pipeline.states import Job, jobs_of
 from fusechat.pipeline.steps import Step
@@ -24,7 +25,7 @@ RENEWED = ("evaluate", "report", "tiny")  # commands that make anew, unasked, wh
 @dataclass(frozen=True)
 class Row:
     """An output. bytes: on the disk by now (what is stale is made again beside it), or as expected; seconds: expected
-    of what is not done. None: not known.
+    of what is not done. None: not known, for the reasons in unknown.
     """
 
     step: int
@@ -33,26 +34,45 @@ class Row:
     state: State
     bytes: float | None
     seconds: float | None
+    unknown: Sequence[str] = ()
 
 
 def rows_of(steps: Sequence[Step], compose: Compose, experiment: Path) -> list[Row]:
-    """A row for every output, in order."""
+    """A row for every output, in order; what is not done with what it is expected to take."""
     known = failures.last(experiment / "logs")
-    file = experiment / ESTIMATES
-    expected = read_json(file)["outputs"] if file.is_file() else {}
-    rows, remade, sizes = [], set[Path](), dict[str, list[int]]()
-    for number, job in _jobs(steps, compose):
+    rows, remade, jobs = list[Row](), set[Path](), [*_jobs(steps, compose)]
+    for number, job in jobs:
         state, output = job.state(known, remade), job.output
         if state.kind != "done" and output is not None:
             remade.add(output.resolve())
         found = size_of(output) if state.kind in ("done", "stale") and output else None
-        if found is not None:
-            sizes.setdefault(job.verb, []).append(found)
-        name = short(output, experiment) if output else "-"
-        guess = expected.get(name) or expected.get(name.partition("/")[0], {})
-        room = found or guess.get("bytes") or job.bytes
-        rows.append(Row(number, job.verb, name, state, room, guess.get("seconds")))
-    return [_like_others(row, sizes) for row in rows]
+        rows.append(Row(number, job.verb, short(output, experiment) if output else "-", state, found, None))
+    if all(row.state.kind == "done" for row in rows):
+        return rows
+    guessed = _expected(experiment, [job for _, job in jobs])
+    sizes: dict[str, list[float]] = {}
+    for row in rows:
+        if row.bytes is not None:
+            sizes.setdefault(row.verb, []).append(row.bytes)
+    return [_guessed(row, job, guessed, sizes) for row, (_, job) in zip(rows, jobs, strict=True)]
+
+
+def _expected(experiment: Path, jobs: Sequence[Job]) -> Estimate:
+    """What `fusechat new` has found, or what models and chats of another experiment say."""
+    file = experiment / ESTIMATES
+    if file.is_file():
+        return Estimate(read_json(file)["outputs"])
+    return estimate([(job.verb, job.values) for job in jobs])
+
+
+def _guessed(row: Row, job: Job, guessed: Estimate, sizes: Mapping[str, Sequence[float]]) -> Row:
+    """A row with what it is expected to take; bytes: as far as nothing lies there, else of its command's others."""
+    outputs, others = guessed.outputs, sizes.get(row.verb)
+    found = outputs.get(row.output) or outputs.get(row.output.partition("/")[0], {})
+    room = row.bytes or job.bytes or found.get("bytes") or (median(others) if others else None)
+    seconds = found.get("seconds")
+    unknown = guessed.unknown if None in (room, seconds) and row.state.kind != "done" else ()
+    return replace(row, bytes=room, seconds=seconds, unknown=unknown)
 
 
 def print_plan(rows: Sequence[Row], experiment: Path) -> None:
@@ -73,6 +93,8 @@ def print_plan(rows: Sequence[Row], experiment: Path) -> None:
     console = console if console.is_terminal else Console(width=160)
     console.print(table)
     console.print(summary(rows, experiment), highlight=False)
+    for why in dict.fromkeys(why for row in rows for why in row.unknown):
+        console.print(f"not estimated: {why}", highlight=False, markup=False, soft_wrap=True)
     if stale := next((row.output for row in rows if row.state.kind == "stale" and row.verb not in RENEWED), None):
         console.print(f"{stale} was made with other settings: overwrite=true makes it anew", highlight=False)
 
@@ -106,9 +128,3 @@ def _jobs(steps: Sequence[Step], compose: Compose) -> Iterator[tuple[int, Job]]:
         for (verb, _), config in jobs(step, compose):
             for one in jobs_of(verb, plain(config)):
                 yield number, one
-
-
-def _like_others(row: Row, sizes: Mapping[str, Sequence[int]]) -> Row:
-    """A row whose size is not known has that of its command's other outputs that are there."""
-    others = sizes.get(row.verb)
-    return replace(row, bytes=median(others)) if row.bytes is None and others else row

@@ -206,3 +206,12 @@ def test_temporary_files_of_the_dead_go_and_others_stay(tmp_path: Path) -> None:
         (store / name).touch()
     tidy(store)
     assert [path.name for path in store.iterdir()] == ["data-0.arrow"]
+
+
+def test_jobs_of_a_sweep_leave_each_others_temporary_folders(tmp_path: Path) -> None:
+    """``.a_lm_weight_0.5.tmp`` looks like a file that process 5 was writing for ``a_lm_weight_0.9``."""
+    with whole_directory(tmp_path / "a_lm_weight_0.5") as directory:
+        (directory / "weights").touch()
+        with whole_directory(tmp_path / "a_lm_weight_0.9") as other:
+            (other / "weights").touch()
+    assert (tmp_path / "a_lm_weight_0.5/weights").exists() and (tmp_path / "a_lm_weight_0.9/weights").exists()

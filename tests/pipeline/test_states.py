@@ -21,9 +21,10 @@ from fusechat.app.errors import UserError
 from fusechat.app.locks import held, holder
 from fusechat.app.outputs import read_json, write_json
 from fusechat.app.states import state_of
+from fusechat.new.planned import _epochs as epochs_of
 from fusechat.pipeline.configs import composer
 from fusechat.pipeline.steps import parse
-from fusechat.pipeline.table import Row, rows_of, size_of, summary
+from fusechat.pipeline.table import Row, print_plan, rows_of, size_of, summary
 from tests.conftest import ROOT, Mini
 from tests.pipeline.conftest import FINISHED
 
@@ -214,6 +215,44 @@ def test_a_store_of_other_chats_is_stale_and_a_limit_beyond_all_is_none(finished
     assert rows(world, "chat.limit=96", of="extract")["distributions/a"].state.kind == "done"
     with pytest.raises(UserError, match="chats: "):
         world.run("extract", "source=a", "chat.limit=5")
+
+
+def test_what_an_experiment_of_ones_own_will_take(world: Mini) -> None:
+    """Without the file of `new` its own models and chats tell, as they do there; what they do not tell has a reason."""
+    for place in ("distributions", "aligned", "targets", "evaluation", "report"):
+        shutil.rmtree(world.experiment / place)
+    chats, models = world.experiment / "world/chats", world.experiment / "world/models"
+    found = {name: row for name, row in rows(world).items() if row.state.kind != "done"}
+    assert all(row.bytes and row.seconds is not None and not row.unknown for row in found.values())
+    assert found["evaluation/targets-a.json"].bytes == 400 * 4, "evaluation.limit of them"
+    more = rows(world, "trainer.max_steps=2", "extract.top_k=5")
+    kept = [rows_["distributions/a"].bytes for rows_ in (found, more)]
+    assert 1.5 < kept[0] / kept[1] < 2, "half as many are kept of each position"
+    shutil.rmtree(models / "a")
+    more = rows(world)
+    assert more["distributions/a"].unknown == [f"a: {models}/a is not on this disk"]
+    assert more["distributions/a"].seconds is None and more["distributions/pivot"].seconds is not None
+    (chats / "fusion.jsonl").rename(chats / "gone.jsonl")
+    row = rows(world)["distributions/pivot"]
+    assert (row.bytes, row.seconds) == (None, None)
+    assert row.unknown[-1] == f"chat.path: {chats}/fusion.jsonl is not on this disk"
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "epochs"), [(3, -1, 3), (3, 6, 0.5), (3, 600, 3), (3, None, 3), (-1, 24, 2), (None, -1, 3)]
+)
+def test_how_often_a_training_sees_the_chats(given: int | None, steps: int | None, epochs: float) -> None:
+    train = {"trainer": {"max_epochs": given, "max_steps": steps}, "data": {"global_batch": 8}}
+    assert epochs_of([("extract", {}), ("train", train)], 96) == epochs
+
+
+def test_reasons_stand_below_the_plan(world: Mini, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(world.experiment / "distributions/a")
+    shutil.rmtree(world.experiment / "world/models/pivot")
+    print_plan([*rows(world, of="extract").values()], world.experiment)
+    summed, why, _ = capsys.readouterr().out.splitlines()[-3:]
+    assert why == f"not estimated: pivot: {world.experiment}/world/models/pivot is not on this disk"
+    assert "; left: an unknown time, and about " in summed
 
 
 def test_room_is_told_of_what_is_stale_and_what_is_to_be_trained(world: Mini) -> None:
