@@ -79,7 +79,7 @@ def _work(jobs: Sequence[tuple[str, Values]], chosen: Values, paths: Mapping[str
         start,
         speed_here(pivot, renderers[PIVOT], rows),
         epochs=_epochs(jobs, len(rows)),
-        **{"k": int(v["extract"]["top_k"]) for verb, v in jobs if verb == "extract" and v["extract"].get("top_k")},
+        k=_kept(jobs),
     )
 
 
@@ -93,6 +93,13 @@ def _epochs(jobs: Sequence[tuple[str, Values]], chats: int) -> float:
     epochs, steps = train["trainer"]["max_epochs"] or EPOCHS, train["trainer"].get("max_steps") or -1
     limits = [float(epochs)] if epochs > 0 else []  # -1: steps alone end it
     return min([*limits, *([steps * train["data"]["global_batch"] / chats] if steps > 0 else [])], default=EPOCHS)
+
+
+def _kept(jobs: Sequence[tuple[str, Values]]) -> int:
+    """Tokens kept of each position, at most."""
+    from fusechat.new.estimates import K
+
+    return next((int(values["extract"].get("top_k") or K) for verb, values in jobs if verb == "extract"), K)
 
 
 def _tests(jobs: Sequence[tuple[str, Values]]) -> int:
