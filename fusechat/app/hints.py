@@ -31,7 +31,7 @@ def with_near_names(error: BaseException, given: Sequence[str] | None = None) ->
     if key := re.search(r"Could not override '([\w./@]+)'|Key '[\w.]+' is not in struct\s+full_key: ([\w.]+)", text):
         name = str(key[1] or key[2])
         if name.startswith("merge."):
-            return f"the config has no key {name!r}; {_merge_keys()}"
+            return f"the config has no key {name!r}; {_merge_keys(name.partition('.')[2])}"
         if given := [text for text in sys.argv[1:] if text.startswith(f"{name}={{")]:
             return f"{name} has other keys than these; replace all of them with: '~{name}' '+{given[0]}'"
         files = list(CONF.rglob("*.yaml"))
@@ -74,13 +74,17 @@ def _members(group: str) -> list[str]:
     return sorted({file.stem for file in (CONF / group).glob("*.yaml")} - {"common"})
 
 
-def _merge_keys() -> str:
-    """The keys that the merge method on the command line knows."""
-    method = next((a.removeprefix("merge=") for a in sys.argv if a.startswith("merge=")), "varm")
-    files = [CONF / "merge" / f"{name}.yaml" for name in (method, "common")]
-    keys = [key for file in files if file.exists() for key in re.findall(r"^(\w+):", file.read_text(), re.M)]
-    known = sorted(set(keys) - {"defaults", "method"})
-    return f"merge={method} knows: {', '.join(known)}"
+def _merge_keys(wanted: str) -> str:
+    """The keys of the merge method on the command line; of several, the first of ours that does not know the wanted."""
+    typed = next((a.removeprefix("merge=") for a in sys.argv if a.startswith("merge=")), "varm")
+    known: dict[str, list[str]] = {}
+    for method in typed.split(","):
+        files = [CONF / "merge" / f"{name}.yaml" for name in (method, "common")]
+        keys = [key for file in files if file.exists() for key in re.findall(r"^(\w+):", file.read_text(), re.M)]
+        known[method] = sorted(set(keys) - {"defaults", "method"})
+    ours = [method for method in known if (CONF / "merge" / f"{method}.yaml").exists() and wanted not in known[method]]
+    method = next(iter(ours), typed.partition(",")[0])
+    return f"merge={method} knows: {', '.join(known[method])}"
 
 
 def task_overrides() -> list[str]:

@@ -19,6 +19,7 @@ NOISE = [".*does not have many workers.*", ".*`IterableDataset` has `__len__`.*"
 NOISE += [
     ".*sync_dist=True.*",
     ".*Checkpoint directory .* exists.*",
+    ".*Experiment logs directory .* exists and is not empty.*",  # of the part that a resume does again
     ".*smaller than the logging interval.*",
     ".*find_unused_parameters=True was specified.*",
     ".*is_gradient_checkpointing. is deprecated.*",  # peft asks for it

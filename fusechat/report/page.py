@@ -37,8 +37,9 @@ footer { color: #444; font-size: .85em; overflow-wrap: anywhere }
 @media print { .wide { overflow: visible } .wide svg { min-width: 0 !important } figure { break-inside: avoid } }
 """
 TABLE = "A row a model: pivot and sources first, then targets, then merged models, each from worst to best. "
-TABLE += "Intervals are bootstraps over the test chats. Accuracy is the share of exact answers, of all and by skill. "
+TABLE += "Intervals are bootstraps over the test chats. {}"
 TABLE += "The last columns are settings that differ. Numbers: <a href='results.csv'>results.csv</a>."
+ACCURACY = "Accuracy is the share of exact answers, of all and by skill. "
 PACKAGES = ("fusechat", "torch", "transformers", "lightning")
 
 
@@ -56,7 +57,8 @@ def page(
     parts = [f"<h1>{name}</h1>"]
     parts += [f"<p class=said>{html.escape(said)}</p>"] if said else []
     figures = [_figure(picture) for picture in pictures]
-    results = ["<h2>Results</h2>", _wide(table.to_html(index=False, na_rep="")), f"<p class=note>{TABLE}</p>"]
+    note = TABLE.format(ACCURACY if any("accuracy" in str(column) for column in table.columns) else "")
+    results = ["<h2>Results</h2>", _wide(table.to_html(index=False, na_rep="")), f"<p class=note>{note}</p>"]
     parts += [*figures[:1], *results, *figures[1:], section(answered)]
     if len(cost):
         told = "Optimizer steps of each target and tokens a second at the median step, on the machine that trained it."

@@ -41,6 +41,8 @@ class DistributionStore:
         manifest = read_manifest(self.path)
         if manifest is None:
             state = "is unfinished" if (self.path / CLAIM).exists() else "does not exist"
+            if (self.path / "config.json").exists():
+                raise UserError(f"{self.path} is a model, no store of distributions; make one with: {remedy}")
             raise UserError(f"the store {self.path} {state}; make it with: {remedy}")
         if manifest["format"] != FORMAT:
             made = f"{self.path} is of store format {manifest['format']}, this version reads {FORMAT}"

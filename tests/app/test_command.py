@@ -39,6 +39,11 @@ def run(folder: Path, *overrides: str) -> "tuple[int, list[str]]":
         (["experiment=tinny"], 2, "error: In 'compare': Could not find 'experiment/tinny'"),
         (["preset=null"], 2, "error: preset=null: expected one of flash_attention_2, lora, qlora; ~preset leaves"),
         (["first=x", "merge=3"], 2, "error: merge=3: expected one of breadcrumbs, compress, "),
+        (
+            ["merge=linear,ties", "merge.density=1", "-m"],
+            2,
+            "no key 'merge.density'; merge=linear knows: device, dry_run",
+        ),
         (["first=${nope}"], 2, "Interpolation key 'nope' not found"),
         (
             ["first=/nope", "second=/nope"],

@@ -244,3 +244,5 @@ def test_inspect_prints_samples_and_finds_damage(fresh: Mini) -> None:
     shard = next(path.glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert "is damaged" in run().stderr
+    path = fresh.experiment / "world/models/a"
+    assert f"{path} is a model, no store of distributions; make one with: python -m fusechat.extract" in run().stderr

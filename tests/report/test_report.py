@@ -93,6 +93,7 @@ def test_from_python(fresh: Mini) -> None:
     page = made.page.read_text()
     assert "<h1>FuseChat: mine</h1>" in page
     assert page.count("<svg") == len(made.pictures)
+    assert "Accuracy is the share of exact answers" in page
     assert made.conclusion == "", "nothing was fused yet"
     files = [fresh.experiment / f"evaluation/models-{name}.json" for name in ("pivot", "a")]
     frame = compare_files(*files)
@@ -198,3 +199,9 @@ def test_pivot_and_sources_are_known_wherever_they_lie(tmp_path: Path) -> None:
         "elsewhere-guest": "elsewhere",
         "target clerk": "targets",
     }
+
+
+def test_a_caption_tells_of_the_columns_there_are(fresh: Mini) -> None:
+    fresh.run("evaluate", f"model={fresh.experiment}/world/models/a", "evaluation.generate=false")
+    page = report([fresh.experiment], fresh.root / "report", baseline="models-a").page.read_text()
+    assert "Intervals are bootstraps over the test chats. The last columns" in page
