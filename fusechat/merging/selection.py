@@ -16,6 +16,7 @@ STRIDE, SAMPLED = 16, 1 << 20  # of parameters with that many elements, one bloc
 COARSE = 1 << 9  # bins that are searched together
 EXACT, NEAR, WIDE = 1 << 16, 1 << 17, 1 << 19  # values around a guess, as bits, that are told apart
 LARGE = 1 << 24  # elements beyond which a wide count costs less than a guess that missed
+TRIES = 3  # guesses that are corrected
 Counts = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -83,28 +84,64 @@ def everything() -> Largest:
 def _largest(slices: Slices, variance: bool, wanted: Callable[[list[int]], Sequence[int]]) -> Largest:
     """wanted: how many of each score, given how many of each are above zero.
 
-    The upper halves of a sample's bits say near which value a threshold lies; one pass over everything counts what is
-    above and, exactly, what is near. Where a threshold is not there after all, the sample becomes all there is.
+    Where a threshold is not where a sample says, time and again, the sample becomes all there is.
+    """
+    found = None
+    if slices.compiled and slices.size >= SAMPLED:
+        found = _guessed(slices, variance, wanted, STRIDE)
+    thresholds, left = zip(*(found or _guessed(slices, variance, wanted, 1) or ()), strict=True)
+    return Largest(thresholds, left, variance)
+
+
+def _guessed(
+    slices: Slices, variance: bool, wanted: Callable[[list[int]], Sequence[int]], stride: int
+) -> list[tuple[float, int]] | None:
+    """`_threshold` of every score; None where some are not found.
+
+    The upper halves of a sample's bits say near which value a threshold lies; a pass over everything counts what is
+    above and, exactly, what is near. That corrects the guess where it missed, for these scores alone.
     """
     amount = 1 if variance else len(slices.targets)
-    stride = STRIDE if slices.compiled and slices.size >= SAMPLED else 1
-    while True:
-        near_by = EXACT if stride == 1 else NEAR if slices.size < LARGE else WIDE
-        sample = histograms(slices, variance, 16, np.zeros(amount, np.int64), UPPER, stride)
-        size = sample[:, :-1].sum(1)
-        guess = wanted([int(n * (slices.size / s)) for n, s in zip(size - sample[:, -1], size, strict=True)])
-        middle = [
-            _kth(h[:-2], _coarse(h), min(s, int(c * s / slices.size)))[1]
-            for h, c, s in zip(sample, guess, size, strict=True)
-        ]
-        floors = np.array([max(0, (bin << 16) + (1 << 15) - near_by // 2) for bin in middle], np.int64)
-        near = histograms(slices, variance, 0, floors, near_by, 1)
-        counts = wanted([slices.size - int(zeros) for zeros in near[:, -1]])
-        found = [_threshold(*of_one, slices.size) for of_one in zip(near, floors, counts, strict=True)]
-        if all(found) or stride == 1:
-            thresholds, left = zip(*(one for one in found if one), strict=True)
-            return Largest(thresholds, left, variance)
-        stride = 1
+    near_by = EXACT if stride == 1 else NEAR if slices.size < LARGE else WIDE
+    sample = histograms(slices, variance, 16, np.zeros(amount, np.int64), UPPER, stride)
+    size = sample[:, :-1].sum(1)
+    guess = wanted([int(n * (slices.size / s)) for n, s in zip(size - sample[:, -1], size, strict=True)])
+    ranks = [min(int(s), int(rank * s / slices.size)) for rank, s in zip(guess, size, strict=True)]
+    floors = [_floor(one, rank, near_by) for one, rank in zip(sample, ranks, strict=True)]
+    near = histograms(slices, variance, 0, np.array(floors), near_by, 1)
+    counts = wanted([slices.size - int(zeros) for zeros in near[:, -1]])
+    found = []
+    for s, (counted, floor, count) in enumerate(zip(near, floors, counts, strict=True)):
+        threshold, again = _threshold(counted, floor, count, slices.size), TRIES
+        while threshold is None and again:
+            rank = _corrected(sample[s, :-2], counted, floor, count, slices.size / int(size[s]))
+            floor, again = _floor(sample[s], rank, near_by), again - 1
+            alone = slices if variance else slices.of(s)
+            (counted,) = histograms(alone, variance, 0, np.array([floor]), near_by, 1)
+            threshold = _threshold(counted, floor, count, slices.size)
+        if threshold is None:
+            return None
+        found.append(threshold)
+    return found
+
+
+def _floor(sample: Counts, rank: int, near_by: int) -> int:
+    """Where, as bits, to begin to count ``near_by`` values around the sample's rank-th largest."""
+    middle = _kth(sample[:-2], _coarse(sample), rank)[1]
+    return max(0, (middle << 16) + (1 << 15) - near_by // 2)
+
+
+def _corrected(sample: Counts, near: Counts, floor: int, count: int, ratio: float) -> int:
+    """The rank in the sample of the count-th largest, told from the edge of what was counted that lies nearer to it.
+
+    ratio: how many elements one of the sample stands for.
+    """
+    above, inside = int(near[-2]), int(near[:-2].sum())
+    below = count > above
+    edge, exact = (floor, above + inside) if below else (floor + len(near) - 2, above)
+    beyond = int(sample[-(-edge >> 16) :].sum())
+    rank = beyond + int((count - exact) / ratio) + (1 if below else 0)
+    return max(1, min(rank, int(sample.sum())))
 
 
 def _threshold(near: Counts, floor: int, count: int, size: int) -> tuple[float, int] | None:

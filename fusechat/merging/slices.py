@@ -58,6 +58,10 @@ class Slices:
         for pivot, targets in self:
             yield [target - pivot for target in targets]
 
+    def of(self, j: int) -> Slices:
+        """The same of one target alone, once a pass over all of them has been made."""
+        return Slices(self.pivot, [self.targets[j]], self.device, self.seen)
+
     def whole(self) -> list[Tensor]:
         """Pivot and targets at once, for methods that need it: memory grows with the parameter."""
         tensors = [whole_of(source) for source in (self.pivot, *self.targets)]

@@ -63,6 +63,30 @@ def test_a_sample_that_misleads_changes_nothing(kind: str, monkeypatch: pytest.M
     assert 0 < int(exact.left[0]) <= int(equal.sum())
 
 
+@pytest.mark.parametrize("factor", [0.95, 1.05])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_guess_that_missed_is_corrected_for_its_score_alone(
+    factor: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.randn(2, 64, 2048)
+    values[1] *= torch.where(torch.arange(64) % 16 == 0, factor, 1.0)[:, None]  # those that the sample sees
+    pivot = torch.zeros(64, 2048, dtype=dtype)
+    seen = Slices(pivot, list(values.to(dtype)))
+    exact = largest_deltas(seen, [60_000, 50_000])
+    calls: list[tuple[int, int, int]] = []
+
+    def watched(slices: Slices, variance: bool, low: int, floors: Any, bins: int, stride: int) -> Any:
+        calls.append((low, len(floors), stride))
+        return histograms(slices, variance, low, floors, bins, stride)
+
+    histograms = selection.histograms
+    monkeypatch.setattr(selection, "SAMPLED", 1)
+    monkeypatch.setattr(selection, "histograms", watched)
+    guessed = largest_deltas(seen, [60_000, 50_000])
+    assert guessed.thresholds.tolist() == exact.thresholds.tolist() and guessed.left.tolist() == exact.left.tolist()
+    assert calls[:2] == [(16, 2, 16), (0, 2, 1)] and set(calls[2:]) == {(0, 1, 1)}  # not everything again
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
