@@ -22,7 +22,7 @@ import tokenize
 import zipfile
 from collections.abc import Iterable, Iterator
 from importlib import metadata
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,6 +152,19 @@ def split(found: Iterable[tuple[str, str, list[Path]]], sizes: dict[str, int]) -
         if len(parts[part]) < sizes[part]:
             LOG.warning("%s: only %d chats of %d are to be had here", part, len(parts[part]), sizes[part])
     return parts
+
+
+def sides(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Fusion chats of a federation: the standard library's are one client's; of the other projects, in the order of
+    their names' digests, every second one's are the other client's, and the rest is public.
+    """
+    pools: dict[str, list[Row]] = {"public": [], "private_a": [], "private_b": []}
+    rows = list(rows)
+    others = sorted({project(row["tag"]) for row in rows} - {"python"}, key=_digest)
+    of = {"python": "private_a", **dict(zip(others, cycle(("public", "private_b"))))}
+    for row in rows:
+        pools[of[project(row["tag"])]].append(row)
+    return pools
 
 
 def project(name: str) -> str:

@@ -15,6 +15,8 @@ from fusechat.app.marks import UNDECIDING, Mark
 from fusechat.app.outputs import stage_fingerprint, whole_directory, write_json
 from fusechat.app.surroundings import check_place
 from fusechat.chats.formats import load_chats
+from fusechat.chats.mixture import Given
+from fusechat.models.gguf import check_plain
 from fusechat.models.load import check_context, load_config, model_identity
 from fusechat.mutual.methods import METHODS, SERVER, Exchange, Method
 from fusechat.mutual.sides import LEARNED, RECEIVED, Side, State, Terms
@@ -27,10 +29,10 @@ PLACES = ("public", "host", "validation")  # of `Terms`: paths, of each side's o
 
 @dataclass(frozen=True)
 class Client:
-    """path: its base model; chats: its private chats, None where they lie on a machine of its own."""
+    """path: its base model; chats: its private chats, as ``chat.path``; None where they lie on a machine of its own."""
 
     path: str
-    chats: str | None = None
+    chats: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Federation:
     def check(self) -> None:
         """Raises `UserError` for what each side would stop at: models or chats that are not there, or too long."""
         for name, path in self.exchange.models.items():
-            check_place(path, "pivot.path" if name == SERVER else f"mutual.clients.{name}.path")
+            role = "pivot.path" if name == SERVER else f"mutual.clients.{name}.path"
+            check_place(path, role)
+            check_plain(path, role)
         for path in sorted({*self.exchange.models.values()}):
             check_context(load_config(path), path, self.terms.chat.get("max_length", 2048))
         for name, client in self.clients.items():

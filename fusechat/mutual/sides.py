@@ -20,6 +20,7 @@ from fusechat.app.errors import UserError
 from fusechat.app.outputs import RECORD, fingerprint, settled, stamp, whole_directory
 from fusechat.app.trainer import seed_everything
 from fusechat.chats.formats import load_chats
+from fusechat.chats.mixture import Given
 from fusechat.extract import extract
 from fusechat.fusion import Callbacks, Data, FusionLoss, FusionRule, Optimizer, train
 from fusechat.fusion.adapters import export
@@ -48,7 +49,7 @@ class Terms:
     decides each training.
     """
 
-    public: str
+    public: Given
     host: str
     chat: Mapping[str, Any]
     rule: FusionRule
@@ -100,7 +101,7 @@ class Side:
     path: str
     folder: Path
     terms: Terms
-    private: str | None = None
+    private: Given | None = None
 
     def place(self, round: int, stage: str) -> Path:
         """Where a round's outputs lie."""

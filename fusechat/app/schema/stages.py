@@ -154,7 +154,7 @@ class Merge(PerParameter, total=False):
 
 class MutualClient(Section, total=False):
     path: Path
-    chats: Path
+    chats: Chats
 
 
 class Mutual(Section, total=False):
