@@ -93,7 +93,7 @@ def federation_of(cfg: DictConfig) -> Federation:
         average_settings=merge,
         trainer=plain(cfg.trainer),
         epochs=cfg.mutual.epochs,
-        validation=cfg.validation.path,
+        validation=plain(cfg.validation)["path"],
         seed=cfg.seed,
         imports=imported(cfg),
     )
