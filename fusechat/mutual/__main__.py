@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.mutual.side is not None and cfg.mutual.round is not None:
         return federation.part(str(cfg.mutual.side), cfg.mutual.round)
     own, options = passed_on("mutual.side", "mutual.round")
-    mutual(federation, part_of([*own, *options], cfg.mutual.timeout), overwrite=cfg.overwrite)
+    mutual(federation, part_of([*options, *own], cfg.mutual.timeout), overwrite=cfg.overwrite)
     return None
 
 
