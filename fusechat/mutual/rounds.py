@@ -34,13 +34,14 @@ def mutual(
     the next. Raises `UserError` where the server's part fails, and for a folder of other settings unless ``overwrite``.
     """
     folder, began = federation.folder, time.monotonic()
-    mark = stage_fingerprint(round=federation.rounds, of=str(federation.mark))
+    of = federation.mark if overwrite else federation.mark_of(folder / BEGUN)
+    mark = stage_fingerprint(round=federation.rounds, of=str(of))
     reads = [*federation.exchange.models.values(), *(client.chats for client in federation.clients.values())]
     known = lambda place: (place / BEGUN).exists()
     federation.check()
     LOG.info("%d public chats, %d clients", len(federation.terms.chats), len(federation.clients))  # read before a claim
     with writing(folder, "mutual", reads=reads, known=known, holds=HOLDS):
-        _begin(federation, overwrite)
+        _begin(federation, of, overwrite)
         if settled(folder / RECORD, mark, what="mutual training", keep="output_dir=DIR", overwrite=True) is None:
             (folder / RECORD).unlink(missing_ok=True)
         run = start or federation.part
@@ -59,16 +60,16 @@ def mutual(
     return records
 
 
-def _begin(federation: Federation, overwrite: bool) -> None:
+def _begin(federation: Federation, mark: str, overwrite: bool) -> None:
     """Says whose folder it is. Raises `UserError` where other settings have begun there."""
     folder, begun = federation.folder, federation.folder / BEGUN
     if overwrite and folder.exists():
         shutil.rmtree(folder)
-    if begun.exists() and read_json(begun).get("fingerprint") == federation.mark:
+    if begun.exists() and read_json(begun).get("fingerprint") == mark:
         ended = len([*folder.glob("rounds/*.json")])
         LOG.info("%s: begun before with the same settings, goes on after round %d", folder, ended)
-    elif settled(begun, federation.mark, what="mutual training", keep="output_dir=DIR") is None:
-        write_json(begun, {**stamp(federation.mark), "stage": "mutual"})
+    elif settled(begun, mark, what="mutual training", keep="output_dir=DIR") is None:
+        write_json(begun, {**stamp(mark), "stage": "mutual"})
 
 
 def _round(federation: Federation, round: int, run: Start, together: Together) -> dict[str, Any]:

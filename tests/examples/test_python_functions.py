@@ -166,10 +166,43 @@ def test_chats_are_read_as_they_are_written(
     assert (tmp_path / "chats/fusion.jsonl").read_bytes() == before, "an experiment keeps its chats"
 
 
+def test_sides_have_all_fusion_chats_and_no_project_in_common(
+    prepare: ModuleType, library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = [("python 3.11", "PSF-2.0", library[0][2])]
+    monkeypatch.setattr(prepare, "packages", lambda: iter([*python, *library[1:]]))
+    prepare.write_chats(tmp_path)
+    prepare.write_sides(tmp_path)
+    parts = {
+        name: (tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("public", "private_a", "private_b")
+    }
+    whole = (tmp_path / "fusion.jsonl").read_text().splitlines()
+    assert sorted(line for part in parts.values() for line in part) == sorted(whole) and all(parts.values())
+    tags = {name: {json.loads(line)["tag"] for line in part} for name, part in parts.items()}
+    assert tags["private_a"] == {"python"} and not tags["private_b"] & tags["public"]
+    assert abs(len(tags["private_b"]) - len(tags["public"])) <= 1
+
+
 @pytest.mark.parametrize(("group", "key", "name"), [("loss", "kind", "jsd"), ("alignment", "sequence", "dtw")])
 def test_the_choice_of_a_member_is_left_to_its_group(group: str, key: str, name: str) -> None:
     given = ["experiment=python_functions", f"hydra.searchpath=[{HERE}]"]
     assert composed("train", [*given, f"{group}={name}"])[group][key] == name
+
+
+def test_every_step_of_the_federation_composes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("FUSECHAT_PIVOT", "FUSECHAT_SERVER"):
+        monkeypatch.delenv(variable, raising=False)
+    given = [f"hydra.searchpath=[file://{HERE}]", "experiment=python_functions_fedmkt", "paths.root=runs"]
+    made, read = {"runs/python_functions_fedmkt/fedmkt/server"}, list[str]()
+    lines: Any = OmegaConf.to_container(composed("pipeline", given).pipeline.steps, resolve=False)
+    for verb, overrides in [job for line in lines for job in expand(str(line))]:
+        cfg = composed(verb, [*given, *overrides])
+        check_config(cfg, [HERE])
+        made |= {f"{cfg.output_dir}/{name}" for name in cfg.mutual.clients} if verb == "mutual" else set()
+        read += [str(cfg.model)] if verb == "evaluate" else []
+    bases = {"HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct"}
+    assert {*read} == made | bases and all(read.count(model) == 2 for model in read), "each on both test sets"
+    assert [part.rows for part in cfg.chat.path] == [32] and "centralised" in str(made)
 
 
 @pytest.mark.parametrize("experiment", ["python_functions", "python_functions_gemma"])

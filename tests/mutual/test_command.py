@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from fusechat.app.errors import UserError
+from fusechat.app.outputs import read_json
+from fusechat.mutual import __main__ as command
+from fusechat.stores.store import DistributionStore
 from tests.conftest import ROOT, composed, run_entry
 from tests.mutual.conftest import Small
 
@@ -86,3 +89,30 @@ def test_the_published_settings() -> None:
     )
     assert (cfg.trainer.gradient_clip_val, cfg.data.global_batch, cfg.fusion.rule) == (1.0, 4, "dual_min_ce")
     assert cfg.mutual.rounds <= 10 and cfg.mutual.epochs == cfg.trainer.max_epochs == 1
+
+
+def test_chats_may_be_mixtures(small: Small, tmp_path: Path) -> None:
+    part = "{{path: {}/{}.jsonl, rows: {}}}".format
+    given = [f"chat.path=[{part(small.root, 'public', 8)}]", f"validation.path=[{part(small.root, 'public', 3)}]"]
+    both = f"[{part(small.root, 'private_a', 4)},{part(small.root, 'private_b', 2)}]"
+    given += [f"mutual.clients={{a: {{path: {small.root}/a, chats: {both}}}}}", "mutual.side=a", "mutual.round=1"]
+    run_entry("mutual", [*overrides(small, tmp_path / "out"), *given])
+    stores = [DistributionStore(tmp_path / "out/sides/a" / name) for name in ("private", "public/round-01-practised")]
+    assert [len(store) for store in stores] == [6, 8]
+    held = read_json(tmp_path / "out/sides/a/round-01/practised/fusechat.json")
+    assert held["metrics"]["validation/bits_per_byte"] > 0
+
+
+def test_parts_are_started_with_folders_of_configs_before_what_is_set(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra's parser takes nothing more of what is set once an option has come after some of it."""
+    from hydra._internal.utils import get_args_parser
+
+    commands = list[list[str]]()
+    monkeypatch.setattr(command, "passed_on", lambda *but: (["seed=1", "+a=2"], ["--config-dir", "some"]))
+    monkeypatch.setattr(command, "run_child", lambda given, limit: commands.append(list(given)) or 0)
+    monkeypatch.setattr("fusechat.mutual.mutual", lambda federation, start, overwrite: start("a", 1))
+    run_entry("mutual", overrides(small, tmp_path / "out"))
+    known = get_args_parser().parse_args(commands[0][3:])
+    assert known.config_dir == "some" and known.overrides[:4] == ["seed=1", "+a=2", "mutual.side=a", "mutual.round=1"]

@@ -16,7 +16,9 @@ import pytest
 from safetensors.torch import load_file
 
 from fusechat.app.errors import UserError
-from fusechat.mutual import mutual
+from fusechat.app.marks import fingerprint
+from fusechat.app.outputs import read_json, stamp, write_json
+from fusechat.mutual import federation, mutual
 from fusechat.mutual.federation import Client, Federation
 from fusechat.mutual.methods import SERVER
 from fusechat.mutual.sides import LEARNED, PRACTISED
@@ -166,6 +168,18 @@ def test_what_every_side_would_stop_at_claims_nothing(small: Small, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("role", ["pivot.path", "mutual.clients.a.path"])
+def test_a_gguf_file_is_no_side_and_claims_nothing(role: str, small: Small, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    made, packed = small.federation(tmp_path / "out"), str(tmp_path / "model.gguf")
+    other = replace(made, server=packed) if role == "pivot.path" else replace(made, clients={"a": Client(packed)})
+    with pytest.raises(
+        UserError, match=f"{role}={packed} is a GGUF file, .* has to be a Hugging Face directory; write"
+    ):
+        mutual(other)
+    assert not (tmp_path / "out").exists()
+
+
 def test_public_chats_that_are_not_there_claim_nothing(small: Small, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\.jsonl"):
         mutual(small.federation(tmp_path / "out", public=str(tmp_path / "nothing.jsonl")))
@@ -184,6 +198,28 @@ def test_more_rounds_go_on_and_other_settings_are_refused(small: Small, ended: F
     assert state is not None
     taken = load_file(f"{state.model}/model.safetensors")
     assert distance(load_file(tmp_path / "out/a/model.safetensors"), taken) == 0, "of two rounds, not of three"
+
+
+def test_settings_of_averaging_decide_nothing_where_nothing_is_averaged(
+    small: Small, ended: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what an earlier version began, which counted them, is gone on with."""
+    other = small.federation(tmp_path, rounds=3, average="ties", average_settings={"density": 0.5})
+    assert other.mark == ended.mark
+    averaged = [small.federation(tmp_path, "fedavg", average=name).mark for name in ("linear", "ties")]
+    assert averaged[0] != averaged[1]
+    shutil.copytree(ended.folder, tmp_path / "out")
+    with monkeypatch.context() as before:
+        before.setattr(federation, "AVERAGING", ())
+        then = small.federation(tmp_path, rounds=3, average="varm", average_settings={"granularity": "matrix"}).mark
+    record = read_json(tmp_path / "out/fusechat.json")
+    write_json(tmp_path / "out/begun.json", {**stamp(then), "stage": "mutual"})
+    write_json(tmp_path / "out/fusechat.json", {**record, **stamp(fingerprint(round=3, of=str(then)))})
+    earlier = small.federation(tmp_path / "out", rounds=3)
+    monkeypatch.setattr(Federation, "part", lambda *given: pytest.fail("nothing is to do"))
+    assert len(mutual(earlier)) == 3
+    with pytest.raises(UserError, match=r"made with other settings \(.*terms.seed: 0 there, 1 now"):
+        mutual(small.federation(tmp_path / "out", rounds=3, seed=1))
 
 
 def test_names_that_are_refused(small: Small, tmp_path: Path) -> None:
