@@ -51,7 +51,11 @@ def test_an_experiment_leaves_the_choice_of_a_member_to_its_group(experiment: st
 def test_a_command_alone_has_nothing_of_the_demo(verb: str) -> None:
     """No run of wandb, no folder and no settings of an experiment that nobody named: the published ones."""
     alone, demo = composed(verb, []), composed(verb, ["experiment=tiny", "source=a"])
-    assert (alone.experiment_name, alone.logger.kind, Path(alone.paths.experiment).name) == ("default", "csv", "default")
+    assert (alone.experiment_name, alone.logger.kind, Path(alone.paths.experiment).name) == (
+        "default",
+        "csv",
+        "default",
+    )
     assert (alone.optimizer.lr, alone.chat.max_length, alone.loss.lm_weight) == (5e-6, 2048, 0.9)
     assert demo.optimizer.lr != alone.optimizer.lr and demo.chat.max_length != alone.chat.max_length
 
