@@ -59,9 +59,13 @@ class Flower:
         )
         if secure:
             certificates(folder)
-        how = [*keys, "--enable-supernode-auth"] if secure else ["--insecure"]
+        self.how = [*keys, "--enable-supernode-auth"] if secure else ["--insecure"]
+        self.link()
+
+    def link(self) -> None:
+        """Starts a SuperLink and waits until it answers."""
         own = ["--port", self.address.split(":")[1], "--disable-runtime-dependency-installation"]
-        self.start("superlink", "flower-superlink", *how, *own)
+        self.start("superlink", "flower-superlink", *self.how, *own)
         self._wait()
 
     def start(self, name: str, command: str, *given: str) -> None:
@@ -141,11 +145,7 @@ def test_a_federation_gives_the_numbers_of_the_local_way(
     app = str(ROOT / "examples/federation")
     assert json.loads(flower.flwr("run", app, "--run-config", told, "--format", "json"))["success"]
     mutual(federation_of(composed(settings(small, ours, method, models))))
-    end = time.monotonic() + LONG
-    while not (far / "fusechat.json").exists() and time.monotonic() < end:
-        assert "finished:failed" not in flower.flwr("list", "--format", "json"), flower.logs()
-        time.sleep(2)
-    assert (far / "fusechat.json").exists(), flower.logs()
+    until(far / "fusechat.json", flower)
     assert sent(ours) == sent(far)
     assert len(sent(ours)) == (6 if method == "fedmkt" else 8)
     for name, folder in {"server": far, **{name: tmp_path / name for name in models}}.items():
@@ -157,6 +157,15 @@ def test_a_federation_gives_the_numbers_of_the_local_way(
         assert CANARY.format(name)[4:] not in flower.logs()
     lines = [(place / "rounds.csv").read_text().splitlines() for place in (ours, far)]
     assert lines[1] == [line for line in lines[0] if line.split(",")[1] in ("side", "server")] or method == "fedavg"
+
+
+def until(file: Path, flower: Flower) -> None:
+    """Waits for a file that a run makes."""
+    end = time.monotonic() + LONG
+    while not file.exists() and time.monotonic() < end:
+        assert "finished:failed" not in flower.flwr("list", "--format", "json"), flower.logs()
+        time.sleep(2)
+    assert file.exists(), flower.logs()
 
 
 def sent(folder: Path) -> dict[str, bytes]:
@@ -245,3 +254,23 @@ def test_who_has_no_registered_key_is_not_let_in(flower: Flower, small: Small, t
     flower.start("stranger", "flower-supernode", *how)
     assert flower.running[-1].wait(LONG) != 0
     assert "Activated node_id" not in flower.logs()
+
+
+@pytest.mark.parametrize("secure", [False])
+def test_a_killed_superlink_goes_on_with_the_round(small: Small, flower: Flower, tmp_path: Path) -> None:
+    """Killed where a client's part of a round has begun: the same `flwr run` ends with what an unkilled one makes."""
+    ours, far, models = tmp_path / "ours", tmp_path / "far", {"a": "a"}
+    flower.join("a", settings(small, tmp_path / "a", "fedmkt", models))
+    told = f'settings="{shlex.join(settings(small, far, "fedmkt", models, chats=False))}"'
+    run = ["run", str(ROOT / "examples/federation"), "--run-config", told, "--format", "json"]
+    flower.flwr(*run)
+    until(tmp_path / "a/sides/a/round-01", flower)
+    flower.running[0].kill()
+    flower.running[0].wait()
+    assert not (far / "rounds").exists(), "killed before its end"
+    flower.link()
+    flower.join("a", settings(small, tmp_path / "a", "fedmkt", models))
+    flower.flwr(*run)
+    until(far / "fusechat.json", flower)
+    mutual(federation_of(composed(settings(small, ours, "fedmkt", models))))
+    assert sent(ours) == sent(far)
