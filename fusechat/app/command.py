@@ -138,6 +138,12 @@ def _mistake(command: Callable[[], None], traceback: bool) -> Exception | None:
         if traceback or not (isinstance(error, UserError) or is_typed(error)):
             raise
         return error
+    except OSError as error:  # Hydra's, which makes a folder for the job's config before that begins
+        ending.check_ended()
+        if traceback or _noted or not error.filename:
+            raise
+        told = f"{error.filename} cannot be made ({error.strerror}), where a job's config is kept"
+        return UserError(f"{told}; give another place with paths.root=DIR")
     return None
 
 

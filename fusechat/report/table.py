@@ -18,9 +18,13 @@ SWEPT = {  # stage -> parts of its config that people sweep
     "merge": ("merge",),
 }
 
+METRICS = ("bits_per_byte", "nats_per_token", "accuracy", "next_token_accuracy")  # of evaluation.kind=chats
+
 
 def table_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row a model: bits per byte and accuracy with 95 % intervals, accuracy by skill, the overrides that differ."""
+    """One row a model: bits per byte and accuracy with 95 % intervals, other metrics, accuracy by skill, and overrides
+    that differ.
+    """
     import pandas as pd
 
     several = len({row["folder"] for row in rows}) > 1
@@ -36,7 +40,8 @@ def table_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
                 entry = row["metrics"][name]["all"]
                 line[title] = round(entry["value"] * scale, digits)
                 line[f"{title} 95 %"] = f"{entry['low'] * scale:.{digits}f}–{entry['high'] * scale:.{digits}f}"
-        line |= {name: round(entry["all"]["value"], 4) for name, entry in row.get("others", {}).items()}
+        own = {name: entry for name, entry in row["metrics"].items() if name not in METRICS}  # of one's own evaluation
+        line |= {name: round(entry["all"]["value"], 4) for name, entry in (own | row.get("others", {})).items()}
         by_skill = row["metrics"].get("accuracy", {})
         line |= {tag: round(100 * entry["value"], 1) for tag, entry in by_skill.items() if tag != "all"}
         out.append(line | {key: made.get(key, "") for key in differing})

@@ -58,6 +58,16 @@ def test_a_mistake_is_one_line(overrides: list[str], code: int, said: str, tmp_p
     assert said in lines[0]
 
 
+def test_a_runs_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    code, lines = run(tmp_path, "first=a", "second=b")
+    assert (code, len(lines)) == (1, 1), lines
+    assert lines[0].startswith(f"error: {tmp_path}/runs/")
+    assert lines[0].endswith(
+        "cannot be made (Not a directory), where a job's config is kept; give another place with paths.root=DIR"
+    )
+
+
 def test_an_experiment_of_ones_own_is_near_too(tmp_path: Path) -> None:
     """Names of the folder that was given, and of one that lies here and was not."""
     (tmp_path / "my_conf/experiment").mkdir(parents=True)

@@ -205,3 +205,12 @@ def test_a_caption_tells_of_the_columns_there_are(fresh: Mini) -> None:
     fresh.run("evaluate", f"model={fresh.experiment}/world/models/a", "evaluation.generate=false")
     page = report([fresh.experiment], fresh.root / "report", baseline="models-a").page.read_text()
     assert "Intervals are bootstraps over the test chats. The last columns" in page
+
+
+def test_metrics_of_ones_own_evaluation_are_columns(tmp_path: Path) -> None:
+    entry = {"all": {"value": 0.75, "low": 0.6, "high": 0.9}}
+    metrics = {"bits_per_byte": entry, "next_token_accuracy": entry, "parses": entry}
+    frame = table_of([{"name": "targets-a", "folder": "x", "model": str(tmp_path), "metrics": metrics}])
+    assert frame.to_dict("records") == [
+        {"model": "target a", "bits per byte": 0.75, "bits per byte 95 %": "0.6000–0.9000", "parses": 0.75}
+    ]
