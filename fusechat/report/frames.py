@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat.report.comparisons import MADE, POOLED, comparisons
-from fusechat.report.results import has, short
+from fusechat.report.results import few, has, short
 from fusechat.stores.kinds import kind_counts
 
 if TYPE_CHECKING:
@@ -21,17 +21,18 @@ Weights = Mapping[str, Sequence[float] | None]  # group of parameters -> a weigh
 
 
 def skills(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Exact matches by skill with Wilson's 95 % interval.
+    """Exact matches by skill with Wilson's 95 % interval; of all where skills are not `few`.
 
     Columns: skill, experiment, model, n, correct, value, low, high.
     """
     from scipy.stats import binomtest
 
     found = []
+    tags = few(sample["tag"] for row in rows for sample in row["samples"] if has(sample, "accuracy"))
     for row in rows:
-        answered = [sample for sample in row["samples"] if has(sample, "accuracy")]
-        for skill in sorted({sample["tag"] for sample in answered}):
-            part = [bool(sample["correct"]) for sample in answered if sample["tag"] == skill]
+        answers = [(sample["tag"] if tags else "", sample) for sample in row["samples"] if has(sample, "accuracy")]
+        for skill in sorted({tag for tag, _ in answers}):
+            part = [bool(sample["correct"]) for tag, sample in answers if tag == skill]
             interval = binomtest(sum(part), len(part)).proportion_ci(method="wilson")
             counts = {"skill": skill or "all", "experiment": str(row["folder"]), "model": short(row["name"])}
             counts |= {"n": len(part), "correct": sum(part)}
@@ -47,7 +48,7 @@ def skills_pooled(rows: Sequence[Mapping[str, Any]], baseline: str | None) -> pd
     Columns: skill, model, kind, against, seeds, n (chats of all seeds), difference, low, high (shares), p, verdict.
     """
     answered = [{**row, "samples": part} for row in rows if (part := [s for s in row["samples"] if has(s, "accuracy")])]
-    tags = sorted({sample["tag"] for row in answered for sample in row["samples"]} - {""})
+    tags = few(sample["tag"] for row in answered for sample in row["samples"])
     found = []
     for skill in ["all", *tags]:
         part = [{**row, "samples": [s for s in row["samples"] if skill in ("all", s["tag"])]} for row in answered]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ORDER = {"models": 0, "targets": 1, "merged": 2}
 KIND = {"models": "pivot and sources", "targets": "targets", "merged": "merged models"}
+MOST_SKILLS = 12  # tags of the test chats that tables and figures show; of more (packages, topics) `compare` tells
 LOWER_IS_BETTER = ("bits_per_byte", "nats_per_token")
 
 
@@ -66,6 +67,12 @@ def metrics(samples: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
         }
         found[name] = {tag: interval(part, name) for tag, part in groups.items()}
     return found
+
+
+def few(tags: Iterable[str]) -> list[str]:
+    """The tags in their order; none where they are more than a reader can look at."""
+    found = sorted({*tags} - {"", "all"})
+    return found if len(found) <= MOST_SKILLS else []
 
 
 def short(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusechat.app.outputs import RECORD, read_json
 from fusechat.app.trees import flatten
-from fusechat.report.results import short
+from fusechat.report.results import few, short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +30,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     several = len({row["folder"] for row in rows}) > 1
     configs = [_made(Path(row["model"])) for row in rows]
     differing = _differing(configs)
+    tags = few(tag for row in rows for tag in row["metrics"].get("accuracy", {}))
     out = []
     for row, made in zip(rows, configs, strict=True):
         line: dict[str, Any] = {"experiment": str(row["folder"])} if several else {}
@@ -43,7 +44,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         own = {name: entry for name, entry in row["metrics"].items() if name not in METRICS}  # of one's own evaluation
         line |= {name: round(entry["all"]["value"], 4) for name, entry in (own | row.get("others", {})).items()}
         by_skill = row["metrics"].get("accuracy", {})
-        line |= {tag: round(100 * entry["value"], 1) for tag, entry in by_skill.items() if tag != "all"}
+        line |= {tag: round(100 * by_skill[tag]["value"], 1) for tag in tags if tag in by_skill}
         out.append(line | {key: made.get(key, "") for key in differing})
     frame = pd.DataFrame(out)
     numbers = frame.select_dtypes("number").columns

@@ -214,3 +214,14 @@ def test_metrics_of_ones_own_evaluation_are_columns(tmp_path: Path) -> None:
     assert frame.to_dict("records") == [
         {"model": "target a", "bits per byte": 0.75, "bits per byte 95 %": "0.6000–0.9000", "parses": 0.75}
     ]
+
+
+@pytest.mark.parametrize(("tags", "shown"), [(12, 12), (13, 0)])
+def test_more_skills_than_one_can_look_at_are_told_together(tags: int, shown: int, tmp_path: Path) -> None:
+    told = [{"id": n, "tag": f"t{n:02}", "correct": n % 2 == 0, "nats": 1.0, "bytes": 4} for n in range(tags)]
+    value = results.metrics(told, ["accuracy"])
+    row = {"name": "targets-a", "folder": "x", "model": str(tmp_path), "samples": told, "metrics": value}
+    assert len([column for column in table_of([row]).columns if column.startswith("t")]) == shown
+    skills = frames.skills([row])
+    assert skills["skill"].tolist() == ([f"t{n:02}" for n in range(tags)] if shown else ["all"])
+    assert skills["n"].sum() == tags
