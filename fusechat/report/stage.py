@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fusechat.report.pictures import Picture
 
+LOG = logging.getLogger(__name__)
 READS = ("distributions", "aligned", "targets", "merged", "evaluation", "logs", "world", "checkpoints")  # of a run
 EVALUATE = "python -m fusechat.evaluate model=DIR"
 
@@ -103,17 +104,27 @@ def _report(
 
 
 def _tell_on_cards(evaluated: Mapping[Path, Path]) -> None:
-    """Writes what was measured on the cards of models of ours; a card that cannot be written stays as it is.
+    """Writes what was measured on the cards of models of ours; a card that cannot be written stays as it is, and one
+    that is no card any more is named.
 
     evaluated: model -> the folder with its evaluations.
     """
+    from yaml import YAMLError
+
     from fusechat.models.cards import CARD, measured_card
 
     for model, evaluations in evaluated.items():
         if (model / RECORD).exists() and (model / CARD).exists():
-            with contextlib.suppress(OSError):
-                card = measured_card(model, results.results_of(evaluations, model))
-                write_durably(model / CARD, card.encode())
+            found = results.results_of(evaluations, model)
+            try:
+                for left in model.glob(f".{CARD}.*.tmp"):  # of a report that was killed
+                    left.unlink(missing_ok=True)
+                write_durably(model / CARD, measured_card(model, found).encode())
+            except OSError:
+                continue
+            except (ValueError, YAMLError) as error:
+                told = " ".join(str(error).split())
+                LOG.warning("%s cannot be read (%s): it gets no scores; mend its text", model / CARD, told)
 
 
 def is_comparison(file: Path) -> bool:

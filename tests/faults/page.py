@@ -33,7 +33,7 @@ Errors told in one line, without a traceback: {told}.
 ## Damage
 
 One byte, at random, of one file that the stage opens is changed on the disk, times of modification restored. The stage
-must refuse the file, naming it, or make it anew.
+must refuse the file, naming it, or make it anew. Model cards are left out: they are text that people edit.
 
 {damage}
 """

@@ -107,6 +107,26 @@ def test_a_report_tells_the_merged_models_card(fresh: Mini) -> None:
     assert f"target 1 | `{fresh.experiment / 'targets/a'}`" in text
 
 
+def test_a_report_takes_what_a_killed_one_left_and_names_a_card_that_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fusechat.report import stage
+
+    place = Path(folder(tmp_path / "a", license="mit"))
+    (place / "fusechat.json").write_text("{}")
+    left = place / f".{CARD}.123.tmp"
+    left.write_text("half")
+    stage._tell_on_cards({place: tmp_path / "evaluation"})
+    assert not left.exists()
+    for broken in (b"---\n\x95\n---\n", b"---\na: [\n---\n"):
+        (place / CARD).write_bytes(broken)
+        caplog.clear()
+        stage._tell_on_cards({place: tmp_path / "evaluation"})
+        assert (place / CARD).read_bytes() == broken
+        assert f"{place / CARD} cannot be read (" in caplog.text
+        assert "it gets no scores; mend its text" in caplog.text
+
+
 def test_the_command_works_from_the_folder_that_the_card_names(tmp_path: Path) -> None:
     """Also with a config folder of one's own and absolute paths; no path of a person's stands in it."""
     models, home = make(tmp_path, "fp32"), tmp_path / "home"
